@@ -1,0 +1,136 @@
+"""Model folders: loading with checks, and the digests that identify what was loaded.
+
+A folder is what `save_pretrained` of the model and of its tokenizer wrote; hub ids work wherever a folder
+does. Knows nothing of runs or outputs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from deebert.config import DeeBertConfig
+from deebert.errors import CheckpointError
+from deebert.exit_policy import FULL_DEPTH, EntropyThreshold, policy_from_dict
+from deebert.modeling import DeeBertForSequenceClassification
+
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Checkpoint:
+    """A loaded DeeBERT model, ready for inference, and its tokenizer."""
+
+    path: str
+    model: DeeBertForSequenceClassification
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Label names, in the order of their ids."""
+        names = self.model.config.id2label
+        return tuple(str(names[i]) for i in range(len(names)))
+
+    @property
+    def exit_policy(self) -> EntropyThreshold:
+        """The operating point stored with the model, or full depth."""
+        stored = self.model.config.exit_policy
+        return FULL_DEPTH if stored is None else policy_from_dict(stored)
+
+    @property
+    def longest_input(self) -> int:
+        """Tokens that the position embeddings allow."""
+        backbone = self.model.config.backbone_config
+        # RoBERTa's positions start behind its padding id.
+        reserved = backbone.pad_token_id + 1 if backbone.model_type == "roberta" else 0
+        return int(backbone.max_position_embeddings) - reserved
+
+    @property
+    def default_max_length(self) -> int:
+        """What training truncated to, else the longest input."""
+        return min(self.model.config.max_seq_length or self.longest_input, self.longest_input)
+
+
+def load_checkpoint(name_or_path: str) -> Checkpoint:
+    """Load a model folder or hub id, float32, in eval mode.
+
+    Raises:
+        CheckpointError: no such folder, or weights, configuration or tokenizer are missing or do not fit.
+    """
+    if _is_folder_name(name_or_path):
+        _check_folder(Path(name_or_path))
+    try:
+        config = DeeBertConfig.from_pretrained(name_or_path)
+        if config.model_type != "deebert":
+            raise CheckpointError(_not_deebert(name_or_path, config.model_type))
+        model, loading = DeeBertForSequenceClassification.from_pretrained(
+            name_or_path, config=config, dtype=torch.float32, output_loading_info=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"cannot load the model {name_or_path!r}: {first_line}") from error
+    if missing := sorted(loading["missing_keys"]):
+        raise CheckpointError(
+            f"the model {name_or_path!r} lacks {len(missing)} weights, first {missing[0]!r}: save it again"
+        )
+    return Checkpoint(path=name_or_path, model=model.eval(), tokenizer=tokenizer)
+
+
+def weights_digest(model: DeeBertForSequenceClassification) -> str:
+    """SHA-256 of the model's architecture and float32 weights: equal where the answers are.
+
+    The stored operating point and label names do not count; the exit policy has its own digest.
+    """
+    config = model.config
+    shape = {
+        "backbone": config.backbone_config.to_diff_dict(),
+        "off_ramp_layers": config.off_ramp_layers,
+        "off_ramp_pooling": config.off_ramp_pooling,
+    }
+    digest = hashlib.sha256(json.dumps(shape, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _is_folder_name(name_or_path: str) -> bool:
+    """A hub id has at most one slash and does not exist as a folder; everything else is a path."""
+    return (
+        Path(name_or_path).exists()
+        or name_or_path.startswith((".", "~", os.sep))
+        or name_or_path.count("/") > 1
+    )
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise CheckpointError(f"no such model folder: {str(folder)!r}; train one with `deebert train`")
+    config = folder / "config.json"
+    if not config.is_file():
+        raise CheckpointError(f"the model folder {str(folder)!r} has no config.json: give a complete folder")
+    try:
+        kind = json.loads(config.read_text()).get("model_type")
+    except ValueError as error:
+        raise CheckpointError(f"{str(config)!r} is not JSON ({error}): save the model again") from error
+    if kind != "deebert":
+        raise CheckpointError(_not_deebert(str(folder), kind))
+    if not any(folder.glob("*.safetensors")):
+        raise CheckpointError(
+            f"the model folder {str(folder)!r} has no weights (model.safetensors): save the model again"
+        )
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise CheckpointError(
+            f"the model folder {str(folder)!r} has no tokenizer (tokenizer.json): save the tokenizer into it"
+        )
+
+
+def _not_deebert(name: str, kind: object) -> str:
+    return f"{name!r} holds a {kind!r} model, not a DeeBERT one: give it off-ramps with `deebert train --backbone`"

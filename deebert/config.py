@@ -1,0 +1,79 @@
+"""The configuration of a DeeBERT model: a backbone, its off-ramps, the labels and an operating point.
+
+A Hugging Face configuration like any other (``model_type`` "deebert"). Knows nothing of weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from deebert.errors import BackboneError
+
+OffRampPooling = Literal["cls", "mean"]
+POOLINGS: tuple[OffRampPooling, ...] = ("cls", "mean")
+
+
+class DeeBertConfig(PreTrainedConfig):
+    """Configuration of `DeeBertForSequenceClassification`.
+
+    Args:
+        backbone_config: configuration of a BERT or RoBERTa encoder, or its dictionary.
+        off_ramp_layers: 1-based layers that carry an off-ramp; all but the last by default.
+        off_ramp_pooling: what off-ramps and the final classifier read: the layer's [CLS] state (``cls``, the
+            paper's) or the mean of its token states (``mean``).
+        exit_policy: JSON form of the operating point, e.g. ``{"type": "entropy", "thresholds": 0.2}``; None
+            runs at full depth.
+        max_seq_length: tokens that training truncated to, None where unknown.
+    """
+
+    model_type = "deebert"
+    sub_configs = {"backbone_config": AutoConfig}  # noqa: RUF012  (the base class's own form)
+
+    def __init__(
+        self,
+        backbone_config: PreTrainedConfig | dict[str, Any] | None = None,
+        off_ramp_layers: Sequence[int] | None = None,
+        off_ramp_pooling: OffRampPooling = "mean",
+        exit_policy: dict[str, Any] | None = None,
+        max_seq_length: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.backbone_config = _as_config(backbone_config)
+        layers = self.backbone_config.num_hidden_layers
+        self.off_ramp_layers = list(range(1, layers) if off_ramp_layers is None else off_ramp_layers)
+        self.off_ramp_pooling = off_ramp_pooling
+        self.exit_policy = exit_policy
+        self.max_seq_length = max_seq_length
+        if off_ramp_pooling not in POOLINGS:
+            raise ValueError(f"off_ramp_pooling is {off_ramp_pooling!r}: choose one of {', '.join(POOLINGS)}")
+        if sorted(set(self.off_ramp_layers)) != self.off_ramp_layers or not all(
+            1 <= i < layers for i in self.off_ramp_layers
+        ):
+            raise ValueError(
+                f"off_ramp_layers is {self.off_ramp_layers}: give increasing layers between 1 and {layers - 1}"
+            )
+        super().__init__(**kwargs)
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Transformer layers of the backbone."""
+        return int(self.backbone_config.num_hidden_layers)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the backbone's token states."""
+        return int(self.backbone_config.hidden_size)
+
+
+def _as_config(value: PreTrainedConfig | dict[str, Any] | None) -> PreTrainedConfig:
+    if isinstance(value, PreTrainedConfig):
+        return value
+    fields = dict(value or {"model_type": "bert"})
+    kind = fields.pop("model_type", "bert")
+    try:
+        return AutoConfig.for_model(kind, **fields)
+    except ValueError as error:
+        raise BackboneError(f"unknown backbone family {kind!r}: use a BERT or RoBERTa backbone") from error

@@ -1,0 +1,50 @@
+"""FLOPs of layers and off-ramps, and the expected saving of an exit histogram.
+
+Counts multiply-adds as two operations and nothing but matrix products (GELU, LayerNorm, softmax and
+look-ups are bandwidth, not FLOPs). Knows nothing of seconds, prices or runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """The numbers that decide a model's cost."""
+
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_labels: int
+
+    def layer_flops(self, tokens: float, squared_tokens: float) -> float:
+        """FLOPs of one transformer layer over packed sequences.
+
+        Args:
+            tokens: Σ of sequence lengths.
+            squared_tokens: Σ of squared sequence lengths.
+
+        QKV and output projections are 4·H² multiply-adds a token, the feed-forward 2·H·I, attention
+        (QKᵀ and the weighted sum) 2·L·H a token.
+        """
+        h, i = self.hidden_size, self.intermediate_size
+        return 2.0 * tokens * (4 * h * h + 2 * h * i) + 4.0 * squared_tokens * h
+
+    def off_ramp_flops(self, samples: float) -> float:
+        """FLOPs of one off-ramp (pooler + classifier) for `samples` samples."""
+        return 2.0 * samples * self.hidden_size * (self.hidden_size + self.num_labels)
+
+
+def mean_exit_layer(exit_histogram: Sequence[int]) -> float:
+    """Mean 1-based exit layer of a histogram whose entry 0 counts samples that left after layer 1."""
+    total = sum(exit_histogram)
+    if total == 0:
+        return float("nan")
+    return sum((i + 1) * n for i, n in enumerate(exit_histogram)) / total
+
+
+def expected_saving(exit_histogram: Sequence[int]) -> float:
+    """Share of layer work saved, 1 - Σ i·Nᵢ / (n·Σ Nᵢ) (DeeBERT, Eq. 2); 0 = nothing, towards 1 = all."""
+    return 1.0 - mean_exit_layer(exit_histogram) / len(exit_histogram)

@@ -1,0 +1,212 @@
+"""The inference form: fused weights, packed tokens, one layer at a time.
+
+`embed`, `layer` and `off_ramp` are the three things an engine does with a model; between them it may
+regroup sequences as it likes. No padding anywhere. Knows nothing of policies, scheduling or training.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from deebert.attention import varlen_attention
+from deebert.modeling import DeeBertForSequenceClassification, OffRamp
+from deebert.packing import PackedTokens, SequenceLayout
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Linear:
+    weight: Tensor  # (out, in)
+    bias: Tensor  # (out,)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Norm:
+    weight: Tensor  # (H,)
+    bias: Tensor  # (H,)
+    eps: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Layer:
+    qkv: _Linear  # (3H, H): query, key and value in one product
+    attention_output: _Linear
+    attention_norm: _Norm
+    intermediate: _Linear
+    output: _Linear
+    output_norm: _Norm
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _OffRamp:
+    dense: _Linear
+    classifier: _Linear
+
+    def __call__(self, pooled: Tensor) -> Tensor:
+        return self.classifier(torch.tanh(self.dense(pooled))).float()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Embeddings:
+    word: Tensor  # (V, H)
+    position: Tensor  # (P, H)
+    token_type: Tensor  # (S, H)
+    norm: _Norm
+    padding_id: int | None
+    """RoBERTa's convention (positions count from ``padding_id + 1``, padding stays at it), or None."""
+
+
+class PackedEncoder:
+    """A DeeBERT model's weights, fused and cast for inference on one device."""
+
+    def __init__(
+        self,
+        model: DeeBertForSequenceClassification,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """Copy the weights of `model`; the model itself is neither changed nor kept."""
+        config, backbone = model.config, model.config.backbone_config
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self.num_layers: int = config.num_hidden_layers
+        self.num_labels: int = config.num_labels
+        self.hidden_size: int = config.hidden_size
+        self.pooling = config.off_ramp_pooling
+        self.has_token_types = int(getattr(backbone, "type_vocab_size", 1)) > 1
+        self._heads: int = backbone.num_attention_heads
+        self._activation = ACT2FN[backbone.hidden_act]
+        cast = _Cast(self.device, dtype)
+        self._embeddings = cast.embeddings(model)
+        self._layers = [cast.layer(layer) for layer in model.backbone.encoder.layer]
+        self._off_ramps = {
+            layer: cast.off_ramp(ramp)
+            for layer, ramp in zip(config.off_ramp_layers, model.off_ramps, strict=True)
+        }
+        self._off_ramps[self.num_layers] = cast.off_ramp(model.final_classifier)
+
+    @property
+    def off_ramp_layers(self) -> tuple[int, ...]:
+        """1-based layers after which `off_ramp` answers; the last layer is always among them."""
+        return tuple(self._off_ramps)
+
+    @torch.inference_mode()
+    def embed(self, packed: PackedTokens) -> Tensor:
+        """Token ids on this device -> (total_tokens, H) states."""
+        e = self._embeddings
+        states = F.embedding(packed.input_ids, e.word)
+        if packed.token_type_ids is None:
+            states += e.token_type[0]
+        else:
+            states += F.embedding(packed.token_type_ids, e.token_type)
+        states += F.embedding(self._positions(packed), e.position)
+        return e.norm(states)
+
+    @torch.inference_mode()
+    def layer(self, index: int, states: Tensor, layout: SequenceLayout) -> Tensor:
+        """Run transformer layer `index` (0-based): (total_tokens, H) -> (total_tokens, H)."""
+        w = self._layers[index]
+        tokens, hidden = states.shape
+        qkv = w.qkv(states).view(tokens, 3, self._heads, hidden // self._heads)
+        attended = varlen_attention(qkv, layout).view(tokens, hidden)
+        states = w.attention_norm(w.attention_output(attended).add_(states))
+        inner = self._activation(w.intermediate(states))
+        return w.output_norm(w.output(inner).add_(states))
+
+    @torch.inference_mode()
+    def pooled(self, states: Tensor, layout: SequenceLayout) -> Tensor:
+        """What the off-ramps read: (total_tokens, H) -> (N, H), in the dtype of `states`."""
+        starts = layout.cu_seqlens[:-1]
+        if self.pooling == "cls":
+            return states.index_select(0, starts)
+        if states.is_cuda:
+            return torch.segment_reduce(states.float(), "mean", offsets=layout.cu_seqlens.long()).to(
+                states.dtype
+            )
+        return _mean_by_run(states, layout)
+
+    @torch.inference_mode()
+    def off_ramp(self, index: int, states: Tensor, layout: SequenceLayout) -> Tensor:
+        """Logits of the off-ramp after layer `index` (0-based): (total_tokens, H) -> (N, C) float32."""
+        return self._off_ramps[index + 1](self.pooled(states, layout))
+
+    def _positions(self, packed: PackedTokens) -> Tensor:
+        layout, padding = packed.layout, self._embeddings.padding_id
+        starts = np.repeat(layout.offsets[:-1], layout.lengths)
+        if padding is None:
+            return torch.from_numpy(np.arange(layout.total_tokens) - starts).to(
+                self.device, non_blocking=True
+            )
+        # Count the tokens that are not padding inside each sequence, as RoBERTa does: a literal "<pad>" in a
+        # text is a token that has no position of its own.
+        real = packed.input_ids.ne(padding).long()
+        counted = F.pad(real.cumsum(0), (1, 0))
+        before = counted.index_select(0, torch.from_numpy(starts).to(self.device, non_blocking=True))
+        return (counted[1:] - before) * real + padding
+
+
+def _mean_by_run(states: Tensor, layout: SequenceLayout) -> Tensor:
+    """Mean of each sequence's rows; runs of equal lengths are dense views."""
+    means = states.new_empty(len(layout), states.shape[1])
+    token = 0
+    for first, count, length in layout.runs:
+        rows = states[token : (token := token + count * length)]
+        torch.mean(rows.view(count, length, -1), dim=1, out=means[first : first + count])
+    return means
+
+
+@dataclass(frozen=True)
+class _Cast:
+    """Copies modules' weights to a device and dtype."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    def tensor(self, value: Tensor) -> Tensor:
+        return value.detach().to(self.device, self.dtype, copy=True).contiguous()
+
+    def linear(self, *modules: nn.Module) -> _Linear:
+        return _Linear(
+            weight=self.tensor(torch.cat([m.get_parameter("weight") for m in modules])),
+            bias=self.tensor(torch.cat([m.get_parameter("bias") for m in modules])),
+        )
+
+    def norm(self, module: nn.LayerNorm) -> _Norm:
+        return _Norm(weight=self.tensor(module.weight), bias=self.tensor(module.bias), eps=module.eps)
+
+    def layer(self, module: nn.Module) -> _Layer:
+        attention = module.get_submodule("attention.self")
+        return _Layer(
+            qkv=self.linear(attention.query, attention.key, attention.value),
+            attention_output=self.linear(module.get_submodule("attention.output.dense")),
+            attention_norm=self.norm(module.get_submodule("attention.output.LayerNorm")),
+            intermediate=self.linear(module.get_submodule("intermediate.dense")),
+            output=self.linear(module.get_submodule("output.dense")),
+            output_norm=self.norm(module.get_submodule("output.LayerNorm")),
+        )
+
+    def off_ramp(self, module: OffRamp) -> _OffRamp:
+        return _OffRamp(dense=self.linear(module.dense), classifier=self.linear(module.classifier))
+
+    def embeddings(self, model: DeeBertForSequenceClassification) -> _Embeddings:
+        module = model.backbone.embeddings
+        roberta = model.config.backbone_config.model_type == "roberta"
+        return _Embeddings(
+            word=self.tensor(module.word_embeddings.weight),
+            position=self.tensor(module.position_embeddings.weight),
+            token_type=self.tensor(module.token_type_embeddings.weight),
+            norm=self.norm(module.LayerNorm),
+            padding_id=model.config.backbone_config.pad_token_id if roberta else None,
+        )

@@ -1,0 +1,148 @@
+"""Traces: what every off-ramp says of every sample of a labelled set, and what follows from it.
+
+A trace is computed once at full depth; every threshold's accuracy, mean exit layer and saving can then be
+read off it without running the model again. Knows nothing of files, commands or pipelines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from deebert.cost import expected_saving, mean_exit_layer
+from deebert.encoder import PackedEncoder
+from deebert.exit_policy import EntropyThreshold, ExitPolicy, entropy
+from deebert.packing import IntArray, PackedTokens
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LabelledSequences:
+    """Tokenized samples and their labels."""
+
+    tokens: PackedTokens
+    labels: Tensor
+    """(N,) int64."""
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def take(self, rows: npt.ArrayLike) -> LabelledSequences:
+        """The samples with these indices."""
+        chosen = np.asarray(rows, dtype=np.int64)
+        return LabelledSequences(
+            tokens=self.tokens.take(chosen), labels=self.labels[torch.from_numpy(chosen)]
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Trace:
+    """Every off-ramp's logits for a sample set; the final classifier is the last."""
+
+    layers: tuple[int, ...]
+    """1-based layers of the off-ramps; the last one is the model's depth."""
+    logits: Tensor
+    """(R, N, C) float32."""
+    lengths: IntArray
+    """(N,) tokens."""
+
+    @property
+    def num_layers(self) -> int:
+        """The model's depth."""
+        return self.layers[-1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OperatingPointScore:
+    """One policy on one labelled trace."""
+
+    policy: ExitPolicy
+    accuracy: float
+    mean_exit_layer: float
+    saving: float
+    """Share of layer work saved (paper, Eq. 2)."""
+    exit_histogram: tuple[int, ...]
+
+    @property
+    def speed_up(self) -> float:
+        """Layer speed-up: depth over mean exit layer."""
+        return len(self.exit_histogram) / self.mean_exit_layer
+
+
+def length_sorted_batches(
+    tokens: PackedTokens, micro_batch_tokens: int
+) -> Iterator[tuple[Tensor, PackedTokens]]:
+    """Micro-batches of like lengths: (their rows' indices, the packed rows), each within the budget.
+
+    A sequence longer than the budget is a micro-batch of its own.
+    """
+    lengths = tokens.layout.lengths
+    order = np.argsort(lengths, kind="stable")
+    start = 0
+    while start < len(order):
+        # Sorted ascending: the first k sequences fit when their sum does; at least one always goes.
+        total = np.cumsum(lengths[order[start : start + micro_batch_tokens]])
+        stop = start + max(1, int(np.searchsorted(total, micro_batch_tokens, side="right")))
+        rows = order[start:stop]
+        yield torch.from_numpy(rows), tokens.take(rows)
+        start = stop
+
+
+def trace(encoder: PackedEncoder, tokens: PackedTokens, *, micro_batch_tokens: int = 4096) -> Trace:
+    """Run all samples at full depth and keep what every off-ramp said."""
+    layers = tuple(sorted(encoder.off_ramp_layers))
+    place = {layer: i for i, layer in enumerate(layers)}
+    logits = torch.empty(len(layers), len(tokens), encoder.num_labels)
+    for rows, batch in length_sorted_batches(tokens, micro_batch_tokens):
+        batch = batch.to(encoder.device)
+        states = encoder.embed(batch)
+        for layer in range(1, encoder.num_layers + 1):
+            states = encoder.layer(layer - 1, states, batch.layout)
+            if layer in place:
+                logits[place[layer], rows] = encoder.off_ramp(layer - 1, states, batch.layout).cpu()
+    return Trace(layers=layers, logits=logits, lengths=tokens.layout.lengths)
+
+
+def off_ramp_accuracy(trace: Trace, labels: Tensor) -> tuple[float, ...]:
+    """Accuracy of each off-ramp alone, in the order of `trace.layers`."""
+    return tuple((trace.logits.argmax(-1) == labels).float().mean(1).tolist())
+
+
+def exits(trace: Trace, policy: ExitPolicy) -> tuple[Tensor, Tensor]:
+    """Exit layers (N,) int64, 1-based, and predictions (N,) int64 under `policy`."""
+    num_samples = trace.logits.shape[1]
+    exit_layer = torch.zeros(num_samples, dtype=torch.long)
+    prediction = torch.zeros(num_samples, dtype=torch.long)
+    for layer, logits in zip(trace.layers, trace.logits, strict=True):
+        leaves = exit_layer == 0
+        if layer != trace.num_layers:
+            if not policy.can_fire(layer):
+                continue
+            leaves &= policy.fires(layer, logits, entropy(logits))
+        exit_layer[leaves] = layer
+        prediction[leaves] = logits[leaves].argmax(-1)
+    return exit_layer, prediction
+
+
+def score(trace: Trace, labels: Tensor, policy: ExitPolicy) -> OperatingPointScore:
+    """Accuracy and saving of `policy` on a labelled trace."""
+    exit_layer, prediction = exits(trace, policy)
+    histogram = torch.bincount(exit_layer, minlength=trace.num_layers + 1)[1:].tolist()
+    return OperatingPointScore(
+        policy=policy,
+        accuracy=float((prediction == labels).float().mean()),
+        mean_exit_layer=mean_exit_layer(histogram),
+        saving=expected_saving(histogram),
+        exit_histogram=tuple(histogram),
+    )
+
+
+def sweep(
+    trace: Trace, labels: Tensor, thresholds: Sequence[float | None]
+) -> tuple[OperatingPointScore, ...]:
+    """`score` for one entropy threshold after another."""
+    return tuple(score(trace, labels, EntropyThreshold(t)) for t in thresholds)

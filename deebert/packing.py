@@ -1,0 +1,173 @@
+"""Packed sequences: many sequences laid end to end, with no padding between them.
+
+A `SequenceLayout` says where each sequence lies; `PackedTokens` adds token ids. Both keep the lengths on
+the host, where scheduling happens, and `cu_seqlens` on the device, where attention reads it, so that
+nobody waits for the device to learn a shape. Knows nothing of models, tokenizers or exits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SequenceLayout:
+    """Where each of N packed sequences lies among `total_tokens` rows."""
+
+    lengths: IntArray
+    """(N,) int64, on the host; every length is at least 1."""
+    cu_seqlens: Tensor
+    """(N + 1,) int32, on the device: sequence i is rows ``cu_seqlens[i]:cu_seqlens[i + 1]``."""
+
+    @classmethod
+    def of(cls, lengths: npt.ArrayLike, device: torch.device | str = "cpu") -> SequenceLayout:
+        """The layout of sequences with these lengths, in this order."""
+        array = np.asarray(lengths, dtype=np.int64)
+        offsets = torch.from_numpy(_offsets(array).astype(np.int32))
+        return cls(lengths=array, cu_seqlens=offsets.to(device, non_blocking=True))
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @cached_property
+    def offsets(self) -> IntArray:
+        """(N + 1,) int64: `cu_seqlens` on the host."""
+        return _offsets(self.lengths)
+
+    @property
+    def total_tokens(self) -> int:
+        """Σ of the lengths."""
+        return int(self.offsets[-1])
+
+    @cached_property
+    def squared_tokens(self) -> int:
+        """Σ of the squared lengths: what attention costs."""
+        return int(np.square(self.lengths).sum())
+
+    @cached_property
+    def max_seqlen(self) -> int:
+        """The longest sequence; 0 when there is none."""
+        return int(self.lengths.max(initial=0))
+
+    @cached_property
+    def runs(self) -> tuple[tuple[int, int, int], ...]:
+        """Maximal runs of neighbours of equal length: (first sequence, number of sequences, length).
+
+        A run is a dense (number, length, …) tensor without a copy.
+        """
+        if not len(self.lengths):
+            return ()
+        first = np.concatenate(([0], np.flatnonzero(np.diff(self.lengths)) + 1))
+        count = np.diff(np.append(first, len(self.lengths)))
+        return tuple(zip(first.tolist(), count.tolist(), self.lengths[first].tolist(), strict=True))
+
+    def token_index(self, sequences: IntArray) -> IntArray:
+        """Row numbers of the tokens of `sequences` (indices), in the order given; (T',) int64."""
+        lengths = self.lengths[sequences]
+        ends = np.cumsum(lengths)
+        shift = self.offsets[sequences] - (ends - lengths)
+        return np.repeat(shift, lengths) + np.arange(int(lengths.sum()))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PackedTokens:
+    """Token ids of N sequences, end to end."""
+
+    input_ids: Tensor
+    """(total_tokens,) int32."""
+    token_type_ids: Tensor | None
+    """(total_tokens,) int32, or None where the model has one segment only (all zeros)."""
+    layout: SequenceLayout
+
+    @classmethod
+    def pack(
+        cls, sequences: Sequence[Sequence[int]], token_type_ids: Sequence[Sequence[int]] | None = None
+    ) -> PackedTokens:
+        """Pack lists of token ids. For small inputs: large ones come packed from the tokenizer."""
+        return cls(
+            input_ids=_flat(sequences),
+            token_type_ids=None if token_type_ids is None else _flat(token_type_ids),
+            layout=SequenceLayout.of([len(s) for s in sequences]),
+        )
+
+    def __len__(self) -> int:
+        return len(self.layout)
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        """(N + 1,) int32."""
+        return self.layout.cu_seqlens
+
+    @property
+    def max_seqlen(self) -> int:
+        """The longest sequence, in tokens."""
+        return self.layout.max_seqlen
+
+    def take(self, sequences: npt.ArrayLike) -> PackedTokens:
+        """The sequences with these indices, in this order (a copy)."""
+        chosen = np.asarray(sequences, dtype=np.int64)
+        device = self.input_ids.device
+        index = torch.from_numpy(self.layout.token_index(chosen)).to(device)
+        return PackedTokens(
+            input_ids=self.input_ids.index_select(0, index),
+            token_type_ids=None
+            if self.token_type_ids is None
+            else self.token_type_ids.index_select(0, index),
+            layout=SequenceLayout.of(self.layout.lengths[chosen], device),
+        )
+
+    def slice(self, start: int, stop: int) -> PackedTokens:
+        """Sequences `start`..`stop` (exclusive), sharing memory with this one."""
+        rows = slice(int(self.layout.offsets[start]), int(self.layout.offsets[stop]))
+        return PackedTokens(
+            input_ids=self.input_ids[rows],
+            token_type_ids=None if self.token_type_ids is None else self.token_type_ids[rows],
+            layout=SequenceLayout.of(self.layout.lengths[start:stop], self.input_ids.device),
+        )
+
+    def sequence(self, i: int) -> PackedTokens:
+        """Sequence `i` alone."""
+        return self.slice(i, i + 1)
+
+    @staticmethod
+    def concat(parts: Sequence[PackedTokens]) -> PackedTokens:
+        """All sequences of `parts`, in order. Parts with and without token types do not mix."""
+        if len(parts) == 1:
+            return parts[0]
+        types = [p.token_type_ids for p in parts if p.token_type_ids is not None]
+        if types and len(types) != len(parts):
+            raise ValueError("some parts have token_type_ids and others have none: tokenize them alike")
+        return PackedTokens(
+            input_ids=torch.cat([p.input_ids for p in parts]),
+            token_type_ids=torch.cat(types) if types else None,
+            layout=SequenceLayout.of(
+                np.concatenate([p.layout.lengths for p in parts]), parts[0].input_ids.device
+            ),
+        )
+
+    def to(self, device: torch.device | str) -> PackedTokens:
+        """The same on `device`; copies are asynchronous."""
+        move = {"device": device, "non_blocking": True}
+        return PackedTokens(
+            input_ids=self.input_ids.to(**move),
+            token_type_ids=None if self.token_type_ids is None else self.token_type_ids.to(**move),
+            layout=SequenceLayout(lengths=self.layout.lengths, cu_seqlens=self.cu_seqlens.to(**move)),
+        )
+
+
+def _offsets(lengths: IntArray) -> IntArray:
+    return np.concatenate((np.zeros(1, np.int64), np.cumsum(lengths)))
+
+
+def _flat(sequences: Sequence[Sequence[int]]) -> Tensor:
+    arrays = [np.asarray(s, dtype=np.int32) for s in sequences]
+    return torch.from_numpy(np.concatenate(arrays) if arrays else np.zeros(0, np.int32))

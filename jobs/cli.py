@@ -1,0 +1,74 @@
+"""`deebert VERB`: finds the verb's module and turns errors into exit codes.
+
+Exit codes: 0 done, 1 the run failed (the same command resumes), 2 misuse, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from deebert.errors import CheckpointError, DeeBertError, PolicyError
+from pipeline.errors import UsageError
+
+VERBS = {
+    "train": "fine-tune a DeeBERT model from a backbone",
+    "evaluate": "score every off-ramp and sweep thresholds on a labelled set",
+    "classify": "classify a corpus on Ray into Parquet",
+    "stream": "classify stdin to stdout, each sample the moment it exits",
+    "report": "what a run cost and saved, as a table and an HTML page",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The console script."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0
+    if words[0] == "--version":
+        from deebert.version import __version__
+
+        print(__version__)
+        return 0
+    verb, *rest = words
+    if verb not in VERBS:
+        print(f"deebert: unknown verb {verb!r}; choose one of {', '.join(VERBS)}", file=sys.stderr)
+        return 2
+    return run(verb, rest, prog=f"deebert {verb}")
+
+
+def run(verb: str, argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
+    """Run one verb: what `python -m jobs.VERB` and `deebert VERB` share."""
+    words = sys.argv[1:] if argv is None else argv
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    for noisy in ("httpx", "datasets", "fsspec", "matplotlib", "fontTools"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        return int(import_module(f"jobs.{verb}").execute(words, prog=prog or f"python -m jobs.{verb}"))
+    except (UsageError, CheckpointError, PolicyError) as error:
+        print(f"deebert {verb}: {error}", file=sys.stderr)
+        return 2
+    except DeeBertError as error:
+        print(f"deebert {verb}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"deebert {verb}: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our stdout left: not an error. Keep the interpreter from failing on its last flush.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _usage() -> str:
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {verb:<{width}}  {what}" for verb, what in VERBS.items())
+    return f"usage: deebert VERB [flags]\n\n{verbs}\n\n`deebert VERB --help` lists a verb's flags."
+
+
+if __name__ == "__main__":
+    sys.exit(main())

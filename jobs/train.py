@@ -1,0 +1,145 @@
+"""`deebert train`: a backbone and labelled texts in, a DeeBERT model folder out."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jobs.flags import comma_list, flag, parse_job
+from pipeline.errors import UsageError
+
+if TYPE_CHECKING:
+    from deebert.evaluation import LabelledSequences
+    from deebert.modeling import DeeBertForSequenceClassification
+    from deebert.training import TwoStageConfig
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainJob:
+    """What `deebert train` takes."""
+
+    backbone: str = flag("folder or hub id of a BERT or RoBERTa encoder")
+    data: str = flag(
+        "labelled texts: CSV, TSV, JSONL or Parquet, a saved data set, or hub-id[:configuration]"
+    )
+    text_column: str = flag("column of the text", default="text")
+    text_pair_column: str | None = flag("column of the second segment", default=None)
+    label_column: str = flag("column of the label", default="label")
+    labels: tuple[str, ...] | None = flag(
+        "label names in the order of their ids; found in the data if left out",
+        default=None,
+        parse=comma_list,
+        metavar="A,B",
+    )
+    output: str = flag("model folder to write")
+    off_ramp_pooling: str = flag("what off-ramps read", default="mean", choices=("mean", "cls"))
+    max_length: int = flag("tokens a text is cut to", default=128, parse=int)
+    max_rows: int | None = flag("train on a random sample of this many rows", default=None, parse=int)
+    epochs: float = flag("stage 1: epochs", default=3.0, parse=float)
+    batch_size: int = flag("stage 1: samples per step", default=8, parse=int)
+    learning_rate: float = flag("stage 1: peak learning rate", default=2e-5, parse=float)
+    off_ramp_epochs: float = flag("stage 2: epochs", default=3.0, parse=float)
+    off_ramp_batch_size: int = flag("stage 2: samples per step", default=32, parse=int)
+    off_ramp_learning_rate: float = flag("stage 2: peak learning rate", default=5e-4, parse=float)
+    precision: str = flag(
+        "auto is bfloat16 where the hardware has it", default="auto", choices=("auto", "float32", "bfloat16")
+    )
+    seed: int = flag("random seed", default=42, parse=int)
+    overwrite: bool = flag("replace an existing model folder", default=False)
+
+
+def execute(argv: Sequence[str], *, prog: str) -> int:
+    """Parse and train."""
+    train(
+        parse_job(
+            TrainJob, argv, prog=prog, description="Fine-tune a DeeBERT model, two-stage as in the paper."
+        )
+    )
+    return 0
+
+
+def train(job: TrainJob) -> DeeBertForSequenceClassification:
+    """Fine-tune as `job` says and write the model folder."""
+    output = Path(job.output)
+    if output.exists() and any(output.iterdir()) and not job.overwrite:
+        raise UsageError(f"the model folder {job.output!r} exists: choose another or give --overwrite")
+    # Heavy imports come after the checks that need none of them.
+    from transformers import AutoTokenizer, set_seed
+
+    from deebert.modeling import DeeBertForSequenceClassification
+    from deebert.training import check_labels, train_backbone, train_off_ramps
+    from jobs.labelled import load_labelled
+    from pipeline.tokenization import TextTokenizer
+
+    texts = load_labelled(
+        job.data,
+        text_column=job.text_column,
+        text_pair_column=job.text_pair_column,
+        label_column=job.label_column,
+        names=job.labels,
+    )
+    set_seed(job.seed)
+    model = DeeBertForSequenceClassification.from_backbone(
+        job.backbone,
+        labels=list(texts.names),
+        off_ramp_pooling=job.off_ramp_pooling,  # type: ignore[arg-type]  # one of the flag's choices
+        max_seq_length=job.max_length,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(job.backbone)
+    data = _sample(texts.tokenized(TextTokenizer(tokenizer, max_length=job.max_length)), job)
+    check_labels(data, len(texts.names))
+    recipe = _recipe(job)
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as work:
+        train_backbone(model, tokenizer, data, recipe, Path(work))
+    middle = time.monotonic()
+    train_off_ramps(model, data, recipe)
+    log.info(
+        "trained on %d rows: stage 1 took %.0f s, stage 2 %.0f s",
+        len(data),
+        middle - started,
+        time.monotonic() - middle,
+    )
+    output.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    log.info("wrote %s", output)
+    return model
+
+
+def _sample(data: LabelledSequences, job: TrainJob) -> LabelledSequences:
+    import numpy as np
+
+    if job.max_rows is None or job.max_rows >= len(data):
+        return data
+    return data.take(np.random.default_rng(job.seed).permutation(len(data))[: job.max_rows])
+
+
+def _recipe(job: TrainJob) -> TwoStageConfig:
+    from deebert.precision import resolve_precision
+    from deebert.training import StageConfig, TwoStageConfig
+
+    return TwoStageConfig(
+        stage_1=StageConfig(epochs=job.epochs, batch_size=job.batch_size, learning_rate=job.learning_rate),
+        stage_2=StageConfig(
+            epochs=job.off_ramp_epochs,
+            batch_size=job.off_ramp_batch_size,
+            learning_rate=job.off_ramp_learning_rate,
+        ),
+        seed=job.seed,
+        bf16=resolve_precision(job.precision) == "bfloat16",
+    )
+
+
+if __name__ == "__main__":
+    from jobs.cli import run
+
+    sys.exit(run("train"))

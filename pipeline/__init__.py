@@ -1,0 +1,1 @@
+"""Parquet, JSONL, CSV or text in, early-exit predictions out: the streaming batch-inference pipeline."""

@@ -1,0 +1,122 @@
+"""The engine: text tokens in, answers out, each in the step in which its sample leaves.
+
+`submit` hands over samples, `step` runs one micro-batch through one segment of layers and returns who left.
+Survivors wait in the buffer of their next layer until, with survivors of other micro-batches, they fill one
+again: that is regrouping, and why early exits save time in batches at all. Pure torch: knows nothing of
+Ray, Arrow, files or text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from deebert.encoder import PackedEncoder
+from deebert.exit_policy import ExitPolicy
+from deebert.packing import PackedTokens
+from pipeline.engine.batch import SampleBatch
+from pipeline.engine.layer_buffer import LayerBuffer
+from pipeline.engine.runner import Exits, Runner
+from pipeline.engine.scheduler import next_layer
+from pipeline.engine.stats import EngineStats, StatsCounter
+from pipeline.errors import InvariantError
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How the engine groups samples."""
+
+    micro_batch_tokens: int = 2048
+    """Most tokens in one micro-batch; no sample may be longer."""
+
+
+class Engine:
+    """Runs samples through a model's layers with early exits and regrouping.
+
+    Not thread-safe: one thread submits and steps.
+    """
+
+    def __init__(
+        self, encoder: PackedEncoder, policy: ExitPolicy, config: EngineConfig | None = None
+    ) -> None:
+        self._config = config or EngineConfig()
+        self._runner = Runner(encoder, policy)
+        budget = self._config.micro_batch_tokens
+        self._buffers = {first: LayerBuffer(budget) for first in self._runner.segments}
+        self._stats = StatsCounter(encoder.num_layers)
+        self._in_flight = 0
+
+    @property
+    def in_flight(self) -> int:
+        """Samples submitted that have not left yet."""
+        return self._in_flight
+
+    @property
+    def wants_input(self) -> bool:
+        """Whether less than a micro-batch waits to be admitted: submit now, or the device may idle."""
+        return not self._buffers[0].is_full
+
+    @property
+    def stats(self) -> EngineStats:
+        """Work done so far."""
+        return self._stats.snapshot()
+
+    @property
+    def peak_buffer_tokens(self) -> dict[int, int]:
+        """The most tokens that ever waited before each layer (1-based; admission, layer 1, is the caller's)."""
+        return {layer + 1: buffer.peak_tokens for layer, buffer in self._buffers.items()}
+
+    def submit(self, sample_ids: npt.NDArray[np.int64], tokens: PackedTokens) -> None:
+        """Hand over samples; they start with the next steps.
+
+        Args:
+            sample_ids: (N,) int64, one per sample, returned with its answer.
+            tokens: N sequences on the host.
+
+        Raises:
+            ValueError: a sample is longer than a micro-batch, or ids and sequences differ in number.
+        """
+        if len(sample_ids) != len(tokens):
+            raise ValueError(f"{len(sample_ids)} ids for {len(tokens)} sequences: give one id per sequence")
+        if tokens.max_seqlen > self._config.micro_batch_tokens:
+            raise ValueError(
+                f"a sample has {tokens.max_seqlen} tokens but a micro-batch takes "
+                f"{self._config.micro_batch_tokens}: raise micro_batch_tokens or truncate"
+            )
+        self._buffers[0].put(SampleBatch.from_tokens(sample_ids, tokens))
+        self._in_flight += len(sample_ids)
+
+    def step(self, *, drain: bool = False) -> Exits | None:
+        """Run one micro-batch through one segment of layers.
+
+        Args:
+            drain: run a partly filled micro-batch when no full one waits, because no more input is at hand.
+
+        Returns:
+            Who left in this step (maybe nobody), or None when there was nothing to run.
+
+        Raises:
+            InvariantError: samples were lost or doubled.
+        """
+        layer = next_layer(self._buffers, drain=drain)
+        if layer is None:
+            return None
+        exits, survivors = self._runner.run(layer, self._buffers[layer].take(), self._stats)
+        if survivors is not None:
+            self._buffers[self._runner.segments[layer] + 1].put(survivors)
+        self._in_flight -= len(exits)
+        self._check_conservation()
+        return exits
+
+    def drain(self) -> Iterator[Exits]:
+        """Step until every sample has left."""
+        while (exits := self.step(drain=True)) is not None:
+            yield exits
+
+    def _check_conservation(self) -> None:
+        waiting = sum(map(len, self._buffers.values()))
+        if waiting != self._in_flight:
+            raise InvariantError(f"{self._in_flight} samples are in flight but {waiting} wait in buffers")

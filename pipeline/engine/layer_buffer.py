@@ -1,0 +1,70 @@
+"""A queue of samples that wait to enter a layer, counted in tokens.
+
+First in, first out, so that no sample starves. Knows nothing of the other layers.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+import numpy as np
+
+from pipeline.engine.batch import SampleBatch
+
+
+class LayerBuffer:
+    """Samples waiting before one layer.
+
+    A buffer that is only filled while it is not full, by at most one micro-batch at a time, never holds two
+    micro-batches of tokens: the scheduler's rule, and what bounds the engine's memory.
+    """
+
+    def __init__(self, micro_batch_tokens: int) -> None:
+        self._micro_batch_tokens = micro_batch_tokens
+        self._chunks: deque[SampleBatch] = deque()
+        self._taken = 0  # samples of the first chunk that have left already
+        self.tokens = 0
+        self.samples = 0
+        self.peak_tokens = 0
+
+    def __len__(self) -> int:
+        return self.samples
+
+    @property
+    def is_full(self) -> bool:
+        """Whether a whole micro-batch waits."""
+        return self.tokens >= self._micro_batch_tokens
+
+    def put(self, batch: SampleBatch) -> None:
+        """Append samples."""
+        if not len(batch):
+            return
+        self._chunks.append(batch)
+        self.samples += len(batch)
+        self.tokens += batch.layout.total_tokens
+        self.peak_tokens = max(self.peak_tokens, self.tokens)
+
+    def take(self) -> SampleBatch:
+        """Remove the oldest samples that fit into one micro-batch, shortest first."""
+        parts: list[SampleBatch] = []
+        room = self._micro_batch_tokens
+        while self._chunks and (part := self._take_from_first_chunk(room)) is not None:
+            parts.append(part)
+            room -= part.layout.total_tokens
+        batch = SampleBatch.concat(parts).sorted_by_length()
+        self.samples -= len(batch)
+        self.tokens -= batch.layout.total_tokens
+        return batch
+
+    def _take_from_first_chunk(self, room: int) -> SampleBatch | None:
+        chunk, start = self._chunks[0], self._taken
+        offsets = chunk.layout.offsets
+        stop = int(np.searchsorted(offsets, offsets[start] + room, side="right")) - 1
+        if stop == start:
+            return None
+        if stop == len(chunk):
+            self._chunks.popleft()
+            self._taken = 0
+        else:
+            self._taken = stop
+        return chunk.slice(start, stop)

@@ -1,0 +1,113 @@
+"""Runs one micro-batch through one segment of layers and asks the policy who leaves.
+
+A segment is a stretch of layers that ends with an off-ramp that can fire, or with the last layer: inside it
+nobody can leave, so nothing is regrouped and no off-ramp is computed. The only part of the engine that
+touches the model. Knows nothing of buffers or of what runs next.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from deebert.encoder import PackedEncoder
+from deebert.exit_policy import ExitPolicy, entropy
+from deebert.packing import IntArray
+from pipeline.engine.batch import SampleBatch
+from pipeline.engine.stats import StatsCounter
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Exits:
+    """Samples that left in one step, all after the same layer. Arrays are on the host."""
+
+    sample_ids: IntArray
+    """(K,) int64."""
+    exit_layer: int
+    """1-based."""
+    logits: npt.NDArray[np.float32]
+    """(K, C), of the off-ramp that answered."""
+    entropy: npt.NDArray[np.float32]
+    """(K,), nats."""
+
+    def __len__(self) -> int:
+        return len(self.sample_ids)
+
+
+class Runner:
+    """The model and the policy, as segments."""
+
+    def __init__(self, encoder: PackedEncoder, policy: ExitPolicy) -> None:
+        self._encoder = encoder
+        self._policy = policy
+        self.segments = _segments(encoder, policy)
+        """Last layer of each segment by its first, both 0-based, shallowest first."""
+
+    @torch.inference_mode()
+    def run(self, first: int, batch: SampleBatch, stats: StatsCounter) -> tuple[Exits, SampleBatch | None]:
+        """Run the segment that begins with layer `first` (0-based).
+
+        Args:
+            first: one of `segments`.
+            batch: token ids when `first` is 0, else states.
+            stats: counts the work.
+
+        Returns:
+            The samples that leave, and the survivors, None when there are none.
+        """
+        if first == 0:
+            batch = self._embed(batch, stats)
+        started = time.perf_counter()
+        last, layout, (states,) = self.segments[first], batch.layout, batch.token_rows
+        for index in range(first, last + 1):
+            states = self._encoder.layer(index, states, layout)
+        logits = self._encoder.off_ramp(last, states, layout)
+        after = SampleBatch(sample_ids=batch.sample_ids, layout=layout, token_rows=(states,))
+        exits, survivors = self._split(last + 1, after, logits)
+        stats.count_layers(
+            first,
+            last,
+            samples=len(batch),
+            tokens=layout.total_tokens,
+            squared_tokens=layout.squared_tokens,
+            seconds=time.perf_counter() - started,
+        )
+        return exits, survivors
+
+    def _embed(self, batch: SampleBatch, stats: StatsCounter) -> SampleBatch:
+        started = time.perf_counter()
+        tokens = batch.to_tokens().to(self._encoder.device)
+        states = self._encoder.embed(tokens)
+        stats.count_embedding(time.perf_counter() - started)
+        return SampleBatch(sample_ids=batch.sample_ids, layout=tokens.layout, token_rows=(states,))
+
+    def _split(self, layer: int, batch: SampleBatch, logits: Tensor) -> tuple[Exits, SampleBatch | None]:
+        """Who leaves after `layer` (1-based), and who goes on."""
+        surprise = entropy(logits)
+        if layer == self._encoder.num_layers:
+            return _exits(layer, batch.sample_ids, logits, surprise), None
+        leaves = self._policy.fires(layer, logits, surprise)
+        chosen = leaves.cpu().numpy()  # the step's one wait for the device
+        if not chosen.any():
+            return _exits(layer, batch.sample_ids[:0], logits[:0], surprise[:0]), batch
+        exits = _exits(layer, batch.sample_ids[chosen], logits[leaves], surprise[leaves])
+        return exits, None if chosen.all() else batch.take(np.flatnonzero(~chosen))
+
+
+def _segments(encoder: PackedEncoder, policy: ExitPolicy) -> dict[int, int]:
+    """First -> last layer of each segment, 0-based."""
+    n = encoder.num_layers
+    ends = [layer for layer in encoder.off_ramp_layers if layer == n or policy.can_fire(layer)]
+    firsts = [0, *sorted(ends)[:-1]]
+    return {first: end - 1 for first, end in zip(firsts, sorted(ends), strict=True)}
+
+
+def _exits(layer: int, sample_ids: IntArray, logits: Tensor, surprise: Tensor) -> Exits:
+    return Exits(
+        sample_ids=sample_ids, exit_layer=layer, logits=logits.cpu().numpy(), entropy=surprise.cpu().numpy()
+    )

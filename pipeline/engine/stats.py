@@ -1,0 +1,120 @@
+"""What the engine counts: samples, tokens, steps and seconds per layer.
+
+Counters are plain sums, so that statistics of engines, shards and runs add up. Knows nothing of FLOPs or
+money: `deebert.cost` turns counted work into cost.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineStats:
+    """Work done so far. Every tuple has one entry per transformer layer; entry 0 is layer 1."""
+
+    steps: tuple[int, ...]
+    """Micro-batches run through the layer."""
+    samples: tuple[int, ...]
+    """Samples run through the layer."""
+    tokens: tuple[int, ...]
+    """Tokens run through the layer."""
+    squared_tokens: tuple[int, ...]
+    """Σ (sequence length)² of the samples run through the layer: what attention costs."""
+    off_ramp_samples: tuple[int, ...]
+    """Samples for which the layer's off-ramp (layer n: the final classifier) was computed."""
+    seconds: tuple[float, ...]
+    """Seconds spent in the layer and its off-ramp, decision and regrouping included."""
+    embedding_seconds: float
+    """Seconds spent in the embeddings."""
+
+    @classmethod
+    def zero(cls, num_layers: int) -> EngineStats:
+        """No work yet, for a model of `num_layers` layers."""
+        none = (0,) * num_layers
+        return cls(
+            steps=none,
+            samples=none,
+            tokens=none,
+            squared_tokens=none,
+            off_ramp_samples=none,
+            seconds=(0.0,) * num_layers,
+            embedding_seconds=0.0,
+        )
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> EngineStats:
+        """The inverse of `to_dict`."""
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    def __add__(self, other: EngineStats) -> EngineStats:
+        return self._combine(other, 1)
+
+    def __sub__(self, other: EngineStats) -> EngineStats:
+        return self._combine(other, -1)
+
+    def _combine(self, other: EngineStats, sign: int) -> EngineStats:
+        values: dict[str, Any] = {}
+        for field in fields(self):
+            mine, theirs = getattr(self, field.name), getattr(other, field.name)
+            if isinstance(mine, tuple):
+                values[field.name] = tuple(a + sign * b for a, b in zip(mine, theirs, strict=True))
+            else:
+                values[field.name] = mine + sign * theirs
+        return EngineStats(**values)
+
+    @property
+    def total_seconds(self) -> float:
+        """Seconds of compute, embeddings included."""
+        return sum(self.seconds) + self.embedding_seconds
+
+    @property
+    def layer_tokens(self) -> int:
+        """Σ over layers of tokens run: the unit in which early exit saves."""
+        return sum(self.tokens)
+
+
+class StatsCounter:
+    """The mutable counter behind `EngineStats`; one per engine, touched once per step."""
+
+    def __init__(self, num_layers: int) -> None:
+        self._ints: npt.NDArray[np.int64] = np.zeros((5, num_layers), np.int64)
+        self._seconds: npt.NDArray[np.float64] = np.zeros(num_layers, np.float64)
+        self._embedding_seconds = 0.0
+
+    def count_layers(
+        self, first: int, last: int, *, samples: int, tokens: int, squared_tokens: int, seconds: float
+    ) -> None:
+        """One micro-batch ran through layers `first`..`last` (0-based, inclusive) in `seconds` altogether."""
+        span = slice(first, last + 1)
+        self._ints[0, span] += 1
+        self._ints[1, span] += samples
+        self._ints[2, span] += tokens
+        self._ints[3, span] += squared_tokens
+        self._ints[4, last] += samples
+        self._seconds[span] += seconds / (last + 1 - first)
+
+    def count_embedding(self, seconds: float) -> None:
+        """The embeddings of one micro-batch took `seconds`."""
+        self._embedding_seconds += seconds
+
+    def snapshot(self) -> EngineStats:
+        """The counts so far, immutable."""
+        steps, samples, tokens, squared, ramps = (tuple(row) for row in self._ints.tolist())
+        return EngineStats(
+            steps=steps,
+            samples=samples,
+            tokens=tokens,
+            squared_tokens=squared,
+            off_ramp_samples=ramps,
+            seconds=tuple(self._seconds.tolist()),
+            embedding_seconds=self._embedding_seconds,
+        )

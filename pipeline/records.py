@@ -1,0 +1,210 @@
+"""What a run remembers: one record per committed shard, one per run.
+
+Plain frozen dataclasses that turn into JSON and back. Knows nothing of where they are stored
+(`pipeline.sink`, `pipeline.run`) or how they are shown (`pipeline.report`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pipeline.engine.stats import EngineStats
+
+FORMAT_VERSION = 1
+RunStatus = Literal["running", "succeeded", "failed", "interrupted"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """What makes two runs the same run: an output folder belongs to one identity."""
+
+    model_digest: str
+    """SHA-256 of the model's weights and architecture."""
+    exit_policy: dict[str, Any]
+    """The policy as its JSON form, e.g. ``{"type": "entropy", "thresholds": [0.2, ...]}``."""
+    tokenizer_digest: str
+    """SHA-256 of the tokenizer."""
+    text_columns: tuple[str, ...]
+    """One column, or two for pairs."""
+    max_length: int
+    """Tokens a sequence is truncated to."""
+    precision: str
+    """``float32``, ``bfloat16`` or ``float16``."""
+    digest: str
+    """SHA-256 over all of the above."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRecord:
+    """The model as reports need it."""
+
+    path: str
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    labels: tuple[str, ...]
+    off_ramp_layers: tuple[int, ...]
+    """1-based layers that carry an off-ramp."""
+    off_ramp_pooling: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Totals:
+    """Sums over committed shards. Tuples have one entry per layer; entry 0 is layer 1."""
+
+    shards: int
+    rows: int
+    """Rows written to parts."""
+    bad_rows: int
+    """Rows written to the dead letters."""
+    truncated_rows: int
+    tokens: int
+    """Tokens of all written rows, special tokens included."""
+    squared_tokens: int
+    """Σ (sequence length)² over written rows."""
+    exit_rows: tuple[int, ...]
+    """The exit-layer histogram."""
+    exit_tokens: tuple[int, ...]
+    """Tokens of the rows that left after each layer."""
+    compute: EngineStats
+    """The exit lane's work."""
+    control: EngineStats
+    """The audit lane's work: the control sample run at full depth."""
+    audited_rows: int
+    """Rows that also ran at full depth."""
+    audit_agreements: int
+    """Audited rows whose full-depth label equals the label they left with."""
+    read_seconds: float
+    """Reading and decoding input, summed over shards (overlaps compute)."""
+    tokenize_seconds: float
+    write_seconds: float
+
+    @classmethod
+    def zero(cls, num_layers: int) -> Totals:
+        """No shard committed yet."""
+        none = EngineStats.zero(num_layers)
+        return cls(
+            shards=0,
+            rows=0,
+            bad_rows=0,
+            truncated_rows=0,
+            tokens=0,
+            squared_tokens=0,
+            exit_rows=(0,) * num_layers,
+            exit_tokens=(0,) * num_layers,
+            compute=none,
+            control=none,
+            audited_rows=0,
+            audit_agreements=0,
+            read_seconds=0.0,
+            tokenize_seconds=0.0,
+            write_seconds=0.0,
+        )
+
+    def __add__(self, other: Totals) -> Totals:
+        values: dict[str, Any] = {}
+        for f in dataclasses.fields(self):
+            mine, theirs = getattr(self, f.name), getattr(other, f.name)
+            if isinstance(mine, tuple):
+                values[f.name] = tuple(a + b for a, b in zip(mine, theirs, strict=True))
+            else:
+                values[f.name] = mine + theirs
+        return Totals(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Totals:
+        """The inverse of `to_dict`."""
+        made = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        made["compute"] = EngineStats.from_dict(values["compute"])
+        made["control"] = EngineStats.from_dict(values["control"])
+        return cls(**made)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardRecord:
+    """What the commit of one shard recorded; it also stands in the part's footer."""
+
+    part: str
+    """File name of the part."""
+    source_file: str
+    first_row: int
+    """Index of the shard's first row in its source file, 0-based."""
+    replica: str
+    """Which replica ran it (host and process id)."""
+    finished_at: str
+    """ISO 8601, UTC."""
+    totals: Totals
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ShardRecord:
+        """The inverse of `to_dict`."""
+        return cls(**{**values, "totals": Totals.from_dict(values["totals"])})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """One invocation of the driver on an output folder."""
+
+    started_at: str
+    ended_at: str | None
+    status: RunStatus
+    host: str
+    pid: int
+    replicas: str
+    """As asked for: ``2`` or ``1:4``."""
+    device: str
+    """``cpu`` or the GPU's name."""
+    threads_per_replica: int
+    wall_seconds: float
+    committed_shards: int
+    """Shards that this attempt committed."""
+    committed_rows: int
+    error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """``_deebert/run.json``."""
+
+    status: RunStatus
+    software_version: str
+    identity: Identity
+    model: ModelRecord
+    inputs: tuple[str, ...]
+    planned_shards: int
+    planned_files: int
+    shard_rows: int
+    """The planner's shard size: a folder is planned with one size for ever."""
+    totals: Totals
+    attempts: tuple[Attempt, ...]
+    format_version: int = field(default=FORMAT_VERSION)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> RunRecord:
+        """The inverse of `to_dict`."""
+        identity = {**values["identity"], "text_columns": tuple(values["identity"]["text_columns"])}
+        model = {k: tuple(v) if isinstance(v, list) else v for k, v in values["model"].items()}
+        return cls(
+            **{
+                **values,
+                "identity": Identity(**identity),
+                "model": ModelRecord(**model),
+                "inputs": tuple(values["inputs"]),
+                "totals": Totals.from_dict(values["totals"]),
+                "attempts": tuple(Attempt(**a) for a in values["attempts"]),
+            }
+        )
