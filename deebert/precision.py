@@ -17,21 +17,23 @@ DTYPES: dict[Precision, torch.dtype] = {
 }
 
 
-def resolve_precision(asked: str) -> Precision:
-    """``auto`` is bfloat16 on GPUs and CPUs that multiply it natively, else float32.
+def resolve_precision(asked: str, *, has_gpu: bool | None = None) -> Precision:
+    """``auto`` is bfloat16 on GPUs and on CPUs that multiply it natively, else float32.
+
+    Args:
+        asked: ``auto`` or a precision.
+        has_gpu: whether the work runs on GPUs, perhaps of other machines; None asks this one.
 
     Raises:
         ValueError: neither ``auto`` nor a precision.
     """
     if asked == "auto":
-        return "bfloat16" if _multiplies_bfloat16() else "float32"
+        on_gpu = torch.cuda.is_available() if has_gpu is None else has_gpu
+        return "bfloat16" if on_gpu or _cpu_multiplies_bfloat16() else "float32"
     if asked not in DTYPES:
         raise ValueError(f"unknown precision {asked!r}: choose auto, {', '.join(DTYPES)}")
     return asked  # type: ignore[return-value]
 
 
-def _multiplies_bfloat16() -> bool:
-    if torch.cuda.is_available():
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    cpu = torch.cpu
-    return bool(cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported())
+def _cpu_multiplies_bfloat16() -> bool:
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

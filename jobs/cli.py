@@ -45,6 +45,8 @@ def run(verb: str, argv: Sequence[str] | None = None, *, prog: str | None = None
     """Run one verb: what `python -m jobs.VERB` and `deebert VERB` share."""
     words = sys.argv[1:] if argv is None else argv
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    # A library's bars would overwrite ours; `train` turns them on again where there is a terminal.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     for noisy in ("httpx", "datasets", "fsspec", "matplotlib", "fontTools"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:

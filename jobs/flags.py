@@ -1,4 +1,4 @@
-"""Command lines from dataclasses: each field is a flag and a key of ``--config job.yaml``.
+"""Command lines from dataclasses: each `pipeline.config.flag` field is a flag and a ``--config`` key.
 
 Flags given on the command line win over the file, the file over the defaults. Misuse raises `UsageError`
 (one sentence); nothing here knows what a verb does.
@@ -15,39 +15,13 @@ from typing import Any, NoReturn, TypeVar
 
 import yaml
 
+from pipeline.config import comma_list, flag
 from pipeline.errors import UsageError
+
+__all__ = ["comma_list", "flag", "parse_job"]
 
 Job = TypeVar("Job")
 _REQUIRED = dataclasses.MISSING
-
-
-def flag(
-    help: str,  # argparse's own word
-    *,
-    default: Any = _REQUIRED,
-    parse: Callable[[str], Any] = str,
-    metavar: str | None = None,
-    several: bool = False,
-    choices: Sequence[str] | None = None,
-) -> Any:
-    """A dataclass field that is a flag.
-
-    Args:
-        help: one line for ``--help``.
-        default: value when neither flag nor file gives one; without it the flag is required. False makes a
-            switch.
-        parse: from the command line's text to the value; a ValueError's message is shown.
-        metavar: placeholder in ``--help``.
-        several: takes one or more values, as a tuple.
-        choices: the only values allowed.
-    """
-    metadata = {"help": help, "parse": parse, "metavar": metavar, "several": several, "choices": choices}
-    return dataclasses.field(default=default, metadata=metadata)
-
-
-def comma_list(text: str) -> tuple[str, ...]:
-    """``a,b`` -> ("a", "b")."""
-    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 class _Parser(argparse.ArgumentParser):

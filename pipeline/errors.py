@@ -4,6 +4,7 @@ DeeBertError
 └── PipelineError
     ├── UsageError         found before any actor starts; exit code 2
     │   └── InputError     an input that is missing, unreadable or lacks a column
+    ├── ReadError          a shard's file could not be read: names the file and why
     ├── RunFailed          the run ended with shards missing; exit code 1, the same command resumes
     └── InvariantError     a broken promise of ours (rows not conserved, a buffer over its bound)
 """
@@ -21,6 +22,10 @@ class UsageError(PipelineError):
 
 class InputError(UsageError):
     """An input that is missing, unreadable, or lacks a column."""
+
+
+class ReadError(PipelineError):
+    """A shard's file could not be read: names the file and why."""
 
 
 class RunFailed(PipelineError):

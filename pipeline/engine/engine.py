@@ -55,6 +55,11 @@ class Engine:
         return self._in_flight
 
     @property
+    def waiting_tokens(self) -> int:
+        """Tokens submitted that no layer has seen."""
+        return self._buffers[0].tokens
+
+    @property
     def wants_input(self) -> bool:
         """Whether less than a micro-batch waits to be admitted: submit now, or the device may idle."""
         return not self._buffers[0].is_full

@@ -1,0 +1,73 @@
+"""`deebert stream`: stdin in, one JSON object a line out, each the moment its sample exits. No Ray."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jobs.flags import flag, parse_job
+from pipeline.config import Thresholds, positive, thresholds
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamJob:
+    """What `deebert stream` takes."""
+
+    model: str = flag("folder or hub id of a DeeBERT model")
+    entropy_threshold: Thresholds | None = flag(
+        "nats below which a sample leaves: one, one per layer, or none for full depth; "
+        "left out, the model's own operating point",
+        default=None,
+        parse=thresholds,
+        metavar="S",
+    )
+    text_column: str = flag("field of the text in JSON lines", default="text")
+    text_pair_column: str | None = flag("field of the second text of a pair", default=None)
+    id_column: str = flag("field that names the sample", default="id")
+    max_length: int | None = flag(
+        "tokens a text is cut to; left out, what the model was trained with", default=None, parse=positive
+    )
+    micro_batch_tokens: int = flag("most tokens in a micro-batch", default=2048, parse=positive)
+    precision: str = flag(
+        "auto is bfloat16 where the hardware multiplies it natively, else float32",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+
+
+def execute(argv: Sequence[str], *, prog: str) -> int:
+    """Parse and stream until stdin ends or stdout closes."""
+    job = parse_job(
+        StreamJob,
+        argv,
+        prog=prog,
+        description="Classify lines of text or JSON objects from stdin; answers leave in order of exit.",
+    )
+    import torch
+
+    from deebert.checkpoint import load_checkpoint
+    from deebert.precision import resolve_precision
+    from pipeline.planning import resolve_policy
+    from pipeline.stream import StreamConfig, stream
+
+    checkpoint = load_checkpoint(job.model)
+    config = StreamConfig(
+        text_column=job.text_column,
+        text_pair_column=job.text_pair_column,
+        id_column=job.id_column,
+        max_length=job.max_length,
+        micro_batch_tokens=job.micro_batch_tokens,
+        precision=resolve_precision(job.precision),
+        device="cuda" if torch.cuda.is_available() else "cpu",
+    )
+    stream(
+        checkpoint, resolve_policy(job.entropy_threshold, checkpoint), sys.stdin.buffer, sys.stdout, config
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    from jobs.cli import run
+
+    sys.exit(run("stream"))

@@ -1,0 +1,122 @@
+"""The Ray that a run works on: an existing cluster, or one of its own on this machine.
+
+Knows nothing of shards or models.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import ray
+
+from pipeline.config import Replicas
+from pipeline.errors import UsageError
+
+# Unix sockets have paths of at most 107 bytes, and Ray's are long below its temporary folder.
+_LONGEST_TEMP_DIR = 40
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """How many replicas, on what."""
+
+    replicas: Replicas
+    device: str
+    """``cuda`` or ``cpu``."""
+    threads: int
+    """CPU threads per replica."""
+
+    @property
+    def num_gpus(self) -> int:
+        """GPUs that a replica reserves."""
+        return 1 if self.device == "cuda" else 0
+
+
+class RaySession:
+    """Connects or starts Ray when first needed, and stops what it started."""
+
+    def __init__(self, address: str | None = None) -> None:
+        self._address = address or os.environ.get("RAY_ADDRESS")
+        self._temp_dir: str | None = None
+        self._mine = False
+
+    def __enter__(self) -> Self:
+        # An existing cluster says before anything is planned whether there are GPUs; a local Ray, which
+        # takes seconds to start, waits until there is work to do.
+        if self._address and not ray.is_initialized():
+            self._connect(self._address)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._mine:
+            ray.shutdown()
+        if self._temp_dir is not None:
+            shutil.rmtree(self._temp_dir, ignore_errors=True)
+
+    def start(self) -> None:
+        """Make sure that Ray runs."""
+        if ray.is_initialized():
+            return
+        folder = tempfile.gettempdir()
+        self._temp_dir = tempfile.mkdtemp(
+            prefix="deebert-", dir=folder if len(folder) <= _LONGEST_TEMP_DIR else "/tmp"
+        )
+        # A local Ray is nobody else's: loopback only, no dashboard, and no token left in the home folder.
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        # Its C++ side writes to our stderr: warnings about Ray Data's own actors, at every start.
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _temp_dir=self._temp_dir,
+            _node_ip_address="127.0.0.1",
+        )
+        self._mine = True
+
+    @property
+    def has_gpu(self) -> bool:
+        """Whether replicas run on GPUs."""
+        return self._count("GPU") > 0
+
+    def placement(self, replicas: Replicas | None, threads: int | None) -> Placement:
+        """How many replicas on what, where the caller leaves it open: one per GPU, else one per core.
+
+        On CPUs, replicas of one thread beat one replica of many: threads wait for each other in every
+        product, replicas never.
+        """
+        gpus, cores = int(self._count("GPU")), max(1, int(self._count("CPU")))
+        chosen = replicas or Replicas(*(2 * (gpus or cores,)))
+        return Placement(
+            replicas=chosen,
+            device="cuda" if gpus else "cpu",
+            threads=threads or max(1, cores // chosen.most),
+        )
+
+    def _connect(self, address: str) -> None:
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UsageError(
+                f"cannot reach the Ray cluster {address!r} ({reason}): check --ray-address, or leave it out"
+            ) from error
+        self._mine = True
+
+    def _count(self, resource: str) -> float:
+        if ray.is_initialized():
+            return float(ray.cluster_resources().get(resource, 0))
+        if resource == "CPU":
+            return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        import torch
+
+        return torch.cuda.device_count()

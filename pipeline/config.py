@@ -1,0 +1,160 @@
+"""What a classification run is asked to do: one dataclass for Python, the command line and job files.
+
+Each field is described once, by `flag`; `jobs.flags` turns the same fields into flags and YAML keys. Values
+that depend on the machine or the model (``auto``) are settled by `pipeline.run`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Thresholds = float | tuple[float | None, ...]
+
+
+def flag(
+    help: str,  # argparse's own word
+    *,
+    default: Any = dataclasses.MISSING,
+    parse: Callable[[str], Any] = str,
+    metavar: str | None = None,
+    several: bool = False,
+    choices: Sequence[str] | None = None,
+) -> Any:
+    """A dataclass field that is also a command-line flag and a job-file key.
+
+    Args:
+        help: one line for ``--help``.
+        default: value when neither flag nor file gives one; without it the flag is required. False makes a
+            switch.
+        parse: from text to the value; a ValueError's message is shown.
+        metavar: placeholder in ``--help``.
+        several: takes one or more values, as a tuple.
+        choices: the only values allowed.
+    """
+    metadata = {"help": help, "parse": parse, "metavar": metavar, "several": several, "choices": choices}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def comma_list(text: str) -> tuple[str, ...]:
+    """``a,b`` -> ("a", "b")."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def thresholds(text: str) -> Thresholds:
+    """``0.2``, ``none`` (full depth), or one for each layer but the last: ``none,0.1,0.2``."""
+    values = tuple(_threshold(part) for part in comma_list(text))
+    if not values:
+        raise ValueError("give a number of nats, `none`, or a comma-separated list of them")
+    # A single "none" means full depth whatever the model's stored operating point says: below 0 never fires.
+    return (-1.0 if values[0] is None else values[0]) if len(values) == 1 else values
+
+
+def _threshold(text: str) -> float | None:
+    if text.lower() in ("none", "null"):
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is not a number of nats") from None
+
+
+@dataclass(frozen=True)
+class Replicas:
+    """How many replicas: a fixed number, or a range for Ray to scale in."""
+
+    least: int
+    most: int
+
+    @classmethod
+    def parse(cls, text: str) -> Replicas | None:
+        """``2``, ``1:4`` or ``auto`` (None: by the machine)."""
+        if text == "auto":
+            return None
+        match = re.fullmatch(r"(\d+)(?::(\d+))?", text)
+        found = cls(int(match[1]), int(match[2] or match[1])) if match else None
+        if found is None or not 1 <= found.least <= found.most:
+            raise ValueError(f"{text!r} is not a number of replicas: write N, MIN:MAX or auto")
+        return found
+
+    def __str__(self) -> str:
+        return str(self.least) if self.least == self.most else f"{self.least}:{self.most}"
+
+
+def positive(text: str) -> int:
+    """A whole number above 0."""
+    value = int(text)
+    if value < 1:
+        raise ValueError(f"{text!r} is not a whole number above 0")
+    return value
+
+
+def share(text: str) -> float:
+    """A number from 0 to 1."""
+    value = float(text)
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{text!r} is not a share between 0 and 1")
+    return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifyConfig:
+    """What `classify` takes. The docstrings of the fields are the flags' help."""
+
+    model: str = flag("folder or hub id of a DeeBERT model")
+    input: tuple[str, ...] = flag(
+        "files, folders, globs or URLs: Parquet, JSONL, CSV, text (gzip, zstd), saved data sets",
+        several=True,
+        metavar="PATH",
+    )
+    output: str = flag("folder or URL for the parts; one folder belongs to one model and policy")
+    text_column: str = flag("column to classify", default="text")
+    text_pair_column: str | None = flag("second text of a pair", default=None)
+    id_column: str | None = flag("column copied to row_id; else source_file:source_row", default=None)
+    keep_columns: tuple[str, ...] = flag(
+        "columns copied to the output", default=(), parse=comma_list, metavar="C,C"
+    )
+    entropy_threshold: Thresholds | None = flag(
+        "nats below which a sample leaves: one, one per layer, or none for full depth; "
+        "left out, the model's own operating point",
+        default=None,
+        parse=thresholds,
+        metavar="S",
+    )
+    replicas: Replicas | None = flag(
+        "N, MIN:MAX or auto", default=None, parse=Replicas.parse, metavar="N|MIN:MAX"
+    )
+    threads: int | None = flag(
+        "CPU threads per replica; left out, the cores are shared out", default=None, parse=positive
+    )
+    micro_batch_tokens: int = flag("most tokens in a micro-batch", default=2048, parse=positive)
+    max_length: int | None = flag(
+        "tokens a text is cut to; left out, what the model was trained with", default=None, parse=positive
+    )
+    precision: str = flag(
+        "auto is bfloat16 where the hardware multiplies it natively, else float32",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    shard_rows: int = flag("rows per shard: the unit of work, commit and retry", default=4096, parse=positive)
+    control: float = flag(
+        "share of rows that also run at full depth, to measure the saving", default=0.0, parse=share
+    )
+    probabilities: bool = flag("also write every label's probability", default=False)
+    max_bad_rows: int | None = flag(
+        "fail when more rows than this cannot be classified; left out, 0.1 % of them, at least 100",
+        default=None,
+        parse=int,
+    )
+    on_changed: str = flag(
+        "what to do with an input file that changed since it was classified",
+        default="refuse",
+        choices=("refuse", "redo"),
+    )
+    overwrite: bool = flag("discard what another run left in the output", default=False)
+    ray_address: str | None = flag(
+        "an existing Ray cluster; left out, RAY_ADDRESS, else a local Ray for this run", default=None
+    )

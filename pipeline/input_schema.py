@@ -1,0 +1,220 @@
+"""What columns the input has: checked before anything runs, so that every shard decodes alike.
+
+Reads footers, headers and the first block of files; never a whole file. Knows nothing of shards.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.errors import InputError
+from pipeline.inputs import InputFile
+from pipeline.opening import arrow_schema, head, open_parquet, refusing
+
+FIRST_BLOCK_BYTES = 1 << 20
+OTHER_BLOCK_BYTES = 1 << 16
+_MAX_BLOCK_BYTES = 1 << 26
+_MAX_CONNECTIONS = 16
+
+Columns = Mapping[str, Any]
+"""Column name -> Arrow type; the null type where no value was seen."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputSchema:
+    """The columns that every shard of a run decodes to."""
+
+    text_columns: tuple[str, ...]
+    """The columns that are classified: strings in every file."""
+    kept: pa.Schema
+    """Id and kept columns with one type each, in the order asked for, whichever file a row is from."""
+
+
+def check_columns(
+    files: Sequence[InputFile], text_columns: Sequence[str], other_columns: Sequence[str]
+) -> InputSchema:
+    """Check that every file has the columns, with one type; `other_columns` are ids and kept columns.
+
+    Types of JSON lines come from the first block (a column without values there is a string); CSV
+    columns are strings; a text file has the one column ``text``. Dictionaries, views and large strings
+    are kept as plain strings. Raises InputError.
+    """
+    first_jsonl = next((file for file in files if file.format == "jsonl" and file.size_bytes), None)
+
+    def probe(file: InputFile) -> Columns | None:
+        with refusing(file):
+            return _columns(file, FIRST_BLOCK_BYTES if file is first_jsonl else OTHER_BLOCK_BYTES)
+
+    with ThreadPoolExecutor(_MAX_CONNECTIONS) as pool:
+        probes = list(zip(files, pool.map(probe, files), strict=True))
+    known = [(file, columns) for file, columns in probes if columns is not None]
+    for file, columns in known:
+        _require(file, columns, text_columns)
+        if file.format != "jsonl" or file is first_jsonl:  # elsewhere an absent JSON field is a null
+            _require(file, columns, other_columns)
+        for name in text_columns:
+            _require_text(file, name, columns[name])
+    kept = [pa.field(name, _agreed_type(known, name)) for name in dict.fromkeys(other_columns)]
+    return InputSchema(text_columns=tuple(text_columns), kept=pa.schema(kept))
+
+
+def _require(file: InputFile, columns: Columns, names: Sequence[str]) -> None:
+    for name in names:
+        if name not in columns:
+            existing = ", ".join(columns) or "none"
+            raise InputError(f"{file.path} has no column {name!r}; its columns are: {existing}")
+
+
+def _require_text(file: InputFile, name: str, type_: Any) -> None:
+    plain = plain_type(type_)
+    if not (pa.types.is_string(plain) or (pa.types.is_null(type_) and file.format == "jsonl")):
+        raise InputError(f"column {name!r} of {file.path} is {type_}; a text column must hold strings")
+
+
+def _agreed_type(probes: Sequence[tuple[InputFile, Columns]], name: str) -> Any:
+    """The type of a kept column in the first file that shows one; the others must have the same."""
+    agreed, first_file = pa.null(), None
+    for file, columns in probes:
+        type_ = plain_type(columns.get(name, pa.null()))
+        if first_file is None and not pa.types.is_null(type_):
+            agreed, first_file = type_, file
+        elif first_file and not _fits(file, type_, agreed):
+            raise InputError(
+                f"column {name!r} is {agreed} in {first_file.path} but {type_} in {file.path}; "
+                "classify them in separate runs, or do not keep the column"
+            )
+    return _settled(agreed)
+
+
+def _fits(file: InputFile, type_: Any, agreed: Any) -> bool:
+    if file.format == "jsonl":  # a block may not show the whole type
+        return _widens(type_, agreed)
+    return bool(type_ == agreed or pa.types.is_null(type_))
+
+
+def _settled(type_: Any) -> Any:
+    """The type with strings where no value told a type."""
+    if pa.types.is_null(type_):
+        return pa.string()
+    if pa.types.is_list(type_):
+        return pa.list_(_settled(type_.value_type))
+    if pa.types.is_struct(type_):
+        fields = [type_.field(index) for index in range(type_.num_fields)]
+        # Parquet has no struct without fields; its JSON text is kept.
+        return (
+            pa.struct([field.with_type(_settled(field.type)) for field in fields]) if fields else pa.string()
+        )
+    return type_
+
+
+def plain_type(type_: Any) -> Any:
+    """The type a column is decoded to: no dictionary, view, large string or extension."""
+    if pa.types.is_dictionary(type_):
+        return plain_type(type_.value_type)
+    if isinstance(type_, pa.BaseExtensionType):
+        return plain_type(type_.storage_type)
+    if pa.types.is_large_string(type_) or pa.types.is_string_view(type_):
+        return pa.string()
+    if pa.types.is_large_binary(type_) or pa.types.is_binary_view(type_):
+        return pa.binary()
+    return type_
+
+
+def _widens(inferred: Any, agreed: Any) -> bool:
+    """Whether values that a JSON block showed as `inferred` can be read as `agreed`."""
+    if inferred == agreed or pa.types.is_null(inferred):
+        return True
+    if pa.types.is_struct(inferred) and pa.types.is_struct(agreed):
+        shared = [agreed.field(i).name for i in range(agreed.num_fields)]
+        pairs = [
+            (inferred.field(n).type, agreed.field(n).type) for n in shared if inferred.get_field_index(n) >= 0
+        ]
+        return all(_widens(one, other) for one, other in pairs)
+    if pa.types.is_list(inferred) and pa.types.is_list(agreed):
+        return _widens(inferred.value_type, agreed.value_type)
+    return bool(pa.types.is_integer(inferred) and pa.types.is_floating(agreed))
+
+
+def _columns(file: InputFile, block_bytes: int) -> Columns | None:
+    """The columns of a file; None for one without rows to tell them from."""
+    match file.format:
+        case "parquet":
+            with open_parquet(file) as parquet:
+                return _named_once(file, parquet.schema_arrow)
+        case "arrow":
+            return _named_once(file, arrow_schema(file))
+        case "csv":
+            return _csv_columns(file, block_bytes)
+        case "jsonl":
+            return _jsonl_columns(file, block_bytes)
+        case "text":
+            return {"text": pa.string()}
+
+
+def _named_once(file: InputFile, schema: Any) -> Columns:
+    columns = {field.name: field.type for field in schema}
+    if len(columns) < len(schema):
+        raise InputError(f"{file.path} has two columns of one name among: {', '.join(schema.names)}")
+    return columns
+
+
+def _csv_columns(file: InputFile, block_bytes: int) -> Columns | None:
+    text = head(file, block_bytes)[0].decode("utf-8-sig", errors="replace")
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=csv_delimiter(file))
+    header = next((row for row in rows if row), None)
+    if header is None:
+        return None
+    return _named_once(file, pa.schema([(name, pa.string()) for name in header]))
+
+
+def csv_delimiter(file: InputFile) -> str:
+    """A tab for ``.tsv`` (compressed or not), else a comma."""
+    return "\t" if ".tsv" in file.path.lower()[-len(".tsv.zst") :] else ","
+
+
+def _jsonl_columns(file: InputFile, block_bytes: int) -> Columns | None:
+    block = _whole_lines(file, block_bytes).removeprefix(b"\xef\xbb\xbf")
+    opening = block.lstrip()[:1].decode(errors="replace")
+    if opening == "[" or block.lstrip().split(b"\n", 1)[0].strip() == b"{":
+        kind = "one JSON array" if opening == "[" else "JSON over several lines"
+        raise InputError(f"{file.path} holds {kind}; write one JSON object per line")
+    records = [record for line in block.split(b"\n") if (record := _json_object(line)) is not None]
+    if not records:
+        return None
+    names = dict.fromkeys(name for record in records for name in record)
+    return {name: _inferred([record.get(name) for record in records]) for name in names}
+
+
+def _whole_lines(file: InputFile, block_bytes: int) -> bytes:
+    """The first block, cut after its last whole line, however long the first line is."""
+    while True:
+        block, stored_bytes = head(file, block_bytes)
+        if stored_bytes >= file.size_bytes:
+            return block
+        if b"\n" in block or block_bytes >= _MAX_BLOCK_BYTES:
+            return block[: block.rfind(b"\n") + 1]
+        block_bytes *= 4
+
+
+def _json_object(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _inferred(values: list[Any]) -> Any:
+    """The Arrow type of JSON values; values of several kinds are kept as their JSON text."""
+    try:
+        return pa.array(values).type
+    except (pa.ArrowException, ValueError, TypeError, OverflowError):
+        return pa.string()

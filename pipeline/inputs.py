@@ -1,0 +1,246 @@
+"""Input paths -> input files: which files there are, in which format, and in which state.
+
+A path is a file, a folder, a glob or any fsspec URL. Knows nothing of what is inside the files
+(`pipeline.input_schema`), how they are cut into shards (`pipeline.shards`) or read (`pipeline.source`).
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from pipeline.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+Format = Literal["parquet", "arrow", "jsonl", "csv", "text"]
+Compression = Literal["gzip", "zstd"]
+
+FORMATS: Mapping[str, Format] = {
+    ".parquet": "parquet",
+    ".pq": "parquet",
+    ".arrow": "arrow",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".txt": "text",
+    ".text": "text",
+}
+COMPRESSIONS: Mapping[str, Compression] = {".gz": "gzip", ".zst": "zstd"}
+KNOWN_SUFFIXES = f"{', '.join(FORMATS)}; all but Parquet and Arrow also with {' or '.join(COMPRESSIONS)}"
+
+_HIDDEN = ("_", ".")
+
+# What stores call the mark that changes with a file's content, most trustworthy first.
+_VERSION_KEYS = ("mtime_ns", "ETag", "etag", "md5Hash", "LastModified", "last_modified", "mtime", "created")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputFile:
+    """One file of the input, as it was when it was discovered."""
+
+    path: str
+    """Absolute local path, or URL."""
+    format: Format
+    """How the content is written, by suffix."""
+    compression: Compression | None
+    """How the whole file is compressed; None for Parquet and Arrow, which compress inside."""
+    size_bytes: int
+    """Size as stored (compressed)."""
+    fingerprint: str
+    """Size and modification time or etag: another fingerprint means that the content may have changed."""
+
+
+def discover(paths: Sequence[str]) -> tuple[InputFile, ...]:
+    """The files behind `paths`, each once, sorted by path.
+
+    Folders are searched recursively; names that begin with ``_`` or ``.`` are ignored, as Spark and
+    pyarrow do. Folders saved by `datasets` (one data set or a dict of splits) give their Arrow files.
+    """
+    if not all(paths) or not paths:
+        raise InputError("an input path is missing; give a file, folder, glob or URL")
+    found = {file.path: file for path in paths for file in _expand(path)}
+    return tuple(found[path] for path in sorted(found))
+
+
+def current_fingerprint(file: InputFile) -> str:
+    """The fingerprint of the file as it is now; raises OSError when it is gone."""
+    filesystem, path = locate(file.path)
+    return _fingerprint(_info(filesystem, path))
+
+
+def locate(path: str) -> tuple[Any, str]:
+    """The fsspec file system that holds `path`, and the path as that file system spells it."""
+    if "://" not in path:
+        filesystem = LocalFileSystem()
+        return filesystem, filesystem._strip_protocol(path)
+    try:
+        filesystem, inner_path = fsspec.core.url_to_fs(path)
+    except (ValueError, ImportError) as error:
+        raise InputError(f"input {path} cannot be opened: {error}") from error
+    return filesystem, inner_path
+
+
+def is_local(path: str) -> bool:
+    """Whether an `InputFile.path` is on this machine's file system."""
+    return "://" not in path
+
+
+def _expand(path: str) -> list[InputFile]:
+    filesystem, place = locate(path)
+    try:
+        if filesystem.isdir(place):
+            return _input_files(filesystem, _visible(_walk(filesystem, place), place), place, path)
+        if filesystem.exists(place):
+            return [_explicit_file(filesystem, place)]
+        if glob.has_magic(place):
+            return _matching(filesystem, place, path)
+    except OSError as error:
+        raise InputError(f"input {path} cannot be listed: {error}") from error
+    raise InputError(f"no such input: {path}; give an existing file, folder, glob or URL")
+
+
+def _explicit_file(filesystem: Any, path: str) -> InputFile:
+    file = _input_file(filesystem, path, _info(filesystem, path))
+    if file is None:
+        raise InputError(f"{path} has no suffix that names a format; known are {KNOWN_SUFFIXES}")
+    return file
+
+
+def _matching(filesystem: Any, pattern: str, as_given: str) -> list[InputFile]:
+    files: dict[str, dict[str, Any]] = {}
+    for match in filesystem.glob(pattern):
+        files |= _walk(filesystem, match) if filesystem.isdir(match) else {match: _info(filesystem, match)}
+    if not files:
+        raise InputError(f"no file matches {as_given}; check the pattern")
+    root, wild = _split_pattern(pattern)
+    if any(part.startswith(_HIDDEN) for part in wild):  # then they are meant
+        return _input_files(filesystem, files, root, as_given)
+    return _input_files(filesystem, _visible(files, root), root, as_given)
+
+
+def _split_pattern(pattern: str) -> tuple[str, list[str]]:
+    """The folders before the first wildcard, as one path, and the parts from there on."""
+    parts = pattern.split("/")
+    first = next(index for index, part in enumerate(parts) if glob.has_magic(part))
+    return "/".join(parts[:first]), parts[first:]
+
+
+def _visible(files: Mapping[str, dict[str, Any]], root: str) -> dict[str, dict[str, Any]]:
+    """The files without those that have a hidden name on the way from `root`."""
+    return {
+        path: info
+        for path, info in files.items()
+        if not any(part.startswith(_HIDDEN) for part in path.removeprefix(root).split("/"))
+    }
+
+
+def _input_files(
+    filesystem: Any, files: Mapping[str, dict[str, Any]], root: str, as_given: str
+) -> list[InputFile]:
+    """Those of the files found in a folder or by a glob that hold data in a known format."""
+    data = _without_bookkeeping(filesystem, files)
+    known = [file for path, info in data.items() if (file := _input_file(filesystem, path, info))]
+    if len(known) < len(data):
+        logger.info("skipped %d files of unknown format in %s", len(data) - len(known), root)
+    if not known:
+        raise InputError(f"{as_given} holds no file with a known suffix; known are {KNOWN_SUFFIXES}")
+    return known
+
+
+def _without_bookkeeping(filesystem: Any, files: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Drop what `datasets` writes beside its data: JSON notes and cached transformations."""
+    folders = [path.removesuffix("/state.json") for path in files if path.endswith("/state.json")]
+    data_files = {
+        folder: _saved_data_files(filesystem, f"{folder}/state.json")
+        for folder in folders
+        if f"{folder}/dataset_info.json" in files
+    }
+    wanted = {}
+    for path, info in files.items():
+        folder, _, name = path.rpartition("/")
+        if name in data_files.get(folder, {name}) and name != "dataset_dict.json":
+            wanted[path] = info
+    return wanted
+
+
+def _saved_data_files(filesystem: Any, state_path: str) -> set[str]:
+    try:
+        state = json.loads(filesystem.cat_file(state_path))
+        return {entry["filename"] for entry in state["_data_files"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{state_path} is not the state of a saved data set; save it again") from error
+
+
+def _walk(filesystem: Any, folder: str) -> dict[str, dict[str, Any]]:
+    if isinstance(filesystem, LocalFileSystem):
+        return _walk_local(folder)
+    return {
+        path: info for path, info in filesystem.find(folder, detail=True).items() if info["type"] == "file"
+    }
+
+
+def _walk_local(folder: str) -> dict[str, dict[str, Any]]:
+    """Like `find`, but into linked folders too, each real folder once (so that loops end)."""
+    files: dict[str, dict[str, Any]] = {}
+    entered: set[Path] = set()
+    for here, subfolders, names in os.walk(folder, followlinks=True):
+        if (real := Path(here).resolve()) in entered:
+            subfolders.clear()
+            continue
+        entered.add(real)
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith(_HIDDEN))
+        paths = [Path(here, name) for name in names]
+        files |= {str(path): _local_info(path) for path in paths if path.is_file()}
+    return files
+
+
+def _info(filesystem: Any, path: str) -> dict[str, Any]:
+    if isinstance(filesystem, LocalFileSystem):
+        return _local_info(Path(path))
+    info: dict[str, Any] = filesystem.info(path)
+    return info
+
+
+def _local_info(path: Path) -> dict[str, Any]:
+    status = path.stat()
+    return {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
+
+
+def _input_file(filesystem: Any, path: str, info: dict[str, Any]) -> InputFile | None:
+    format_, compression = _format_of(PurePosixPath(path).name)
+    if format_ is None:
+        return None
+    return InputFile(
+        path=path if isinstance(filesystem, LocalFileSystem) else filesystem.unstrip_protocol(path),
+        format=format_,
+        compression=compression,
+        size_bytes=int(info["size"] or 0),
+        fingerprint=_fingerprint(info),
+    )
+
+
+def _format_of(name: str) -> tuple[Format | None, Compression | None]:
+    suffixes = PurePosixPath(name.lower()).suffixes or [""]
+    compression = COMPRESSIONS.get(suffixes[-1])
+    format_ = FORMATS.get(suffixes[-1] if compression is None else "".join(suffixes[-2:-1]))
+    if compression and format_ in ("parquet", "arrow"):
+        return None, None
+    return format_, compression
+
+
+def _fingerprint(info: Mapping[str, Any]) -> str:
+    version = next((str(info[key]) for key in _VERSION_KEYS if info.get(key) is not None), "")
+    return f"{info['size']}-{hashlib.sha256(version.encode()).hexdigest()[:16]}"

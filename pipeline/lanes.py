@@ -1,0 +1,228 @@
+"""One thread that runs the engines, fed by many threads that read and tokenize.
+
+The exit lane classifies every row; the audit lane runs a control sample of the same rows at full depth, so
+that the saving is measured on the same machine, in the same minutes, in micro-batches of the same size.
+Knows nothing of files, Arrow or Ray.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import numpy.typing as npt
+
+from deebert.encoder import PackedEncoder
+from deebert.exit_policy import FULL_DEPTH, ExitPolicy
+from deebert.packing import IntArray, PackedTokens
+from pipeline.engine import Engine, EngineConfig, EngineStats, Exits
+from pipeline.schema import NOT_AUDITED
+
+_ROW_BITS = 32
+_ROW_MASK = (1 << _ROW_BITS) - 1
+# Input queued ahead of the exit lane, in micro-batches: enough that reading never makes it wait.
+_QUEUED_MICRO_BATCHES = 16
+# How long a partly filled micro-batch waits for a thread that is still reading before it runs as it is.
+_PATIENCE_SECONDS = 0.05
+_REPORT_SECONDS = 0.5
+
+ProgressCallback = Callable[[int, int], None]
+"""Called with rows and Σ exit layers since the last call."""
+
+
+class Submission:
+    """N rows in the lanes, and their answers as they come."""
+
+    def __init__(self, tokens: PackedTokens, audited: npt.NDArray[np.bool_], num_labels: int) -> None:
+        rows = len(tokens)
+        self.tokens = tokens
+        self.audited = audited
+        self.prediction = np.zeros(rows, np.int32)
+        self.exit_layer = np.zeros(rows, np.int16)
+        self.entropy = np.zeros(rows, np.float32)
+        self.probabilities = np.zeros((rows, num_labels), np.float32)
+        self.audit_prediction = np.full(rows, NOT_AUDITED, np.int32)
+        self._outstanding = rows + int(audited.sum())
+        self._done = threading.Event()
+        self._error: BaseException | None = None
+        if not rows:
+            self._done.set()
+
+    def wait(self) -> None:
+        """Block until every row has its answer.
+
+        Raises:
+            Exception: whatever stopped the lanes.
+        """
+        self._done.wait()
+        if self._error is not None:
+            raise self._error
+
+    def fail(self, error: BaseException) -> None:
+        """Give up waiting."""
+        self._error = error
+        self._done.set()
+
+    def answer(self, rows: IntArray, exits: Exits, chosen: npt.NDArray[np.bool_], *, audit: bool) -> bool:
+        """Take the answers of `rows`; True when that was the last of them."""
+        logits = exits.logits[chosen]
+        if audit:
+            self.audit_prediction[rows] = logits.argmax(axis=1)
+        else:
+            self.prediction[rows] = logits.argmax(axis=1)
+            self.exit_layer[rows] = exits.exit_layer
+            self.entropy[rows] = exits.entropy[chosen]
+            self.probabilities[rows] = _softmax(logits)
+        self._outstanding -= len(rows)
+        if self._outstanding == 0:
+            self._done.set()
+        return self._outstanding == 0
+
+
+class Lanes:
+    """The exit lane and the audit lane of one replica, on one thread."""
+
+    def __init__(
+        self,
+        encoder: PackedEncoder,
+        policy: ExitPolicy,
+        config: EngineConfig,
+        *,
+        on_progress: ProgressCallback = lambda rows, exit_layers: None,
+    ) -> None:
+        self._exit_lane = Engine(encoder, policy, config)
+        self._audit_lane = Engine(encoder, FULL_DEPTH, config)
+        self._num_labels = encoder.num_labels
+        self._most_queued_tokens = _QUEUED_MICRO_BATCHES * config.micro_batch_tokens
+        self._on_progress = on_progress
+        self._changed = threading.Condition()
+        self._arrived: deque[tuple[int, Submission]] = deque()
+        self._open: dict[int, Submission] = {}
+        self._next_slot = 0
+        self._queued_tokens = 0  # submitted, not yet admitted to layer 1
+        self._feeders = 0
+        self._error: BaseException | None = None
+        self._unreported = [0, 0]
+        self._last_report = time.monotonic()
+        self._reported_stats = (self._exit_lane.stats, self._audit_lane.stats)
+        threading.Thread(target=self._run, name="lanes", daemon=True).start()
+
+    @contextmanager
+    def feeding(self) -> Iterator[None]:
+        """While a thread is in here, more input is expected: partly filled micro-batches wait for it."""
+        with self._changed:
+            self._feeders += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._feeders -= 1
+                self._changed.notify_all()
+
+    def submit(self, tokens: PackedTokens, audited: npt.NDArray[np.bool_]) -> Submission:
+        """Hand over rows; blocks while enough input is queued.
+
+        Args:
+            tokens: N sequences.
+            audited: (N,) which of them also run at full depth.
+        """
+        submission = Submission(tokens, audited, self._num_labels)
+        if not len(tokens):
+            return submission
+        with self._changed:
+            self._changed.wait_for(lambda: self._queued_tokens < self._most_queued_tokens or self._error)
+            if self._error is not None:
+                raise self._error
+            self._arrived.append((self._next_slot, submission))
+            self._open[self._next_slot] = submission
+            self._next_slot += 1
+            self._queued_tokens += tokens.layout.total_tokens
+            self._changed.notify_all()
+        return submission
+
+    def take_stats(self) -> tuple[EngineStats, EngineStats]:
+        """Work of the exit lane and of the audit lane since the last call."""
+        with self._changed:
+            now = (self._exit_lane.stats, self._audit_lane.stats)
+            before, self._reported_stats = self._reported_stats, now
+        return now[0] - before[0], now[1] - before[1]
+
+    def _run(self) -> None:
+        try:
+            while True:
+                self._admit()
+                self._step()
+        except BaseException as error:  # the threads that wait must hear of it, whatever it is
+            with self._changed:
+                self._error = error
+                for submission in self._open.values():
+                    submission.fail(error)
+                self._changed.notify_all()
+
+    def _admit(self) -> None:
+        """Hand what has arrived to the engines; sleep while there is nothing at all to do."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._arrived or self._open)
+            arrived = list(self._arrived)
+            self._arrived.clear()
+        for slot, submission in arrived:
+            # Shortest first: neighbours of equal length share attention calls all the way down.
+            order = np.argsort(submission.tokens.layout.lengths, kind="stable")
+            ids = (slot << _ROW_BITS) | order
+            self._exit_lane.submit(ids, submission.tokens.take(order))
+            control = order[submission.audited[order]]
+            if len(control):
+                self._audit_lane.submit((slot << _ROW_BITS) | control, submission.tokens.take(control))
+
+    def _step(self) -> None:
+        # The control sample is small: served first, it never piles up and never waits for the end.
+        if (exits := self._audit_lane.step()) is not None:
+            return self._deliver(exits, audit=True)
+        if (exits := self._exit_lane.step()) is not None:
+            return self._deliver(exits, audit=False)
+        if self._more_input_soon():
+            return None
+        if (exits := self._exit_lane.step(drain=True)) is not None:
+            return self._deliver(exits, audit=False)
+        if (exits := self._audit_lane.step(drain=True)) is not None:
+            return self._deliver(exits, audit=True)
+        return None
+
+    def _more_input_soon(self) -> bool:
+        with self._changed:
+            if self._arrived:
+                return True
+            if not self._feeders:
+                return False
+            return bool(self._changed.wait_for(lambda: self._arrived, timeout=_PATIENCE_SECONDS))
+
+    def _deliver(self, exits: Exits, *, audit: bool) -> None:
+        if not audit:
+            self._count(exits)
+        slots, rows = exits.sample_ids >> _ROW_BITS, exits.sample_ids & _ROW_MASK
+        for slot in np.unique(slots).tolist():
+            chosen = slots == slot
+            if self._open[slot].answer(rows[chosen], exits, chosen, audit=audit):
+                del self._open[slot]
+
+    def _count(self, exits: Exits) -> None:
+        with self._changed:
+            self._queued_tokens = self._exit_lane.waiting_tokens + sum(
+                s.tokens.layout.total_tokens for _, s in self._arrived
+            )
+            self._changed.notify_all()
+        self._unreported[0] += len(exits)
+        self._unreported[1] += len(exits) * exits.exit_layer
+        now = time.monotonic()
+        if now - self._last_report >= _REPORT_SECONDS or not self._exit_lane.in_flight:
+            self._on_progress(*self._unreported)
+            self._unreported, self._last_report = [0, 0], now
+
+
+def _softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return np.asarray(exponentials / exponentials.sum(axis=1, keepdims=True), np.float32)

@@ -1,0 +1,106 @@
+"""Opening input files: local ones on the native path, URLs through fsspec, compressed or not.
+
+Knows how to get at bytes and Arrow batches; not what the columns mean or which rows are good.
+"""
+
+from __future__ import annotations
+
+import io
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import zstandard
+
+from pipeline.errors import InputError
+from pipeline.inputs import InputFile, is_local, locate
+
+PARQUET_BUFFER_BYTES = 4 << 20
+_MAX_HEAD_BYTES = 8 << 20  # of decompressed content, however well it is compressed
+
+READ_FAILURES = (pa.ArrowException, OSError, EOFError, zlib.error, zstandard.ZstdError)
+"""What the libraries below raise for a file that is missing, broken or not what its suffix says."""
+
+
+def open_file(file: InputFile) -> Any:
+    """The stored bytes as a seekable `pyarrow.NativeFile`."""
+    if is_local(file.path):
+        return pa.OSFile(file.path)
+    filesystem, path = locate(file.path)
+    return pa.PythonFile(filesystem.open(path, "rb"), mode="r")
+
+
+def open_stream(file: InputFile) -> Any:
+    """The content, decompressed, as a `pyarrow.NativeFile` to read from front to back."""
+    stored = open_file(file)
+    return stored if file.compression is None else pa.CompressedInputStream(stored, file.compression)
+
+
+def open_parquet(file: InputFile) -> Any:
+    """A `pyarrow.parquet.ParquetFile` that holds a few buffers, not whole column chunks, in memory."""
+    return pq.ParquetFile(open_file(file), buffer_size=PARQUET_BUFFER_BYTES, pre_buffer=False)
+
+
+def arrow_schema(file: InputFile) -> Any:
+    """The schema of an Arrow file, of the stream or the file kind."""
+    return _arrow_reader(file, None).schema
+
+
+def arrow_batches(file: InputFile, *, only_field: int | None = None) -> Iterator[Any]:
+    """The record batches of an Arrow file; local ones are memory-mapped, not read."""
+    reader = _arrow_reader(file, only_field)
+    if isinstance(reader, pa.ipc.RecordBatchFileReader):
+        yield from map(reader.get_batch, range(reader.num_record_batches))
+    else:
+        yield from reader
+
+
+def _arrow_reader(file: InputFile, only_field: int | None) -> Any:
+    source = pa.memory_map(file.path) if is_local(file.path) else open_file(file)
+    options = pa.ipc.IpcReadOptions(included_fields=None if only_field is None else [only_field])
+    is_file_kind = source.read(6) == b"ARROW1"  # `datasets` writes the stream kind, which has no magic
+    source.seek(0)
+    return (pa.ipc.open_file if is_file_kind else pa.ipc.open_stream)(source, options=options)
+
+
+def head(file: InputFile, num_bytes: int) -> tuple[bytes, int]:
+    """The beginning of the content, and how many stored bytes it came from.
+
+    At most `num_bytes` stored bytes are read. What they decompress to may end in mid-line.
+    """
+    with refusing(file), open_file(file) as stored:
+        raw = stored.read(num_bytes)
+        if file.compression == "gzip":
+            return _gzip_head(raw)
+        if file.compression == "zstd":
+            return _zstd_head(raw)
+        return raw, len(raw)
+
+
+def _gzip_head(raw: bytes) -> tuple[bytes, int]:
+    inflate = zlib.decompressobj(wbits=31)
+    data = inflate.decompress(raw, _MAX_HEAD_BYTES)
+    return data, len(raw) - len(inflate.unconsumed_tail) - len(inflate.unused_data)
+
+
+def _zstd_head(raw: bytes) -> tuple[bytes, int]:
+    stored = io.BytesIO(raw)
+    reader = zstandard.ZstdDecompressor().stream_reader(stored, read_size=1 << 16, read_across_frames=True)
+    return reader.read(_MAX_HEAD_BYTES), stored.tell()
+
+
+@contextmanager
+def refusing(file: InputFile) -> Iterator[None]:
+    """Turn failures to read a file before the run starts into one sentence."""
+    try:
+        yield
+    except READ_FAILURES as error:
+        raise InputError(f"{file.path} cannot be read as {file.format}: {first_line(error)}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, without the lines that follow."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

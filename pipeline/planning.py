@@ -1,0 +1,205 @@
+"""Everything that can be known before an actor starts: what will run, and whether it may.
+
+Resolves `ClassifyConfig` against the model, the inputs and the output, and refuses what cannot be meant.
+Knows nothing of Ray.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from deebert.checkpoint import Checkpoint, load_checkpoint, weights_digest
+from deebert.exit_policy import EntropyThreshold
+from deebert.precision import resolve_precision
+from pipeline.config import ClassifyConfig
+from pipeline.errors import UsageError
+from pipeline.input_schema import InputSchema, check_columns
+from pipeline.inputs import InputFile, discover
+from pipeline.records import Identity, ModelRecord, RunRecord
+from pipeline.schema import RESERVED_COLUMNS
+from pipeline.shards import Shard, parse_part_name, part_name, plan, source_key
+from pipeline.sink import SUCCESS, Output
+from pipeline.tokenization import TextTokenizer
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RunPlan:
+    """A run that may start."""
+
+    config: ClassifyConfig
+    checkpoint: Checkpoint
+    identity: Identity
+    model: ModelRecord
+    files: tuple[InputFile, ...]
+    schema: InputSchema
+    shards: dict[str, Shard]
+    """Every shard of the inputs, by the name of its part."""
+
+    @property
+    def estimated_rows(self) -> int:
+        """Rows of all shards, exact where the format tells."""
+        return sum(shard.estimated_rows for shard in self.shards.values())
+
+
+def make_plan(config: ClassifyConfig, *, has_gpu: bool) -> RunPlan:
+    """Resolve and check a run, the output's earlier content aside.
+
+    Raises:
+        UsageError, CheckpointError, PolicyError: the run cannot be meant as given.
+    """
+    output = Output(config.output)
+    files = _inputs(config, output)
+    schema = check_columns(files, _text_columns(config), _other_columns(config))
+    checkpoint = load_checkpoint(config.model)
+    identity = _identity(config, checkpoint, has_gpu=has_gpu)
+    shards = plan(files, shard_rows=config.shard_rows)
+    return RunPlan(
+        config=config,
+        checkpoint=checkpoint,
+        identity=identity,
+        model=_model_record(checkpoint),
+        files=files,
+        schema=schema,
+        shards={part_name(shard, identity.digest): shard for shard in shards},
+    )
+
+
+def check_output(run: RunPlan, output: Output, earlier: RunRecord | None) -> set[str]:
+    """The parts that this run's shards have already; refuses an output that holds something else.
+
+    Raises:
+        UsageError: another run's output, another shard size, or an input that changed since.
+    """
+    existing = output.parts()
+    if earlier is None:
+        if existing:
+            raise UsageError(
+                f"the output {output.url!r} holds {len(existing)} parts but no run record: choose another output, "
+                "or discard them with --overwrite"
+            )
+        return set()
+    _check_same_run(run, output, earlier)
+    stale = _stale_parts(run, existing)
+    if stale and run.config.on_changed == "refuse":
+        paths = sorted({path for path in stale.values()})
+        raise UsageError(
+            f"the input {paths[0]!r}{f' and {len(paths) - 1} more' if len(paths) > 1 else ''} changed since it was "
+            f"classified into {output.url!r}: classify it again with --on-changed redo, or choose another output"
+        )
+    if stale:
+        log.info("%d parts belong to inputs that changed: doing them again", len(stale))
+        # Old answers go before new ones come: a kill in between leaves rows missing, never twice.
+        output.remove([SUCCESS, *sorted(stale)])
+    return existing & run.shards.keys()
+
+
+def _stale_parts(run: RunPlan, existing: set[str]) -> dict[str, str]:
+    """Parts of planned input files that are not planned any more, with the file's path."""
+    paths = {source_key(file): file.path for file in run.files}
+    named = {name: parse_part_name(name) for name in existing - run.shards.keys()}
+    return {name: paths[p.source_key] for name, p in named.items() if p is not None and p.source_key in paths}
+
+
+def _check_same_run(run: RunPlan, output: Output, earlier: RunRecord) -> None:
+    if earlier.identity.digest != run.identity.digest:
+        mine, theirs = vars(run.identity), vars(earlier.identity)
+        name = next(key for key in mine if mine[key] != theirs[key])
+        raise UsageError(
+            f"the output {output.url!r} holds another run: its {name.replace('_', ' ')} is {_short(theirs[name])}, "
+            f"this one's is {_short(mine[name])}; choose another output, or discard it with --overwrite"
+        )
+    if earlier.shard_rows != run.config.shard_rows:
+        raise UsageError(
+            f"the output {output.url!r} was begun with --shard-rows {earlier.shard_rows}, which names its parts: "
+            f"go on with that, or start over with --overwrite"
+        )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _inputs(config: ClassifyConfig, output: Output) -> tuple[InputFile, ...]:
+    """The input files, without what earlier runs wrote into an output inside an input folder."""
+    inside = output.path("")
+    files = tuple(file for file in discover(config.input) if not file.path.startswith(inside))
+    if not files:
+        raise UsageError(
+            f"the input {', '.join(config.input)} holds nothing but the output: give the texts' path"
+        )
+    return files
+
+
+def _text_columns(config: ClassifyConfig) -> tuple[str, ...]:
+    return tuple(c for c in (config.text_column, config.text_pair_column) if c is not None)
+
+
+def _other_columns(config: ClassifyConfig) -> tuple[str, ...]:
+    clash = sorted(set(config.keep_columns) & set(RESERVED_COLUMNS))
+    if clash:
+        raise UsageError(f"--keep-columns {clash[0]} is the name of an output column: rename it in the input")
+    wanted = (*((config.id_column,) if config.id_column else ()), *config.keep_columns)
+    return tuple(dict.fromkeys(wanted))
+
+
+def _identity(config: ClassifyConfig, checkpoint: Checkpoint, *, has_gpu: bool) -> Identity:
+    max_length = _max_length(config, checkpoint)
+    tokenizer = TextTokenizer(checkpoint.tokenizer, max_length=max_length)
+    content = {
+        "model_digest": weights_digest(checkpoint.model),
+        "exit_policy": resolve_policy(config.entropy_threshold, checkpoint).to_dict(),
+        "tokenizer_digest": tokenizer.digest(),
+        "text_columns": _text_columns(config),
+        "max_length": max_length,
+        "precision": resolve_precision(config.precision, has_gpu=has_gpu),
+    }
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return Identity(**content, digest=digest)
+
+
+def _max_length(config: ClassifyConfig, checkpoint: Checkpoint) -> int:
+    chosen = config.max_length or checkpoint.default_max_length
+    if chosen > checkpoint.longest_input:
+        raise UsageError(
+            f"--max-length {chosen} is more than the {checkpoint.longest_input} tokens that the model has "
+            "positions for: give at most that"
+        )
+    if chosen > config.micro_batch_tokens:
+        raise UsageError(
+            f"--micro-batch-tokens {config.micro_batch_tokens} cannot hold one text of --max-length {chosen}: "
+            f"give at least {chosen}"
+        )
+    return chosen
+
+
+def resolve_policy(
+    threshold: float | tuple[float | None, ...] | None, checkpoint: Checkpoint
+) -> EntropyThreshold:
+    """The policy asked for, or the model's own operating point.
+
+    Raises:
+        PolicyError: a threshold out of range, or a wrong number of them.
+    """
+    policy = checkpoint.exit_policy if threshold is None else EntropyThreshold(threshold)
+    policy.check(num_labels=len(checkpoint.labels), num_layers=checkpoint.model.config.num_hidden_layers)
+    return policy
+
+
+def _model_record(checkpoint: Checkpoint) -> ModelRecord:
+    config = checkpoint.model.config
+    return ModelRecord(
+        path=checkpoint.path,
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        intermediate_size=int(config.backbone_config.intermediate_size),
+        labels=checkpoint.labels,
+        off_ramp_layers=tuple(config.off_ramp_layers),
+        off_ramp_pooling=config.off_ramp_pooling,
+    )

@@ -1,0 +1,263 @@
+"""Turns a run record into its account: what the run did, what full depth would have been, what that saved.
+
+Arithmetic only. Knows nothing of files or of how numbers are shown. Every quantity that the record cannot
+support is None: nothing is guessed, and what is derived rather than measured says so (`Basis`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from deebert.cost import ModelShape, expected_saving, mean_exit_layer
+from pipeline.engine.stats import EngineStats
+from pipeline.records import Attempt, ModelRecord, RunRecord, Totals
+
+Basis = Literal["measured", "expected"]
+"""``measured``: the control sample ran at full depth and was timed. ``expected``: scaled by FLOPs."""
+
+SECONDS_PER_HOUR = 3600.0
+DOCUMENTS_PER_PRICE = 1_000_000
+NORMAL_QUANTILE_95 = 1.959963984540054
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """How often the label a row left with is the label of full depth."""
+
+    audited_rows: int
+    agreeing_rows: int
+    share: float
+    low: float
+    """Lower end of the 95 % Wilson interval."""
+    high: float
+    """Upper end of the 95 % Wilson interval."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FullDepth:
+    """Compute seconds of the same rows without exits."""
+
+    seconds: float
+    basis: Basis
+    control_rows: int
+    """Rows the measurement rests on; 0 when expected."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Money per million documents for the model's compute; reading, start-up and idle time are not in it."""
+
+    price_per_hour: float
+    """Price of one replica (its machine, or its share of one) for an hour."""
+    currency: str
+    with_exits: float
+    full_depth: float
+    basis: Basis
+    """How `full_depth` is known."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerAccount:
+    """One layer of the model."""
+
+    layer: int
+    """1-based."""
+    has_off_ramp: bool
+    exit_rows: int
+    """Rows that left after this layer."""
+    samples: int
+    """Rows that ran through it."""
+    tokens: int
+    """Tokens that ran through it."""
+    saved_tokens: int
+    """Tokens that full depth would have run through it, and the exits spared."""
+    steps: int
+    """Micro-batches."""
+    seconds: float
+    full_depth_seconds: float | None
+    """What the control sample measured for this layer, scaled to all tokens; None without one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accounting:
+    """The account of a run."""
+
+    rows: int
+    tokens: int
+    mean_exit_layer: float | None
+    layer_work_saved: float | None
+    """1 - mean exit layer / layers (DeeBERT, Eq. 2); every row counts the same, whatever its length."""
+    executed_flops: float
+    """Layers and off-ramps that ran, at the lengths of the rows that ran through them."""
+    full_depth_flops: float
+    """All rows through all layers and the final classifier."""
+    flops_saved: float | None
+    """Share of full-depth FLOPs, 0 to 1."""
+    compute_seconds: float
+    """The exit lane, summed over replicas."""
+    control_seconds: float
+    """The audit lane: what measuring cost; not part of `compute_seconds`."""
+    full_depth: FullDepth | None
+    seconds_saved: float | None
+    """Share of full-depth seconds; negative when exits cost more than they saved. See `full_depth.basis`."""
+    exit_batch_samples: float | None
+    """Mean samples per micro-batch in layer 1 of the exit lane."""
+    control_batch_samples: float | None
+    """Mean samples per micro-batch of the audit lane; a much smaller one makes full depth look slow."""
+    agreement: Agreement | None
+    wall_seconds: float
+    """Summed over attempts."""
+    rows_per_second: float | None
+    """Committed rows per wall second, start-up included."""
+    cost: Cost | None
+    layers: tuple[LayerAccount, ...]
+
+    @property
+    def measured_saving(self) -> float | None:
+        """Share of compute seconds saved, only if full depth was measured."""
+        measured = self.full_depth is not None and self.full_depth.basis == "measured"
+        return self.seconds_saved if measured else None
+
+
+def account(record: RunRecord, *, price_per_hour: float | None = None, currency: str = "$") -> Accounting:
+    """The account of the rows committed so far.
+
+    Args:
+        record: The run; it need not be finished.
+        price_per_hour: Price of one replica for an hour; without it no cost is stated.
+        currency: Shown in front of amounts.
+    """
+    totals, shape = record.totals, _shape(record.model)
+    executed = executed_flops(shape, totals.compute)
+    at_full_depth = full_depth_flops(shape, totals)
+    full_depth = _full_depth(totals, executed, at_full_depth)
+    wall_seconds = sum(attempt.wall_seconds for attempt in record.attempts)
+    has_rows = totals.rows > 0
+    return Accounting(
+        rows=totals.rows,
+        tokens=totals.tokens,
+        mean_exit_layer=mean_exit_layer(totals.exit_rows) if has_rows else None,
+        layer_work_saved=expected_saving(totals.exit_rows) if has_rows else None,
+        executed_flops=executed,
+        full_depth_flops=at_full_depth,
+        flops_saved=_saved_share(executed, at_full_depth),
+        compute_seconds=totals.compute.total_seconds,
+        control_seconds=totals.control.total_seconds,
+        full_depth=full_depth,
+        seconds_saved=_saved_share(totals.compute.total_seconds, full_depth.seconds) if full_depth else None,
+        exit_batch_samples=_batch_samples(totals.compute),
+        control_batch_samples=_batch_samples(totals.control),
+        agreement=_agreement(totals.audited_rows, totals.audit_agreements),
+        wall_seconds=wall_seconds,
+        rows_per_second=_rows_per_second(record.attempts),
+        cost=_cost(totals, full_depth, price_per_hour, currency),
+        layers=_layers(record),
+    )
+
+
+def executed_flops(shape: ModelShape, stats: EngineStats) -> float:
+    """FLOPs of counted work."""
+    layers = zip(stats.tokens, stats.squared_tokens, strict=True)
+    return sum(shape.layer_flops(*layer) for layer in layers) + shape.off_ramp_flops(
+        sum(stats.off_ramp_samples)
+    )
+
+
+def full_depth_flops(shape: ModelShape, totals: Totals) -> float:
+    """FLOPs of all written rows through all layers and the final classifier."""
+    layer = shape.layer_flops(totals.tokens, totals.squared_tokens)
+    return shape.num_layers * layer + shape.off_ramp_flops(totals.rows)
+
+
+def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
+    """95 % confidence interval of a proportion; sound near 0 and 1 and for few trials."""
+    share, z2 = successes / trials, NORMAL_QUANTILE_95**2
+    centre = (share + z2 / (2 * trials)) / (1 + z2 / trials)
+    spread = math.sqrt(share * (1 - share) / trials + z2 / (4 * trials**2))
+    half = NORMAL_QUANTILE_95 * spread / (1 + z2 / trials)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def _shape(model: ModelRecord) -> ModelShape:
+    return ModelShape(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        intermediate_size=model.intermediate_size,
+        num_labels=len(model.labels),
+    )
+
+
+def _saved_share(spent: float, full: float) -> float | None:
+    return 1.0 - spent / full if full > 0 else None
+
+
+def _control_scale(totals: Totals) -> float | None:
+    """All tokens over control tokens; None when nothing was timed at full depth."""
+    control_tokens = totals.control.tokens[-1]
+    measured = control_tokens > 0 and totals.control.total_seconds > 0
+    return totals.tokens / control_tokens if measured else None
+
+
+def _full_depth(totals: Totals, executed: float, at_full_depth: float) -> FullDepth | None:
+    scale = _control_scale(totals)
+    if scale is not None:
+        seconds, rows = totals.control.total_seconds * scale, totals.control.samples[-1]
+        return FullDepth(seconds=seconds, basis="measured", control_rows=rows)
+    if executed > 0 and totals.compute.total_seconds > 0:
+        seconds = totals.compute.total_seconds * at_full_depth / executed
+        return FullDepth(seconds=seconds, basis="expected", control_rows=0)
+    return None
+
+
+def _batch_samples(stats: EngineStats) -> float | None:
+    return stats.samples[0] / stats.steps[0] if stats.steps[0] else None
+
+
+def _agreement(audited: int, agreeing: int) -> Agreement | None:
+    if audited == 0:
+        return None
+    low, high = wilson_interval(agreeing, audited)
+    return Agreement(
+        audited_rows=audited, agreeing_rows=agreeing, share=agreeing / audited, low=low, high=high
+    )
+
+
+def _rows_per_second(attempts: Sequence[Attempt]) -> float | None:
+    seconds = sum(attempt.wall_seconds for attempt in attempts)
+    return sum(attempt.committed_rows for attempt in attempts) / seconds if seconds > 0 else None
+
+
+def _cost(
+    totals: Totals, full_depth: FullDepth | None, price_per_hour: float | None, currency: str
+) -> Cost | None:
+    if price_per_hour is None or full_depth is None or totals.rows == 0:
+        return None
+    price_per_second = price_per_hour / SECONDS_PER_HOUR * DOCUMENTS_PER_PRICE / totals.rows
+    return Cost(
+        price_per_hour=price_per_hour,
+        currency=currency,
+        with_exits=totals.compute.total_seconds * price_per_second,
+        full_depth=full_depth.seconds * price_per_second,
+        basis=full_depth.basis,
+    )
+
+
+def _layers(record: RunRecord) -> tuple[LayerAccount, ...]:
+    totals, compute, scale = record.totals, record.totals.compute, _control_scale(record.totals)
+    return tuple(
+        LayerAccount(
+            layer=i + 1,
+            has_off_ramp=i + 1 in record.model.off_ramp_layers,
+            exit_rows=totals.exit_rows[i],
+            samples=compute.samples[i],
+            tokens=compute.tokens[i],
+            saved_tokens=totals.tokens - compute.tokens[i],
+            steps=compute.steps[i],
+            seconds=compute.seconds[i],
+            full_depth_seconds=None if scale is None else totals.control.seconds[i] * scale,
+        )
+        for i in range(record.model.num_layers)
+    )

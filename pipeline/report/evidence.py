@@ -1,0 +1,269 @@
+"""Recounts the parts, independently of everything that wrote them, and compares with the run record.
+
+Reads with fastparquet because the pipeline writes with pyarrow: a mistake of the writing library, or of
+ours, shows up here instead of being read back the way it was written. Holds one row group at a time.
+Knows nothing of how findings are shown.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import fsspec
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from fastparquet import ParquetFile
+
+from pipeline.errors import PipelineError
+from pipeline.records import ModelRecord, RunRecord
+
+COLUMNS = ["prediction", "label", "score", "exit_layer", "num_tokens", "truncated", "audit_prediction"]
+SCORE_BINS = 200
+FOOTER_THREADS = 8
+
+Ints = npt.NDArray[np.int64]
+
+
+class EvidenceError(PipelineError):
+    """The parts do not hold what the run recorded, or cannot be read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One quantity on which the parts and the run record disagree."""
+
+    quantity: str
+    recorded: str
+    recounted: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreRange:
+    """Scores of the rows that left after one layer, to 1/200."""
+
+    layer: int
+    """1-based."""
+    rows: int
+    low: float
+    """10th percentile."""
+    median: float
+    high: float
+    """90th percentile."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """What the parts themselves say. Tuples over layers have entry 0 for layer 1."""
+
+    parts: int
+    rows: int
+    tokens: int
+    squared_tokens: int
+    truncated_rows: int
+    exit_rows: tuple[int, ...]
+    exit_tokens: tuple[int, ...]
+    impossible_exit_rows: int
+    """Rows whose exit layer the model does not have."""
+    label_rows: tuple[int, ...]
+    """Rows per label, by the label's name, in the model's order."""
+    unknown_label_rows: int
+    """Rows whose label the model does not have."""
+    mislabelled_rows: int
+    """Rows whose `label` is not the name of their `prediction`."""
+    audited_rows: tuple[int, ...]
+    """Rows that also ran at full depth, per exit layer."""
+    agreeing_rows: tuple[int, ...]
+    """Audited rows whose full-depth answer is their prediction, per exit layer."""
+    score_ranges: tuple[ScoreRange, ...]
+    """Layers after which no row left are absent."""
+    findings: tuple[Finding, ...]
+    """Empty when parts and record agree."""
+
+
+def gather_evidence(paths: Sequence[str], record: RunRecord) -> Evidence:
+    """Reads the needed columns of every part, counts, and compares with `record`.
+
+    Args:
+        paths: Local paths or URLs of the parts.
+        record: The run they belong to.
+
+    Raises:
+        EvidenceError: A part cannot be read.
+    """
+    recount = _Recount(record.model)
+    for path in paths:
+        for frame in _row_groups(path):
+            recount.add(frame)
+    return recount.conclude(len(paths), record)
+
+
+def verify_parts(expected_rows: Mapping[str, int]) -> None:
+    """Count the rows of parts from their footers alone.
+
+    Args:
+        expected_rows: Rows that were committed, by the part's path or URL.
+
+    Raises:
+        EvidenceError: A part is missing or unreadable, or holds another number of rows.
+    """
+    # Footers are small and far away: on object stores, waiting for them one by one is all the time.
+    with ThreadPoolExecutor(FOOTER_THREADS) as pool:
+        counts = pool.map(_footer_rows, expected_rows)
+    for (path, expected), rows in zip(expected_rows.items(), counts, strict=True):
+        if rows != expected:
+            raise EvidenceError(
+                f"the part {path!r} holds {rows:,} rows, but {expected:,} were committed: it was changed; "
+                "delete it and run the same command again"
+            )
+
+
+def _open(path: str) -> Any:
+    fs, plain_path = fsspec.core.url_to_fs(path)
+    try:
+        return ParquetFile(plain_path, fs=fs)
+    except Exception as error:  # fastparquet raises whatever its parser trips over
+        raise EvidenceError(
+            f"the part {path} cannot be read ({type(error).__name__}: {error}): "
+            "delete it and run the same command again, which redoes its shard."
+        ) from error
+
+
+def _footer_rows(path: str) -> int:
+    return int(_open(path).fmd.num_rows)
+
+
+def _row_groups(path: str) -> Iterator[pd.DataFrame]:
+    part = _open(path)
+    missing = [column for column in COLUMNS if column not in part.columns]
+    if missing:
+        raise EvidenceError(f"the part {path} lacks the column {missing[0]}: it is not a part of such a run.")
+    try:
+        yield from part.iter_row_groups(columns=COLUMNS)
+    except Exception as error:  # a damaged page: the footer was sound, the data are not
+        raise EvidenceError(
+            f"the part {path} is damaged ({type(error).__name__}: {error}): "
+            "delete it and run the same command again, which redoes its shard."
+        ) from error
+
+
+class _Recount:
+    """The counters; index 0 of per-layer counters takes exit layers that the model does not have."""
+
+    def __init__(self, model: ModelRecord) -> None:
+        self._model = model
+        size = model.num_layers + 1
+        self._sums: Ints = np.zeros(5, np.int64)  # rows, tokens, squared tokens, truncated, mislabelled
+        self._layers: Ints = np.zeros((4, size), np.int64)  # rows, tokens, audited, agreeing
+        self._labels: Ints = np.zeros(len(model.labels) + 1, np.int64)  # the last one: unknown labels
+        self._scores: Ints = np.zeros((size, SCORE_BINS), np.int64)
+        # A model may give two classes one name: both count under the first.
+        self._index_of_name = {name: i for i, name in reversed(list(enumerate(model.labels)))}
+        self._first_of_class = np.array([self._index_of_name[name] for name in model.labels], np.int64)
+
+    def add(self, frame: pd.DataFrame) -> None:
+        """Counts one row group."""
+        exit_layers, tokens = self._exit_layers(frame), frame["num_tokens"].to_numpy(np.int64)
+        prediction = frame["prediction"].to_numpy(np.int64)
+        labels = self._label_indices(frame)
+        audited = frame["audit_prediction"].notna().to_numpy(bool)
+        agreeing = audited & (frame["audit_prediction"].fillna(-1).to_numpy(np.int64) == prediction)
+        truncated = int(frame["truncated"].to_numpy(bool).sum())
+        mislabelled = int((labels != self._class_labels(prediction)).sum())
+        self._sums += [len(frame), tokens.sum(), (tokens * tokens).sum(), truncated, mislabelled]
+        self._labels += np.bincount(labels, minlength=self._labels.size)
+        self._add_layers(exit_layers, tokens, audited, agreeing)
+        self._add_scores(exit_layers, frame["score"].to_numpy(np.float64))
+
+    def _exit_layers(self, frame: pd.DataFrame) -> Ints:
+        layers = frame["exit_layer"].to_numpy(np.int64)
+        return np.where((layers >= 1) & (layers <= self._model.num_layers), layers, 0)
+
+    def _label_indices(self, frame: pd.DataFrame) -> Ints:
+        codes, names = pd.factorize(frame["label"])
+        unknown = len(self._model.labels)
+        indices = np.array([self._index_of_name.get(name, unknown) for name in names] + [unknown], np.int64)
+        return indices[codes]  # a null's code is -1: the appended entry
+
+    def _class_labels(self, prediction: Ints) -> Ints:
+        known = (prediction >= 0) & (prediction < self._first_of_class.size)
+        return np.where(known, self._first_of_class[np.where(known, prediction, 0)], -1)
+
+    def _add_layers(self, exit_layers: Ints, tokens: Ints, audited: Any, agreeing: Any) -> None:
+        size = self._layers.shape[1]
+        for row, weights in enumerate((None, tokens, audited, agreeing)):
+            # bincount sums weights in float64: exact for whole numbers below 2**53
+            self._layers[row] += np.bincount(exit_layers, weights, size).astype(np.int64)
+
+    def _add_scores(self, exit_layers: Ints, scores: npt.NDArray[np.float64]) -> None:
+        bins = np.clip(np.nan_to_num(scores) * SCORE_BINS, 0, SCORE_BINS - 1).astype(np.int64)
+        flat = np.bincount(exit_layers * SCORE_BINS + bins, minlength=self._scores.size)
+        self._scores += flat.reshape(self._scores.shape)
+
+    def conclude(self, parts: int, record: RunRecord) -> Evidence:
+        """The counts, and where they differ from `record`."""
+        rows, tokens, squared_tokens, truncated, mislabelled = self._sums.tolist()
+        exit_rows, exit_tokens, audited, agreeing = (tuple(row) for row in self._layers[:, 1:].tolist())
+        counted: dict[str, Any] = {
+            "parts": parts,
+            "rows": rows,
+            "tokens": tokens,
+            "squared_tokens": squared_tokens,
+            "truncated_rows": truncated,
+            "exit_rows": exit_rows,
+            "exit_tokens": exit_tokens,
+            "impossible_exit_rows": int(self._layers[0, 0]),
+            "unknown_label_rows": int(self._labels[-1]),
+            "mislabelled_rows": mislabelled,
+            "audited_rows": audited,
+            "agreeing_rows": agreeing,
+        }
+        return Evidence(
+            **counted,
+            label_rows=tuple(self._labels[:-1].tolist()),
+            score_ranges=tuple(self._score_ranges()),
+            findings=tuple(_findings(counted, record)),
+        )
+
+    def _score_ranges(self) -> Iterator[ScoreRange]:
+        for layer in range(1, self._scores.shape[0]):
+            cumulative = np.cumsum(self._scores[layer])
+            rows = int(cumulative[-1])
+            if rows:
+                low, median, high = (_quantile(cumulative, share) for share in (0.1, 0.5, 0.9))
+                yield ScoreRange(layer=layer, rows=rows, low=low, median=median, high=high)
+
+
+def _quantile(cumulative: Ints, share: float) -> float:
+    """The middle of the bin that holds the quantile."""
+    rank = math.ceil(share * int(cumulative[-1]))
+    return (int(np.searchsorted(cumulative, rank)) + 0.5) / SCORE_BINS
+
+
+def _findings(counted: dict[str, Any], record: RunRecord) -> Iterator[Finding]:
+    totals = record.totals
+    comparisons: list[tuple[str, Any, Any]] = [
+        ("parts", totals.shards, counted["parts"]),
+        ("rows", totals.rows, counted["rows"]),
+        ("tokens", totals.tokens, counted["tokens"]),
+        ("squared tokens", totals.squared_tokens, counted["squared_tokens"]),
+        ("truncated rows", totals.truncated_rows, counted["truncated_rows"]),
+        ("rows per exit layer", totals.exit_rows, counted["exit_rows"]),
+        ("tokens per exit layer", totals.exit_tokens, counted["exit_tokens"]),
+        ("audited rows", totals.audited_rows, sum(counted["audited_rows"])),
+        ("audited rows that agree", totals.audit_agreements, sum(counted["agreeing_rows"])),
+        ("rows with an exit layer that the model does not have", 0, counted["impossible_exit_rows"]),
+        ("rows with a label that the model does not have", 0, counted["unknown_label_rows"]),
+        ("rows whose label is not the name of their prediction", 0, counted["mislabelled_rows"]),
+    ]
+    for quantity, recorded, recounted in comparisons:
+        if recorded != recounted:
+            yield Finding(quantity=quantity, recorded=_spell(recorded), recounted=_spell(recounted))
+
+
+def _spell(value: int | tuple[int, ...]) -> str:
+    return ", ".join(f"{v:,}" for v in value) if isinstance(value, tuple) else f"{value:,}"

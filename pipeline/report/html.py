@@ -1,0 +1,53 @@
+"""The report as one self-contained page: no scripts, nothing fetched, all user text escaped."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from pipeline.records import RunRecord
+from pipeline.report import plots
+from pipeline.report.accounting import Accounting
+from pipeline.report.evidence import Evidence
+from pipeline.report.facts import Facts
+
+
+def render_page(
+    output: str, record: RunRecord, accounting: Accounting, evidence: Evidence, facts: Facts
+) -> str:
+    """The page for one run; `output` is named in its head."""
+    environment = Environment(
+        loader=PackageLoader("pipeline.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("page.html").render(
+        output=output,
+        record=record,
+        facts=facts,
+        plots=_plots(record, accounting, evidence),
+        is_measured=accounting.measured_saving is not None,
+        wide_layers=not plots.fits_half_width(record.model.num_layers),
+        written_at=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+    )
+
+
+def _plots(record: RunRecord, accounting: Accounting, evidence: Evidence) -> dict[str, Markup | None]:
+    """SVG by name: ours, with user text already escaped by the SVG writer; None is left out."""
+    if accounting.rows == 0:
+        return {}
+    drawn = {
+        "seconds_comparison": plots.seconds_comparison(accounting),
+        "flops_comparison": plots.flops_comparison(accounting),
+        "cost_comparison": plots.cost_comparison(accounting.cost),
+        "exit_histogram": plots.exit_histogram(accounting),
+        "layer_work": plots.layer_work(accounting),
+        "seconds_per_layer": plots.seconds_per_layer(accounting),
+        "labels": plots.label_distribution(record.model.labels, evidence.label_rows),
+        "scores": plots.score_ranges(evidence.score_ranges, record.model.num_layers),
+    }
+    return {name: None if svg is None else Markup(svg) for name, svg in drawn.items()}

@@ -1,0 +1,300 @@
+"""The driver of a classification run: plan, skip what is committed, run the rest on Ray, prove the end.
+
+    inputs ─▶ shards ─▶ minus committed parts ─▶ Ray Data actor pool of replicas ─▶ parts
+                                                            └─▶ shard records ─▶ run.json, _SUCCESS
+
+Success means planned = committed. Anything else raises, names what is missing, and the same call resumes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import socket
+import sys
+import threading
+import time
+import uuid
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import reduce
+from operator import add
+from typing import Any
+
+import ray
+import ray.data
+from ray.exceptions import RayError
+
+from deebert.version import __version__
+from pipeline.cluster import Placement, RaySession
+from pipeline.config import ClassifyConfig
+from pipeline.errors import RunFailed
+from pipeline.planning import RunPlan, check_output, make_plan
+from pipeline.progress import Progress, ProgressSample
+from pipeline.records import Attempt, RunRecord, RunStatus, ShardRecord, Totals
+from pipeline.replica import ProgressBoard, Replica, ReplicaSpec, ShardFailure
+from pipeline.shards import Shard
+from pipeline.sink import SUCCESS, Output
+
+log = logging.getLogger(__name__)
+
+# Shards that a replica has in hand at a time: their stragglers share the deep layers' micro-batches, and
+# while one is written the next is read.
+_SHARDS_IN_FLIGHT = 4
+_POLL_SECONDS = 0.5
+_LEAST_BAD_ROWS = 100
+_BAD_ROW_SHARE = 0.001
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifyResult:
+    """How a run ended."""
+
+    record: RunRecord
+    new_shards: int
+    """Shards that this call committed; 0 when there was nothing left to do."""
+
+
+def classify(config: ClassifyConfig) -> ClassifyResult:
+    """Classify a corpus into Parquet; resumes what an earlier call with the same output left undone.
+
+    Raises:
+        UsageError, CheckpointError, PolicyError: the run cannot be meant as given; nothing was started.
+        RunFailed: shards are missing at the end; the same call finishes the job.
+    """
+    with RaySession(config.ray_address) as session:
+        run = make_plan(config, has_gpu=session.has_gpu)
+        output = Output(config.output)
+        output.prepare()
+        if config.overwrite:
+            output.clear()
+            output.prepare()
+        earlier = output.read_run()
+        done = check_output(run, output, earlier)
+        placement = session.placement(config.replicas, config.threads)
+        attempt = _Attempt(run, output, earlier, placement)
+        if len(done) == len(run.shards) and earlier is not None and earlier.status == "succeeded":
+            log.info("nothing to do: all %d shards of %d files are committed", len(done), len(run.files))
+            return ClassifyResult(record=earlier, new_shards=0)
+        attempt.execute(session, done)
+        return ClassifyResult(record=attempt.record, new_shards=attempt.new_shards)
+
+
+class _Attempt:
+    """One invocation on an output folder."""
+
+    def __init__(self, run: RunPlan, output: Output, earlier: RunRecord | None, placement: Placement) -> None:
+        self._run, self._output, self._placement = run, output, placement
+        self._earlier = earlier.attempts if earlier else ()
+        self._started_at, self._clock = _now(), time.monotonic()
+        self._failures: list[ShardFailure] = []
+        self._new: dict[str, ShardRecord] = {}
+        self._totals = Totals.zero(run.model.num_layers)
+
+    @property
+    def new_shards(self) -> int:
+        """Shards committed by this attempt."""
+        return len(self._new)
+
+    def execute(self, session: RaySession, done: set[str]) -> None:
+        """Run what is not `done`, and end the run one way or another."""
+        remaining = {name: shard for name, shard in self._run.shards.items() if name not in done}
+        self._output.remove([SUCCESS])
+        # Parts of inputs that are no longer named count too: the folder is one table.
+        known = self._output.read_shard_records(self._output.parts())
+        self._totals = reduce(add, (r.totals for r in known.values()), self._totals)
+        self._write("running", None)
+        log.info(
+            "%d files, %d shards: %d committed already, %d to do",
+            len(self._run.files),
+            len(self._run.shards),
+            len(done),
+            len(remaining),
+        )
+        try:
+            if remaining:
+                session.start()
+                self._run_shards(remaining)
+            self._finish()
+        except KeyboardInterrupt:
+            self._write("interrupted", "interrupted")
+            raise
+        except BaseException as error:
+            self._write("failed", str(error))
+            raise
+        self._write("succeeded", None)
+        self._output.mark_success()
+
+    @property
+    def record(self) -> RunRecord:
+        """The run record as it stands in the output."""
+        return self._record
+
+    def _run_shards(self, remaining: dict[str, Shard]) -> None:
+        board = ProgressBoard.remote()
+        records = self._output.record_log(f"{self._started_at.replace(':', '')}-{uuid.uuid4().hex[:6]}")
+        try:
+            with _showing_progress(board, self._run, self._totals):
+                for outcome in _outcomes(self._spec(board), self._placement, remaining.values()):
+                    if isinstance(outcome, ShardFailure):
+                        self._failures.append(outcome)
+                        log.error("shard %s failed: %s", outcome.part, outcome.reason)
+                        continue
+                    records.append(outcome)
+                    self._new[outcome.part] = outcome
+                    self._totals += outcome.totals
+                    self._check_bad_rows()
+        except RayError as error:
+            raise RunFailed(f"{self._missing()}: {_cause(error)}") from error
+        finally:
+            records.close()
+
+    def _spec(self, board: Any) -> ReplicaSpec:
+        run, config = self._run, self._run.config
+        return ReplicaSpec(
+            identity=run.identity,
+            checkpoint=ray.put(run.checkpoint),
+            device=self._placement.device,
+            threads=self._placement.threads,
+            micro_batch_tokens=config.micro_batch_tokens,
+            schema=run.schema,
+            id_column=config.id_column,
+            keep_columns=config.keep_columns,
+            control=config.control,
+            probabilities=config.probabilities,
+            output=self._output,
+            board=board,
+        )
+
+    def _check_bad_rows(self) -> None:
+        limit = self._run.config.max_bad_rows
+        if limit is None:
+            limit = max(_LEAST_BAD_ROWS, int(_BAD_ROW_SHARE * self._run.estimated_rows))
+        if self._totals.bad_rows > limit:
+            raise RunFailed(
+                f"{self._totals.bad_rows} rows cannot be classified, more than --max-bad-rows {limit}: see "
+                f"{self._output.path('_deebert/dead_letters')}, mend the input or raise the limit"
+            )
+
+    def _finish(self) -> None:
+        """Prove that planned = committed, with a Parquet reader that did not write the parts."""
+        if self._failures:
+            first = self._failures[0]
+            raise RunFailed(f"{self._missing()}: first {first.source_file!r}: {first.reason}")
+        if self._run.shards.keys() - self._output.parts():
+            raise RunFailed(self._missing())
+        from pipeline.report.evidence import verify_parts  # brings pandas and plotting along
+
+        verify_parts({self._output.path(name): r.totals.rows for name, r in self._new.items()})
+
+    def _missing(self) -> str:
+        missing = len(self._run.shards.keys() - self._output.parts())
+        return f"{missing} of {len(self._run.shards)} shards are not committed; the same command resumes"
+
+    def _write(self, status: RunStatus, error: str | None) -> None:
+        attempt = Attempt(
+            started_at=self._started_at,
+            ended_at=None if status == "running" else _now(),
+            status=status,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            replicas=str(self._placement.replicas),
+            device=self._placement.device,
+            threads_per_replica=self._placement.threads,
+            wall_seconds=round(time.monotonic() - self._clock, 3),
+            committed_shards=len(self._new),
+            committed_rows=sum(r.totals.rows for r in self._new.values()),
+            error=error,
+        )
+        self._record = RunRecord(
+            status=status,
+            software_version=__version__,
+            identity=self._run.identity,
+            model=self._run.model,
+            inputs=self._run.config.input,
+            planned_shards=len(self._run.shards),
+            planned_files=len(self._run.files),
+            shard_rows=self._run.config.shard_rows,
+            totals=self._totals,
+            attempts=(*self._earlier, attempt),
+        )
+        self._output.write_run(self._record)
+
+
+def _outcomes(spec: ReplicaSpec, placement: Placement, shards: Any) -> Iterator[ShardRecord | ShardFailure]:
+    """Run shards on a pool of replicas; yields each one's outcome as it is committed."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    items = [{"shard": pickle.dumps(shard)} for shard in shards]
+    pool = ray.data.ActorPoolStrategy(
+        min_size=placement.replicas.least,
+        max_size=placement.replicas.most,
+        max_concurrent_calls_per_actor=_SHARDS_IN_FLIGHT,
+        # Twice what runs: the pool grows only when replicas have more than they can work on.
+        max_tasks_in_flight_per_actor=2 * _SHARDS_IN_FLIGHT,
+        enable_true_multi_threading=True,
+    )
+    with warnings.catch_warnings():
+        # Deprecated, but nothing else bounds the retries of a shard that kills its process each time.
+        warnings.filterwarnings("ignore", message=".*ray_remote_args")
+        outcomes = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+            Replica,
+            batch_size=1,
+            compute=pool,
+            fn_constructor_kwargs={"spec": spec},
+            num_cpus=1 if placement.num_gpus else placement.threads,
+            num_gpus=placement.num_gpus or None,
+            max_task_retries=2,
+        )
+    for row in outcomes.iter_rows():
+        yield pickle.loads(row["outcome"])
+
+
+@contextmanager
+def _showing_progress(board: Any, run: RunPlan, before: Totals) -> Iterator[None]:
+    """Show the board's numbers until the block ends."""
+    layers_before = sum((i + 1) * n for i, n in enumerate(before.exit_rows))
+    ended = threading.Event()
+
+    def sample() -> ProgressSample:
+        rows, exit_layers = ray.get(board.total.remote())
+        return ProgressSample(
+            rows_done=before.rows + rows,
+            exit_layer_sum=layers_before + exit_layers,
+            num_layers=run.model.num_layers,
+            resumed_rows=before.rows,
+        )
+
+    def poll(progress: Progress) -> None:
+        while not ended.wait(_POLL_SECONDS):
+            try:
+                progress.update(sample())
+            except RayError:  # the cluster is going down; the main thread says why
+                return
+
+    is_terminal = sys.stderr.isatty()
+    with Progress(total_rows=run.estimated_rows, stream=sys.stderr, is_terminal=is_terminal) as progress:
+        poller = threading.Thread(target=poll, args=(progress,), daemon=True)
+        poller.start()
+        try:
+            yield
+            progress.update(sample())
+        finally:
+            ended.set()
+            poller.join()
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of what went wrong underneath Ray's wrapping."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,194 @@
+"""Input files -> shards: the row ranges of files that are the units of work and of commit.
+
+Planning is deterministic: the same files and `shard_rows` give the same shards, so a later run can
+tell by part names alone what is done. Reads footers and counts newlines; decodes no row
+(`pipeline.source` does) and knows nothing of what has been committed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from pipeline.errors import UsageError
+from pipeline.inputs import InputFile, is_local
+from pipeline.opening import arrow_batches, head, open_file, open_parquet, refusing
+
+SPLIT_ABOVE_BYTES = 8 << 20
+SCAN_BLOCK_BYTES = 8 << 20
+ESTIMATE_BYTES = 1 << 16
+_MAX_CONNECTIONS = 16
+_NEWLINE = 10
+_PART_NAME = re.compile(r"part-([0-9a-f]{12})-(\d{12,})-([0-9a-f]{8})\.parquet")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """A row range of one input file."""
+
+    source: InputFile
+    """The file the rows are in."""
+    first_row: int
+    """Number of the first row in the file, from 0; in JSON lines and text, the line number."""
+    num_rows: int | None
+    """Rows in the shard; None when that is unknown until it is read (it then ends where its bytes do)."""
+    byte_range: tuple[int, int] | None
+    """Start and end of the shard in a split file of lines; None for a whole file or Parquet and Arrow."""
+    estimated_rows: int
+    """`num_rows` where known, else a guess from the file's size and its first block."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartName:
+    """What the name of a part says about the shard it holds."""
+
+    source_key: str
+    """Stands for the input file's path."""
+    first_row: int
+    """The shard's first row in the input file."""
+    tag: str
+    """Stands for the run's identity, the input's fingerprint and the shard's extent."""
+
+
+def plan(
+    files: Sequence[InputFile], *, shard_rows: int, split_above_bytes: int = SPLIT_ABOVE_BYTES
+) -> tuple[Shard, ...]:
+    """Cut files into shards of about `shard_rows` rows, in the order of the files and their rows.
+
+    Parquet is cut at row groups (and inside those that are larger), Arrow at rows, uncompressed lines
+    at newlines once a file is larger than `split_above_bytes`. CSV (whose quoted values may contain
+    newlines), compressed files and remote Arrow files (which have no index) are one shard each.
+    Files without rows give none.
+    """
+    if shard_rows < 1:
+        raise UsageError(f"a shard must have at least 1 row, not {shard_rows}")
+    plan_one = partial(_plan_file, shard_rows=shard_rows, split_above_bytes=split_above_bytes)
+    with ThreadPoolExecutor(_MAX_CONNECTIONS) as pool:
+        return tuple(itertools.chain.from_iterable(pool.map(plan_one, files)))
+
+
+def source_key(file: InputFile) -> str:
+    """12 hex digits that stand for the input file's path in part names."""
+    return hashlib.sha256(file.path.encode()).hexdigest()[:12]
+
+
+def part_name(shard: Shard, identity_digest: str) -> str:
+    """The file name of the shard's part.
+
+    A listing of the output thus tells what is committed; a part of the same source with another tag
+    was made from another state of the input, by another model, or with other shard sizes.
+    """
+    extent = f"{shard.first_row}:{shard.num_rows}:{shard.byte_range}"
+    state = "\n".join((identity_digest, shard.source.fingerprint, extent))
+    tag = hashlib.sha256(state.encode()).hexdigest()[:8]
+    return f"part-{source_key(shard.source)}-{shard.first_row:012d}-{tag}.parquet"
+
+
+def parse_part_name(name: str) -> PartName | None:
+    """The fields of a name made by `part_name`; None for any other file."""
+    match = _PART_NAME.fullmatch(name)
+    if match is None:
+        return None
+    return PartName(source_key=match[1], first_row=int(match[2]), tag=match[3])
+
+
+def _plan_file(file: InputFile, *, shard_rows: int, split_above_bytes: int) -> list[Shard]:
+    with refusing(file):
+        if file.format == "parquet":
+            return _exact_shards(file, _parquet_ranges(file, shard_rows))
+        if file.format == "arrow" and is_local(file.path):
+            num_rows = sum(batch.num_rows for batch in arrow_batches(file, only_field=0))
+            return _exact_shards(file, _pieces(0, num_rows, shard_rows))
+        if file.size_bytes == 0:
+            return []
+        splittable = file.format in ("jsonl", "text") and file.compression is None
+        if splittable and file.size_bytes > split_above_bytes:
+            return _line_shards(file, shard_rows)
+        return [_whole_file(file)]
+
+
+def _exact_shards(file: InputFile, ranges: Iterator[tuple[int, int]]) -> list[Shard]:
+    return [
+        Shard(source=file, first_row=first, num_rows=count, byte_range=None, estimated_rows=count)
+        for first, count in ranges
+    ]
+
+
+def _whole_file(file: InputFile) -> Shard:
+    return Shard(
+        source=file, first_row=0, num_rows=None, byte_range=None, estimated_rows=_estimate_rows(file)
+    )
+
+
+def _pieces(first: int, count: int, shard_rows: int) -> Iterator[tuple[int, int]]:
+    """Cut `count` rows from `first` on into (first row, number of rows) of at most `shard_rows`."""
+    for start in range(first, first + count, shard_rows):
+        yield start, min(shard_rows, first + count - start)
+
+
+def _parquet_ranges(file: InputFile, shard_rows: int) -> Iterator[tuple[int, int]]:
+    """Row ranges that are neighbouring whole row groups, or pieces of one large row group."""
+    with open_parquet(file) as parquet:
+        footer = parquet.metadata
+        group_sizes = [footer.row_group(index).num_rows for index in range(footer.num_row_groups)]
+    first = pending = 0
+    for size in group_sizes:
+        if pending and pending + size > shard_rows:
+            yield first, pending
+            first, pending = first + pending, 0
+        pending += size
+        if pending > shard_rows:
+            yield from _pieces(first, pending, shard_rows)
+            first, pending = first + pending, 0
+    if pending:
+        yield first, pending
+
+
+def _line_shards(file: InputFile, shard_rows: int) -> list[Shard]:
+    starts, num_lines = _scan_lines(file, shard_rows)
+    shards = []
+    for index, (start, end) in enumerate(itertools.pairwise([*starts, file.size_bytes])):
+        first = index * shard_rows
+        lines = min(shard_rows, num_lines - first)
+        shards.append(
+            Shard(
+                source=file,
+                first_row=first,
+                num_rows=lines if file.format == "text" else None,  # blank lines of JSON are not rows
+                byte_range=(start, end),
+                estimated_rows=lines,
+            )
+        )
+    return shards
+
+
+def _scan_lines(file: InputFile, shard_rows: int) -> tuple[list[int], int]:
+    """Where every `shard_rows`-th line starts, and the number of lines, in one pass over the bytes."""
+    starts, num_newlines, offset, last_byte = [0], 0, 0, _NEWLINE
+    with open_file(file) as stored:
+        while block := stored.read(SCAN_BLOCK_BYTES):
+            newlines = np.flatnonzero(np.frombuffer(block, dtype=np.uint8) == _NEWLINE)
+            # Newline i of the block ends line num_newlines + i; every shard_rows-th of those ends a shard.
+            first = -(num_newlines + 1) % shard_rows
+            starts.extend((newlines[first::shard_rows] + (offset + 1)).tolist())
+            num_newlines, offset, last_byte = num_newlines + len(newlines), offset + len(block), block[-1]
+    if starts[-1] == offset:  # the last newline ends the file; no line follows it
+        starts.pop()
+    return starts, num_newlines + (last_byte != _NEWLINE)
+
+
+def _estimate_rows(file: InputFile) -> int:
+    if file.format == "arrow":
+        batch = next(arrow_batches(file), None)
+        return round(file.size_bytes * batch.num_rows / max(1, batch.nbytes)) if batch else 0
+    content, stored_bytes = head(file, ESTIMATE_BYTES)
+    lines = content.count(b"\n") + (not content.endswith(b"\n"))
+    header_lines = 1 if file.format == "csv" else 0
+    return max(1, round(lines * file.size_bytes / max(1, stored_bytes)) - header_lines)

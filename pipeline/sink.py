@@ -1,0 +1,227 @@
+"""Where a run's files go, and how they become visible: the commit protocol.
+
+A file appears whole or not at all. On a local disk it is written under a temporary name, fsynced, renamed,
+and its folder fsynced; on an object store it is one PUT. A part's name derives from its shard, so that a
+retry replaces it. Knows nothing of engines, shards or Ray.
+
+    OUT/part-*.parquet                 one per committed shard
+    OUT/_SUCCESS                       planned = committed
+    OUT/_deebert/run.json              the run record
+    OUT/_deebert/shards/*.jsonl        shard records, one file per attempt
+    OUT/_deebert/dead_letters/*.jsonl  rows that could not be classified, one file per shard
+    OUT/_deebert/tmp/                  files not yet renamed
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
+
+from pipeline.errors import UsageError
+from pipeline.records import RunRecord, ShardRecord
+from pipeline.schema import RECORD_KEY
+
+META = "_deebert"
+SUCCESS = "_SUCCESS"
+_TMP = f"{META}/tmp"
+_RUN = f"{META}/run.json"
+_SHARDS = f"{META}/shards"
+_DEAD = f"{META}/dead_letters"
+
+
+@dataclass(frozen=True)
+class Output:
+    """An output folder or URL. Cheap to make and to send to another process."""
+
+    url: str
+
+    @property
+    def _fs(self) -> Any:
+        return fsspec.core.url_to_fs(self.url)[0]
+
+    @property
+    def _root(self) -> str:
+        return str(fsspec.core.url_to_fs(self.url)[1]).rstrip("/")
+
+    @property
+    def is_local(self) -> bool:
+        """Whether files can be renamed and fsynced here."""
+        return isinstance(self._fs, LocalFileSystem)
+
+    def path(self, name: str) -> str:
+        """Full path of `name`, as the file system spells it."""
+        return f"{self._root}/{name}"
+
+    def prepare(self) -> None:
+        """Make the folder and prove that it can be written to; sweep away files that never were renamed.
+
+        Raises:
+            UsageError: it cannot be made or written to.
+        """
+        try:
+            if self.is_local:
+                for folder in (_TMP, _SHARDS, _DEAD):
+                    Path(self.path(folder)).mkdir(parents=True, exist_ok=True)
+            self.write(f"{META}/writable", b"")
+            self._fs.rm(self.path(f"{META}/writable"))
+        except OSError as error:
+            raise UsageError(f"cannot write to the output {self.url!r}: {error.strerror or error}") from error
+        if self.is_local:
+            for leftover in Path(self.path(_TMP)).iterdir():
+                leftover.unlink(missing_ok=True)
+
+    def write(self, name: str, data: bytes | pa.Buffer) -> None:
+        """Write the file `name`, whole or not at all."""
+        if not self.is_local:
+            self._fs.pipe_file(self.path(name), bytes(data))
+            return
+        final = Path(self.path(name))
+        temporary = Path(self.path(_TMP)) / f"{final.name}.{uuid.uuid4().hex}"
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(final)
+        _fsync_folder(final.parent)
+
+    def commit_part(self, name: str, table: pa.Table, metadata: dict[bytes, bytes]) -> None:
+        """Write a part: with this, its shard is committed."""
+        stream = pa.BufferOutputStream()
+        pq.write_table(table.replace_schema_metadata(metadata), stream, compression="zstd")
+        self.write(name, stream.getvalue())
+
+    def write_dead_letters(self, part: str, letters: Iterable[dict[str, Any]]) -> None:
+        """Write one shard's bad rows, replacing those of an earlier try; no rows, no file."""
+        lines = b"".join(_json_line(letter) for letter in letters)
+        name = f"{_DEAD}/{Path(part).stem}.jsonl"
+        if lines:
+            self.write(name, lines)
+        elif self._fs.exists(self.path(name)):
+            self._fs.rm(self.path(name))
+
+    def parts(self) -> set[str]:
+        """Names of the parts that exist: one listing, no file is opened."""
+        return {n for n in self._names("") if n.startswith("part-") and n.endswith(".parquet")}
+
+    def _names(self, folder: str) -> list[str]:
+        try:
+            # A cached listing would hide what another process has just committed.
+            found = self._fs.ls(self.path(folder), detail=False, refresh=True)
+        except FileNotFoundError:
+            return []
+        except TypeError:  # file systems without a listing cache have no `refresh`
+            found = self._fs.ls(self.path(folder), detail=False)
+        return [str(f).rstrip("/").rsplit("/", 1)[-1] for f in found]
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Remove files that may exist."""
+        for name in names:
+            if self._fs.exists(self.path(name)):
+                self._fs.rm(self.path(name), recursive=True)
+
+    def clear(self) -> None:
+        """Remove a whole run. `_SUCCESS` goes first and the record last: a kill in between looks unfinished."""
+        self.remove([SUCCESS])
+        self.remove(sorted(self.parts()))
+        self.remove([META])
+
+    def read_run(self) -> RunRecord | None:
+        """The run record, None where no run has been.
+
+        Raises:
+            UsageError: there is one that this version cannot read.
+        """
+        try:
+            text = self._fs.cat_file(self.path(_RUN))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        try:
+            return RunRecord.from_dict(json.loads(text))
+        except (ValueError, TypeError, KeyError) as error:
+            raise UsageError(
+                f"{self.path(_RUN)!r} is not a run record of this version: choose another output or --overwrite"
+            ) from error
+
+    def write_run(self, record: RunRecord) -> None:
+        """Replace the run record."""
+        self.write(_RUN, json.dumps(record.to_dict(), indent=1).encode())
+
+    def mark_success(self) -> None:
+        """Say that planned = committed."""
+        self.write(SUCCESS, b"")
+
+    def read_shard_records(self, parts: set[str]) -> dict[str, ShardRecord]:
+        """The records of `parts`, by part name.
+
+        From the attempts' files; a part whose record was lost with its driver gives it from its footer.
+        """
+        records: dict[str, ShardRecord] = {}
+        for name in sorted(self._names(_SHARDS)):
+            for line in self._fs.cat_file(self.path(f"{_SHARDS}/{name}")).splitlines():
+                # A killed driver may leave half a last line; the part's footer has the record whole.
+                if line.endswith(b"}") and (record := _record(line)) is not None and record.part in parts:
+                    records[record.part] = record
+        for part in sorted(parts - records.keys()):
+            records[part] = self._record_from_footer(part)
+        return records
+
+    def _record_from_footer(self, part: str) -> ShardRecord:
+        with self._fs.open(self.path(part), "rb") as file:
+            metadata = pq.read_metadata(file).metadata
+        return ShardRecord.from_dict(json.loads(metadata[RECORD_KEY]))
+
+    def record_log(self, attempt: str) -> RecordLog:
+        """Where one attempt of the driver keeps its shard records."""
+        return RecordLog(self, f"{_SHARDS}/{attempt}.jsonl")
+
+
+class RecordLog:
+    """Shard records of one attempt: appended on a local disk, written at the end on an object store."""
+
+    def __init__(self, output: Output, name: str) -> None:
+        self._output, self._name = output, name
+        self._lines: list[bytes] = []
+
+    def append(self, record: ShardRecord) -> None:
+        """Add a committed shard's record."""
+        line = _json_line(record.to_dict())
+        if self._output.is_local:
+            with Path(self._output.path(self._name)).open("ab") as file:
+                file.write(line)
+        else:
+            self._lines.append(line)
+
+    def close(self) -> None:
+        """Write what could not be appended."""
+        if self._lines:
+            self._output.write(self._name, b"".join(self._lines))
+            self._lines.clear()
+
+
+def _record(line: bytes) -> ShardRecord | None:
+    try:
+        return ShardRecord.from_dict(json.loads(line))
+    except ValueError:
+        return None
+
+
+def _json_line(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, ensure_ascii=True).encode() + b"\n"
+
+
+def _fsync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

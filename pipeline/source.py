@@ -1,0 +1,213 @@
+"""A shard -> batches of good rows, and the bad ones: every input row is in one of the two, once.
+
+Streams in bounded memory. Reading and checking are vectorised; only where a block fails is it looked at
+more closely. Knows nothing of tokens, models or output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.errors import ReadError
+from pipeline.input_schema import InputSchema, plain_type
+from pipeline.inputs import current_fingerprint
+from pipeline.opening import READ_FAILURES, arrow_batches, first_line, open_parquet
+from pipeline.raw_rows import BadRow, RawRows, Rows, excerpt
+from pipeline.shards import Shard
+from pipeline.source_csv import read_csv
+from pipeline.source_lines import read_jsonl, read_text
+
+__all__ = ["BadRow", "SourceBatch", "read_shard"]
+
+MAX_BATCH_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceBatch:
+    """Consecutive rows of a shard, checked."""
+
+    rows: Rows
+    """Row number in the file of each good row, int64, ascending."""
+    texts: tuple[Any, ...]
+    """One string or large string array per text column: valid UTF-8, without nulls."""
+    kept: pa.Table
+    """Id and kept columns of the good rows, in the types of the `InputSchema`."""
+    bad: tuple[BadRow, ...]
+    """The rows that are not among the good ones, in order."""
+
+
+def read_shard(
+    shard: Shard,
+    *,
+    text_columns: Sequence[str],
+    other_columns: Sequence[str],
+    schema: InputSchema,
+    batch_rows: int,
+) -> Iterator[SourceBatch]:
+    """Read a shard in batches of at most `batch_rows` good rows, in the order of the file.
+
+    Raises ReadError when the file cannot be read, or is no longer the one that was planned.
+    """
+    kept = pa.schema([schema.kept.field(name) for name in dict.fromkeys(other_columns)])
+    texts = [pa.field(name, pa.string()) for name in dict.fromkeys(text_columns)]
+    needed = pa.schema([*texts, *(field for field in kept if field.name not in text_columns)])
+    for raw in _reading(shard, _read(shard, needed, text_columns, batch_rows)):
+        for start in range(0, max(1, len(raw.rows)), batch_rows):
+            yield _checked(_slice(raw, start, batch_rows), text_columns, kept)
+
+
+def _reading(shard: Shard, parts: Iterator[RawRows]) -> Iterator[RawRows]:
+    path = shard.source.path
+    try:
+        if current_fingerprint(shard.source) != shard.source.fingerprint:
+            raise ReadError(f"{path} has changed since the run was planned; run again to plan it anew")
+        yield from parts
+    except READ_FAILURES as error:
+        raise ReadError(f"{path} could not be read as {shard.source.format}: {first_line(error)}") from error
+
+
+def _read(shard: Shard, needed: Any, text_columns: Sequence[str], batch_rows: int) -> Iterator[RawRows]:
+    match shard.source.format:
+        case "parquet":
+            return _read_parquet(shard, needed.names, batch_rows)
+        case "arrow":
+            return _number(shard, arrow_batches(shard.source), 0, needed.names)
+        case "csv":
+            return read_csv(shard.source, needed)
+        case "jsonl":
+            return read_jsonl(shard, needed, text_columns)
+        case "text":
+            return read_text(shard, needed)
+
+
+def _read_parquet(shard: Shard, names: list[str], batch_rows: int) -> Iterator[RawRows]:
+    with open_parquet(shard.source) as parquet:
+        groups, group_start, row_bytes = _covering_row_groups(parquet.metadata, shard)
+        batches = parquet.iter_batches(
+            batch_size=max(1, min(batch_rows, MAX_BATCH_BYTES // row_bytes)),
+            row_groups=groups,
+            columns=names,
+            use_threads=False,
+        )
+        yield from _number(shard, batches, group_start, names)
+
+
+def _covering_row_groups(footer: Any, shard: Shard) -> tuple[list[int], int, int]:
+    """The row groups that hold the shard's rows, the number of their first row, and bytes per row."""
+    sizes = np.array([footer.row_group(index).num_rows for index in range(footer.num_row_groups)])
+    ends = np.cumsum(sizes)
+    last_row = shard.first_row + (shard.num_rows or 0)
+    covering = np.flatnonzero((ends > shard.first_row) & (ends - sizes < last_row))
+    num_bytes = sum(footer.row_group(int(index)).total_byte_size for index in covering)
+    row_bytes = max(1, num_bytes // int(sizes[covering].sum()))
+    return covering.tolist(), int((ends - sizes)[covering[0]]), row_bytes
+
+
+def _number(shard: Shard, batches: Iterator[Any], row: int, names: list[str]) -> Iterator[RawRows]:
+    """The shard's part of record batches that begin with row number `row` of the file."""
+    end = None if shard.num_rows is None else shard.first_row + shard.num_rows
+    for batch in batches:
+        first = max(row, shard.first_row)
+        last = row + batch.num_rows if end is None else min(row + batch.num_rows, end)
+        if first < last:
+            columns = pa.table(batch.slice(first - row, last - first).select(names))
+            yield RawRows(rows=np.arange(first, last, dtype=np.int64), columns=columns, bad=())
+        row += batch.num_rows
+        if row == end:
+            return
+
+
+def _slice(raw: RawRows, start: int, count: int) -> RawRows:
+    """`count` rows from `start`, with the bad ones between them."""
+    rows = raw.rows[start : start + count]
+    after = np.inf if start + count >= len(raw.rows) else raw.rows[start + count]
+    before = -1 if start == 0 else rows[0]
+    bad = tuple(row for row in raw.bad if before < row.source_row < after)
+    return RawRows(rows=rows, columns=raw.columns.slice(start, count), bad=bad)
+
+
+def _checked(raw: RawRows, text_columns: Sequence[str], kept: Any) -> SourceBatch:
+    reasons: dict[int, BadRow] = {}
+    for name in dict.fromkeys(text_columns):
+        for index, reason in _text_faults(name, _column(raw.columns, name)):
+            reasons.setdefault(index, _bad_row(raw, index, name, reason))
+    for field in kept:
+        for index in _failing(_column(raw.columns, field.name), field.type):
+            reason = f"column {field.name!r} does not convert to {field.type}"
+            reasons.setdefault(index, _bad_row(raw, index, field.name, reason))
+    rows, columns = raw.rows, raw.columns
+    if reasons:
+        good = np.ones(len(rows), dtype=bool)
+        good[list(reasons)] = False
+        rows, columns = rows[good], columns.filter(pa.array(good))
+    return SourceBatch(
+        rows=rows,
+        texts=tuple(_converted(_column(columns, name), None) for name in text_columns),
+        kept=_kept_table(rows, columns, kept),
+        bad=tuple(sorted([*raw.bad, *reasons.values()], key=lambda row: row.source_row)),
+    )
+
+
+def _kept_table(rows: Rows, columns: Any, kept: Any) -> Any:
+    arrays = [_converted(_column(columns, field.name), field.type) for field in kept]
+    # Without a column at first, a table of none would forget how many rows it has.
+    return pa.table([pa.array(rows), *arrays], names=["", *kept.names]).select(range(1, 1 + len(kept)))
+
+
+def _text_faults(name: str, column: Any) -> Iterator[tuple[int, str]]:
+    nulls = _converted(column, None).is_null()
+    for index in np.flatnonzero(nulls.to_numpy(zero_copy_only=False)).tolist():
+        yield index, f"column {name!r} is null"
+    for index in _failing(column, None):
+        yield index, f"column {name!r} is not valid UTF-8"
+
+
+def _column(columns: Any, name: str) -> Any:
+    chunks = columns.column(name)
+    return chunks.chunk(0) if chunks.num_chunks == 1 else chunks.combine_chunks()
+
+
+def _converted(column: Any, type_: Any) -> Any:
+    """The column without dictionary, view or extension, as `type_` (None: string or large string)."""
+    if isinstance(column, pa.ExtensionArray):
+        column = column.storage
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if type_ is None:
+        type_ = column.type if pa.types.is_large_string(column.type) else plain_type(column.type)
+    return column if column.type == type_ else column.cast(type_)
+
+
+def _failing(column: Any, type_: Any, first: int = 0) -> list[int]:
+    """Indices of the values that do not convert to valid ones: found by halving, so few cost little."""
+    try:
+        _converted(column, type_).validate(full=True)
+        return []
+    except (pa.ArrowException, UnicodeError):
+        if len(column) == 1:
+            return [first]
+    # `take` and not `slice`: the check of a slice of nested values looks at all of them.
+    half = len(column) // 2
+    left, right = (column.take(pa.array(range(*span))) for span in ((0, half), (half, len(column))))
+    return _failing(left, type_, first) + _failing(right, type_, first + half)
+
+
+def _bad_row(raw: RawRows, index: int, name: str, reason: str) -> BadRow:
+    return BadRow(source_row=int(raw.rows[index]), reason=reason, excerpt=_shown(raw.columns, name, index))
+
+
+def _shown(columns: Any, name: str, index: int) -> str:
+    value = _converted(_column(columns.slice(index, 1), name), None)[0]
+    if not value.is_valid:
+        return ""
+    if hasattr(value, "as_buffer"):
+        return excerpt(value.as_buffer().to_pybytes())
+    try:
+        return excerpt(repr(value.as_py()))
+    except UnicodeDecodeError:  # somewhere inside a nested value
+        return f"({value.type})"

@@ -1,0 +1,187 @@
+"""Lines in, answers out, each the moment its sample exits. One process, no Ray.
+
+A reader thread keeps lines coming; the calling thread submits what is there, runs one micro-batch and writes
+who left. Partly filled micro-batches run as soon as no line waits, so that a slow input is answered at once
+and a fast one in full batches.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, TextIO
+
+import numpy as np
+
+from deebert.checkpoint import Checkpoint
+from deebert.encoder import PackedEncoder
+from deebert.exit_policy import ExitPolicy
+from deebert.precision import DTYPES, Precision
+from pipeline.engine import Engine, EngineConfig, Exits
+from pipeline.tokenization import TextTokenizer
+
+# Lines taken at a time: a few micro-batches of short texts.
+_LINES = 256
+_QUEUED_LINES = 4096
+_END = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamConfig:
+    """How lines are read and answered."""
+
+    text_column: str = "text"
+    """Field of the text in JSON lines; any other line is a text itself."""
+    text_pair_column: str | None = None
+    id_column: str = "id"
+    """Field that names the sample in the answer, where a JSON line has it."""
+    max_length: int | None = None
+    """Tokens a text is cut to; None: what the model was trained with."""
+    micro_batch_tokens: int = 2048
+    precision: Precision = "float32"
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """A line that can be classified."""
+
+    index: int
+    text: str
+    pair: str | None = None
+    names: dict[str, Any] = field(default_factory=dict)
+    """The sample's own id, if it has one."""
+
+
+class _BadLine(ValueError):
+    """A line that cannot be classified, and why."""
+
+
+def stream(
+    checkpoint: Checkpoint, policy: ExitPolicy, lines: Iterable[bytes], out: TextIO, config: StreamConfig
+) -> None:
+    """Classify `lines` until they end; writes one JSON object per line to `out`, in order of exit.
+
+    Args:
+        checkpoint: the model and its tokenizer.
+        policy: when samples leave.
+        lines: texts or JSON objects, UTF-8, with or without line ends.
+        out: flushed after each step.
+        config: see there.
+
+    A line that cannot be read gives an object with its ``index`` and an ``error``: every line gets its answer.
+    """
+    _Stream(checkpoint, policy, out, config).run(lines)
+
+
+class _Stream:
+    def __init__(self, checkpoint: Checkpoint, policy: ExitPolicy, out: TextIO, config: StreamConfig) -> None:
+        encoder = PackedEncoder(checkpoint.model, device=config.device, dtype=DTYPES[config.precision])
+        self._engine = Engine(encoder, policy, EngineConfig(micro_batch_tokens=config.micro_batch_tokens))
+        self._tokenizer = TextTokenizer(
+            checkpoint.tokenizer,
+            max_length=config.max_length or checkpoint.default_max_length,
+            has_token_types=encoder.has_token_types,
+        )
+        self._labels = checkpoint.labels
+        self._out, self._config = out, config
+        self._waiting: dict[int, dict[str, Any]] = {}  # what the answer repeats of the sample, by index
+
+    def run(self, lines: Iterable[bytes]) -> None:
+        arriving: queue.Queue[tuple[int, bytes] | None] = queue.Queue(_QUEUED_LINES)
+        threading.Thread(target=_read, args=(lines, arriving), daemon=True).start()
+        ended = False
+        while not ended or self._engine.in_flight:
+            if not ended and self._engine.wants_input:
+                taken, ended = _take(arriving, wait=not self._engine.in_flight)
+                self._submit(taken)
+            exits = self._engine.step(drain=ended or arriving.empty())
+            if exits is not None and len(exits):
+                self._write(self._answers(exits))
+
+    def _submit(self, lines: list[tuple[int, bytes]]) -> None:
+        samples: list[_Sample] = []
+        for index, line in lines:
+            try:
+                samples.append(_parse(index, line, self._config))
+            except _BadLine as error:
+                self._write([{"index": index, "error": str(error)}])
+        if not samples:
+            return
+        pairs = None if self._config.text_pair_column is None else [s.pair or "" for s in samples]
+        batch = self._tokenizer([s.text for s in samples], pairs)
+        rows = zip(samples, batch.tokens.layout.lengths.tolist(), batch.truncated.tolist(), strict=True)
+        for sample, num_tokens, truncated in rows:
+            self._waiting[sample.index] = {**sample.names, "num_tokens": num_tokens, "truncated": truncated}
+        self._engine.submit(np.array([s.index for s in samples], np.int64), batch.tokens)
+
+    def _answers(self, exits: Exits) -> Iterator[dict[str, Any]]:
+        predictions = exits.logits.argmax(axis=1)
+        shifted = np.exp(exits.logits - exits.logits.max(axis=1, keepdims=True))
+        scores = 1.0 / shifted.sum(axis=1)
+        columns = (exits.sample_ids, predictions, scores, exits.entropy)
+        for index, prediction, score, entropy in zip(*(c.tolist() for c in columns), strict=True):
+            yield {
+                "index": index,
+                **self._waiting.pop(index),
+                "prediction": prediction,
+                "label": self._labels[prediction],
+                "score": round(score, 6),
+                "exit_layer": exits.exit_layer,
+                "entropy": round(entropy, 6),
+            }
+
+    def _write(self, answers: Iterable[dict[str, Any]]) -> None:
+        for answer in answers:
+            self._out.write(json.dumps(answer, ensure_ascii=False) + "\n")
+        self._out.flush()
+
+
+def _read(lines: Iterable[bytes], arriving: queue.Queue[tuple[int, bytes] | None]) -> None:
+    try:
+        for index, line in enumerate(lines):
+            arriving.put((index, line))
+    finally:
+        arriving.put(_END)
+
+
+def _take(
+    arriving: queue.Queue[tuple[int, bytes] | None], *, wait: bool
+) -> tuple[list[tuple[int, bytes]], bool]:
+    """The lines that are there, and whether they were the last; sleeps for the first one if `wait`."""
+    taken: list[tuple[int, bytes]] = []
+    while len(taken) < _LINES:
+        try:
+            line = arriving.get(block=wait and not taken)
+        except queue.Empty:
+            return taken, False
+        if line is _END:
+            return taken, True
+        taken.append(line)
+    return taken, False
+
+
+def _parse(index: int, line: bytes, config: StreamConfig) -> _Sample:
+    try:
+        text = line.decode().rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise _BadLine(f"not UTF-8: {error.reason} at byte {error.start}") from error
+    if not text.startswith("{"):
+        return _Sample(index, text)
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise _BadLine(f"not a JSON object: {error}") from error
+    names = {"id": value[config.id_column]} if config.id_column in value else {}
+    pair = None if config.text_pair_column is None else _text(value, config.text_pair_column)
+    return _Sample(index, _text(value, config.text_column), pair, names)
+
+
+def _text(value: dict[str, Any], column: str) -> str:
+    found = value.get(column)
+    if not isinstance(found, str):
+        raise _BadLine(f"no text in the field {column!r}")
+    return found

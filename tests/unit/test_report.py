@@ -1,0 +1,551 @@
+"""The report: hand-checked arithmetic, an independent recount, and a page that trusts nobody's text."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.engine.stats import EngineStats
+from pipeline.errors import PipelineError, UsageError
+from pipeline.records import Attempt, Identity, ModelRecord, RunRecord, Totals
+from pipeline.report import (
+    EvidenceError,
+    account,
+    evidence,
+    gather_evidence,
+    plots,
+    verify_parts,
+    write_report,
+)
+from pipeline.report import quantities as q
+from pipeline.report.accounting import wilson_interval
+
+HOSTILE = '<script>alert("x")</script>'
+LABELS = ("no", HOSTILE)
+
+# Four rows of 3, 2, 5 and 2 tokens, in two parts; a model of 2 layers. Rows 1 to 3 leave after layer 1.
+ROWS: dict[str, list[Any]] = {
+    "prediction": [0, 1, 1, 0],
+    "exit_layer": [1, 1, 1, 2],
+    "num_tokens": [3, 2, 5, 2],
+    "score": [0.9, 0.8, 0.95, 0.6],
+    "truncated": [False, False, True, False],
+    "audit_prediction": [None, 0, None, 0],
+}
+
+
+def stats(
+    *, tokens: tuple[int, int], squared: tuple[int, int], samples: tuple[int, int], **rest: Any
+) -> EngineStats:
+    work = {"tokens": tokens, "squared_tokens": squared, "samples": samples, "off_ramp_samples": samples}
+    return dataclasses.replace(EngineStats.zero(2), steps=(1, 1), **work, **rest)
+
+
+COMPUTE = stats(tokens=(12, 2), squared=(42, 4), samples=(4, 1), seconds=(3.0, 0.5), embedding_seconds=0.5)
+# Rows 2 and 4 (4 tokens) at full depth: off-ramps are not computed there.
+CONTROL = dataclasses.replace(
+    stats(tokens=(4, 4), squared=(8, 8), samples=(2, 2), seconds=(1.0, 1.2), embedding_seconds=0.2),
+    off_ramp_samples=(0, 2),
+)
+TOTALS = Totals(
+    shards=2,
+    rows=4,
+    bad_rows=1,
+    truncated_rows=1,
+    tokens=12,
+    squared_tokens=42,
+    exit_rows=(3, 1),
+    exit_tokens=(10, 2),
+    compute=COMPUTE,
+    control=CONTROL,
+    audited_rows=2,
+    audit_agreements=1,
+    read_seconds=0.1,
+    tokenize_seconds=0.1,
+    write_seconds=0.1,
+)
+ATTEMPT = Attempt(
+    started_at="2026-01-01T00:00:00Z",
+    ended_at="2026-01-01T00:00:08Z",
+    status="succeeded",
+    host="h",
+    pid=1,
+    replicas="1",
+    device="cpu",
+    threads_per_replica=1,
+    wall_seconds=8.0,
+    committed_shards=2,
+    committed_rows=4,
+)
+RECORD = RunRecord(
+    status="succeeded",
+    software_version="0",
+    identity=Identity(
+        model_digest="m",
+        exit_policy={"type": "entropy", "thresholds": [0.2]},
+        tokenizer_digest="t",
+        text_columns=("text",),
+        max_length=5,
+        precision="float32",
+        digest="d",
+    ),
+    model=ModelRecord(
+        path="model",
+        num_layers=2,
+        hidden_size=2,
+        intermediate_size=8,
+        labels=LABELS,
+        off_ramp_layers=(1,),
+        off_ramp_pooling="cls",
+    ),
+    inputs=("in.parquet",),
+    planned_shards=2,
+    planned_files=1,
+    shard_rows=2,
+    totals=TOTALS,
+    attempts=(ATTEMPT,),
+)
+
+
+def with_totals(**changes: Any) -> RunRecord:
+    return dataclasses.replace(RECORD, totals=dataclasses.replace(TOTALS, **changes))
+
+
+UNMEASURED = with_totals(control=EngineStats.zero(2), audited_rows=0, audit_agreements=0)
+EMPTY = dataclasses.replace(RECORD, status="running", totals=Totals.zero(2), attempts=())
+
+
+def write_part(path: Path, rows: slice, **changes: list[Any]) -> None:
+    values = {**ROWS, **changes}
+    prediction = pa.array(values["prediction"][rows], pa.int32())
+    columns = {
+        "row_id": pa.array([f"in.parquet:{i}" for i in range(4)][rows]),
+        "prediction": prediction,
+        "label": pa.DictionaryArray.from_arrays(
+            pa.array([p % 2 for p in values["prediction"]][rows], pa.int32()), LABELS
+        ),
+        "score": pa.array(values["score"][rows], pa.float32()),
+        "exit_layer": pa.array(values["exit_layer"][rows], pa.int16()),
+        "num_tokens": pa.array(values["num_tokens"][rows], pa.int32()),
+        "truncated": pa.array(values["truncated"][rows], pa.bool_()),
+        "audit_prediction": pa.array(values["audit_prediction"][rows], pa.int32()),
+    }
+    if "label" in changes:
+        columns["label"] = pa.array(changes["label"][rows]).dictionary_encode()
+    pq.write_table(pa.table(columns), path, compression="zstd", row_group_size=1)
+
+
+def write_run(folder: Path, record: RunRecord = RECORD, **changes: list[Any]) -> Path:
+    (folder / "_deebert").mkdir(parents=True)
+    (folder / "_deebert" / "run.json").write_text(json.dumps(record.to_dict()))
+    write_part(folder / "part-0.parquet", slice(0, 2), **changes)
+    write_part(folder / "part-1.parquet", slice(2, 4), **changes)
+    return folder
+
+
+def parts(folder: Path) -> list[str]:
+    return [str(path) for path in sorted(folder.glob("part-*.parquet"))]
+
+
+class TestAccounting:
+    def test_layer_work(self) -> None:
+        got = account(RECORD)
+        assert got.mean_exit_layer == 1.25  # (3·1 + 1·2) / 4
+        assert got.layer_work_saved == 0.375  # 1 - 1.25 / 2
+        assert got.rows_per_second == 0.5
+
+    def test_flops(self) -> None:
+        # A layer: 2·tokens·(4·2² + 2·2·8) + 4·squared·2 = 96·tokens + 8·squared.
+        # An off-ramp: 2·2·(2 + 2) = 16 a sample.
+        got = account(RECORD)
+        assert got.executed_flops == (96 * 12 + 8 * 42) + (96 * 2 + 8 * 4) + 16 * 5 == 1792
+        assert got.full_depth_flops == 2 * (96 * 12 + 8 * 42) + 16 * 4 == 3040
+        assert got.flops_saved == pytest.approx(1 - 1792 / 3040)
+
+    def test_full_depth_is_measured_by_the_control_sample(self) -> None:
+        # 2.4 s for 4 tokens; 12 tokens are 7.2 s; 4.0 s were spent.
+        got = account(RECORD)
+        assert got.full_depth is not None
+        assert got.full_depth.seconds == pytest.approx(7.2)
+        assert (got.full_depth.basis, got.full_depth.control_rows) == ("measured", 2)
+        assert got.seconds_saved == got.measured_saving == pytest.approx(1 - 4.0 / 7.2)
+        assert [layer.full_depth_seconds for layer in got.layers] == pytest.approx([3.0, 3.6])
+
+    def test_without_a_control_sample_full_depth_is_expected_and_says_so(self) -> None:
+        got = account(UNMEASURED)
+        assert got.full_depth is not None
+        assert got.full_depth.seconds == pytest.approx(4.0 * 3040 / 1792)
+        assert (got.full_depth.basis, got.full_depth.control_rows) == ("expected", 0)
+        assert got.measured_saving is None
+        assert got.agreement is None
+        assert {layer.full_depth_seconds for layer in got.layers} == {None}
+
+    def test_cost_per_million(self) -> None:
+        # 4.0 s for 4 rows are 1 s a row: 1e6 s at 3.60 an hour are 1000; full depth is 1.8 times that.
+        cost = account(RECORD, price_per_hour=3.6).cost
+        assert cost is not None
+        assert cost.with_exits == pytest.approx(1000)
+        assert cost.full_depth == pytest.approx(1800)
+        assert cost.basis == "measured"
+        assert account(RECORD).cost is None
+
+    def test_layers(self) -> None:
+        first, second = account(RECORD).layers
+        assert (first.layer, first.has_off_ramp, first.exit_rows, first.saved_tokens) == (1, True, 3, 0)
+        assert (second.layer, second.has_off_ramp, second.exit_rows, second.saved_tokens) == (2, False, 1, 10)
+
+    def test_an_empty_run_states_nothing(self) -> None:
+        got = account(EMPTY, price_per_hour=1.0)
+        stated = (
+            got.mean_exit_layer,
+            got.layer_work_saved,
+            got.flops_saved,
+            got.full_depth,
+            got.seconds_saved,
+        )
+        assert {*stated, got.agreement, got.rows_per_second, got.cost} == {None}
+
+    @pytest.mark.parametrize(
+        ("successes", "trials", "low", "high"),
+        [(50, 100, 0.4038, 0.5962), (10, 10, 0.7225, 1.0), (0, 10, 0.0, 0.2775)],
+    )
+    def test_wilson_interval(self, successes: int, trials: int, low: float, high: float) -> None:
+        assert wilson_interval(successes, trials) == pytest.approx((low, high), abs=1e-4)
+
+
+class TestEvidence:
+    def test_sound_parts_agree(self, tmp_path: Path) -> None:
+        got = gather_evidence(parts(write_run(tmp_path / "out")), RECORD)
+        assert got.findings == ()
+        assert (got.parts, got.rows, got.tokens, got.squared_tokens, got.truncated_rows) == (2, 4, 12, 42, 1)
+        assert (got.exit_rows, got.exit_tokens) == ((3, 1), (10, 2))
+        assert got.label_rows == (2, 2)
+        assert (got.audited_rows, got.agreeing_rows) == ((1, 1), (0, 1))
+
+    def test_score_ranges(self, tmp_path: Path) -> None:
+        first, second = gather_evidence(parts(write_run(tmp_path / "out")), RECORD).score_ranges
+        assert (first.layer, first.rows, second.layer, second.rows) == (1, 3, 2, 1)
+        assert (first.low, first.median, first.high) == pytest.approx((0.8, 0.9, 0.95), abs=0.006)
+
+    @pytest.mark.parametrize(
+        ("changes", "quantity"),
+        [
+            ({"exit_layer": [1, 1, 2, 2]}, "rows per exit layer"),
+            ({"exit_layer": [1, 1, 1, 3]}, "rows with an exit layer that the model does not have"),
+            ({"num_tokens": [4, 2, 5, 2]}, "tokens"),
+            ({"num_tokens": [2, 3, 4, 3]}, "squared tokens"),
+            ({"truncated": [True, True, True, False]}, "truncated rows"),
+            ({"audit_prediction": [None, 1, None, 0]}, "audited rows that agree"),
+            ({"audit_prediction": [None, None, None, 0]}, "audited rows"),
+            ({"prediction": [0, 1, 1, 2]}, "rows whose label is not the name of their prediction"),
+            ({"label": ["no", HOSTILE, "no", "no"]}, "rows whose label is not the name of their prediction"),
+            ({"label": ["no", HOSTILE, HOSTILE, "maybe"]}, "rows with a label that the model does not have"),
+            ({"label": ["no", HOSTILE, HOSTILE, None]}, "rows with a label that the model does not have"),
+        ],
+    )
+    def test_a_disagreement_is_found(
+        self, tmp_path: Path, changes: dict[str, list[Any]], quantity: str
+    ) -> None:
+        got = gather_evidence(parts(write_run(tmp_path / "out", **changes)), RECORD)
+        assert quantity in {finding.quantity for finding in got.findings}
+
+    def test_a_missing_part_is_found(self, tmp_path: Path) -> None:
+        got = gather_evidence(parts(write_run(tmp_path / "out"))[:1], RECORD)
+        found = {finding.quantity: (finding.recorded, finding.recounted) for finding in got.findings}
+        assert found["parts"] == ("2", "1")
+        assert found["rows"] == ("4", "2")
+        assert found["rows per exit layer"] == ("3, 1", "2, 0")
+
+    def test_a_part_without_rows_is_fine(self, tmp_path: Path) -> None:
+        write_part(tmp_path / "part-0.parquet", slice(0, 0))
+        got = gather_evidence(parts(tmp_path), dataclasses.replace(EMPTY, totals=Totals.zero(2)))
+        assert [finding.quantity for finding in got.findings] == ["parts"]
+
+    def test_it_reads_with_fastparquet(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        opened = []
+
+        class Spy(evidence.ParquetFile):  # type: ignore[misc]
+            def __init__(self, *args: Any, **kwargs: Any) -> None:
+                opened.append(args[0])
+                super().__init__(*args, **kwargs)
+
+        paths = parts(write_run(tmp_path / "out"))
+        monkeypatch.setattr(evidence, "ParquetFile", Spy)
+        monkeypatch.setattr(pq, "ParquetFile", None)
+        monkeypatch.setattr(pq, "read_table", None)
+        assert gather_evidence(paths, RECORD).findings == ()
+        assert opened == paths
+        assert evidence.ParquetFile.__mro__[1].__module__.startswith("fastparquet")
+
+    def test_verify_parts_reads_footers_only(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(evidence.ParquetFile, "iter_row_groups", None)
+        assert verify_parts(parts(write_run(tmp_path / "out")), 4) == 4
+        assert verify_parts([], 0) == 0
+
+    def test_verify_parts_names_the_disagreement(self, tmp_path: Path) -> None:
+        with pytest.raises(EvidenceError, match="hold 4 rows, but 5 were committed"):
+            verify_parts(parts(write_run(tmp_path / "out")), 5)
+
+    @pytest.mark.parametrize("content", [b"", b"not parquet at all", None])
+    def test_an_unreadable_part_is_named(self, tmp_path: Path, content: bytes | None) -> None:
+        path = tmp_path / "part-0.parquet"
+        if content is not None:
+            path.write_bytes(content)
+        for check in (lambda: verify_parts([str(path)], 0), lambda: gather_evidence([str(path)], RECORD)):
+            with pytest.raises(EvidenceError, match=r"part-0\.parquet cannot be read"):
+                check()
+
+    def test_a_damaged_page_is_named(self, tmp_path: Path) -> None:
+        path = tmp_path / "part-0.parquet"
+        write_part(path, slice(0, 4))
+        content = bytearray(path.read_bytes())
+        content[4:400] = bytes(396)
+        path.write_bytes(content)
+        with pytest.raises(EvidenceError, match="is damaged"):
+            gather_evidence([str(path)], RECORD)
+
+    def test_a_foreign_part_is_refused(self, tmp_path: Path) -> None:
+        pq.write_table(pa.table({"prediction": [1]}), tmp_path / "part-0.parquet")
+        with pytest.raises(PipelineError, match="lacks the column label"):
+            gather_evidence(parts(tmp_path), RECORD)
+
+
+def all_plots(record: RunRecord, labels: tuple[str, ...] = LABELS) -> Iterator[str]:
+    accounting = account(record, price_per_hour=1.0)
+    ranges = (evidence.ScoreRange(layer=1, rows=3, low=0.3, median=0.9, high=1.0),)
+    drawn = (
+        plots.exit_histogram(accounting),
+        plots.layer_work(accounting),
+        plots.seconds_per_layer(accounting),
+        plots.flops_comparison(accounting),
+        plots.seconds_comparison(accounting),
+        plots.cost_comparison(accounting.cost),
+        plots.label_distribution(labels, range(len(labels))),
+        plots.score_ranges(ranges, record.model.num_layers),
+    )
+    return (svg for svg in drawn if svg is not None)
+
+
+class TestPlots:
+    @pytest.mark.parametrize("record", [RECORD, UNMEASURED, EMPTY], ids=["measured", "expected", "empty"])
+    def test_they_are_xml_without_references(self, record: RunRecord) -> None:
+        for svg in all_plots(record):
+            assert ElementTree.fromstring(svg).tag == "{http://www.w3.org/2000/svg}svg"
+            assert set(re.findall(r"https?://[^\"' ]+", svg)) == {"http://www.w3.org/2000/svg"}
+
+    def test_ids_are_unique_across_the_page(self) -> None:
+        ids = [found for svg in all_plots(RECORD) for found in re.findall(r'\bid="([^"]+)"', svg)]
+        assert len(ids) == len(set(ids))
+        for svg in all_plots(RECORD):
+            targets = re.findall(r'(?:href="#|url\(#)([^")]+)', svg)
+            assert set(targets) <= set(re.findall(r'\bid="([^"]+)"', svg))
+
+    def test_the_same_numbers_give_the_same_bytes(self) -> None:
+        assert list(all_plots(RECORD)) == list(all_plots(RECORD))
+
+    def test_numbers_stand_in_the_text(self) -> None:
+        texts = "|".join(ElementTree.fromstring(plots.exit_histogram(account(RECORD))).itertext())
+        assert "75.0" in texts
+        assert "25.0" in texts
+        assert "mean 1.25" in texts
+
+    def test_hostile_names_stay_text(self) -> None:
+        names = (HOSTILE, "$a$ & $b", "nul\x00\x1b[31m", "日本語", "long " * 50, 'id="x" #1f2a37')
+        svg = plots.label_distribution(names, [6, 5, 4, 3, 2, 1])
+        texts = list(ElementTree.fromstring(svg).itertext())
+        assert "<script" not in svg
+        assert {"$a$ & $b", "nul\ufffd\ufffd[31m", "日本語", 'id="x" #1f2a37'} <= set(texts)
+
+    def test_many_labels_are_summed(self) -> None:
+        svg = plots.label_distribution([f"class {i}" for i in range(100)], [1] * 100)
+        texts = list(ElementTree.fromstring(svg).itertext())
+        assert "89 others" in texts
+        assert "89  (89.0 %)" in texts
+
+    def test_nothing_is_left_behind_in_matplotlib(self) -> None:
+        import matplotlib
+
+        before = dict(matplotlib.rcParams)
+        list(all_plots(RECORD))
+        assert dict(matplotlib.rcParams) == before
+
+
+class TestWriteReport:
+    def test_page_and_text(self, tmp_path: Path) -> None:
+        folder = write_run(tmp_path / "out")
+        report = write_report(str(folder), price_per_hour=3.6)
+        page = Path(report.path).read_text(encoding="utf-8")
+        assert Path(report.path) == folder / "_deebert" / "report.html"
+        for said in ("44.4 %", "$1,000.00", "$1,800.00", "1 of 2 audited rows", "measured on 2 control rows"):
+            assert said in page
+            assert said in report.text
+        assert page.count("<svg") == 8
+        assert 'role="alert"' not in page
+        assert "!!" not in report.text
+
+    def test_the_page_is_self_contained_and_escapes(self, tmp_path: Path) -> None:
+        record = dataclasses.replace(
+            RECORD,
+            inputs=(HOSTILE,),
+            model=dataclasses.replace(RECORD.model, path=HOSTILE),
+            attempts=(dataclasses.replace(ATTEMPT, error=HOSTILE, host='"><img src=x>'),),
+        )
+        folder = write_run(tmp_path / "<b>&out", record)
+        page = Path(write_report(str(folder), price_per_hour=None).path).read_text(encoding="utf-8")
+        assert set(re.findall(r"https?://[^\"'< ]+", page)) == {"http://www.w3.org/2000/svg"}
+        assert not re.search(r"<(script|link|img|iframe|b)\b", page)
+        assert not re.search(r"\b(src|@import)\b\s*=?\s*[\"'(]", page)
+        assert "&lt;script&gt;" in page
+
+    def test_what_is_not_measured_names_its_remedy(self, tmp_path: Path) -> None:
+        folder = write_run(tmp_path / "out", UNMEASURED, audit_prediction=[None] * 4)
+        report = write_report(str(folder), price_per_hour=None)
+        page = Path(report.path).read_text(encoding="utf-8")
+        assert report.evidence.findings == ()
+        assert "not measured" in report.text
+        assert "--control 0.01" in report.text
+        assert "<code>--control</code> 0.01" in page
+        assert "Compute time saved (expected)" in page
+        assert "full depth, measured" not in page
+
+    @pytest.mark.parametrize("status", ["running", "failed", "interrupted"])
+    def test_an_unfinished_run_says_so_first(self, tmp_path: Path, status: Any) -> None:
+        attempt = dataclasses.replace(ATTEMPT, status=status, error="the node was lost")
+        record = dataclasses.replace(RECORD, status=status, planned_shards=5, attempts=(attempt,))
+        report = write_report(str(write_run(tmp_path / "out", record)), price_per_hour=None)
+        first = " ".join(report.text.split("\n\n")[0].split())
+        assert first.startswith(f"!! This run is not finished (status: {status}): 2 of 5 planned shards")
+        assert "the node was lost" in first
+        assert 'role="alert"' in Path(report.path).read_text(encoding="utf-8")
+
+    def test_nothing_committed_yet(self, tmp_path: Path) -> None:
+        folder = tmp_path / "out"
+        (folder / "_deebert").mkdir(parents=True)
+        (folder / "_deebert" / "run.json").write_text(json.dumps(EMPTY.to_dict()))
+        report = write_report(str(folder), price_per_hour=2.0)
+        assert report.evidence.findings == ()
+        assert "0 of 2 planned shards" in report.text
+        assert "nan" not in report.text
+        assert "<svg" not in Path(report.path).read_text(encoding="utf-8")
+
+    def test_a_disagreement_is_loud(self, tmp_path: Path) -> None:
+        report = write_report(str(write_run(tmp_path / "out", exit_layer=[1, 1, 2, 2])), price_per_hour=None)
+        loud = "The parts disagree with the run record on rows per exit layer: recorded 3, 1, recounted 2, 2."
+        assert report.text.startswith(f"!! {loud}")
+        assert "NOT agree" in report.text
+        assert loud in Path(report.path).read_text(encoding="utf-8")
+
+    def test_exits_that_cost_more_than_they_save_are_not_hidden(self, tmp_path: Path) -> None:
+        slow = dataclasses.replace(COMPUTE, seconds=(9.0, 1.0))
+        report = write_report(
+            str(write_run(tmp_path / "out", with_totals(compute=slow))), price_per_hour=None
+        )
+        assert report.text.startswith("!! The exits cost more time than they saved")
+        assert f"{q.MINUS}45.8 %" in report.text  # 1 - 10.5 / 7.2
+
+    def test_a_control_sample_in_tiny_micro_batches_is_flagged(self, tmp_path: Path) -> None:
+        tiny = dataclasses.replace(CONTROL, steps=(2, 2))
+        report = write_report(
+            str(write_run(tmp_path / "out", with_totals(control=tiny))), price_per_hour=None
+        )
+        assert "smaller micro-batches (1 samples) than the exit lane (4)" in " ".join(report.text.split())
+
+    def test_urls_work(self, tmp_path: Path) -> None:
+        fs = fsspec.filesystem("memory")
+        fs.put(str(write_run(tmp_path / "out")), "/report-test/run", recursive=True)
+        try:
+            report = write_report("memory://report-test/run", price_per_hour=None)
+            assert report.evidence.findings == ()
+            assert fs.cat("/report-test/run/_deebert/report.html").startswith(b"<!DOCTYPE html>")
+        finally:
+            fs.rm("/report-test", recursive=True)
+
+    def test_odd_folder_names_work(self, tmp_path: Path) -> None:
+        report = write_report(str(write_run(tmp_path / "out [1] *#é")), price_per_hour=None)
+        assert report.evidence.findings == ()
+
+    def test_a_folder_without_a_run_is_an_error_of_use(self, tmp_path: Path) -> None:
+        with pytest.raises(UsageError, match="holds no run"):
+            write_report(str(tmp_path), price_per_hour=None)
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            ("{", "is not JSON"),
+            ("[]", "format version None"),
+            ('{"format_version": 99}', "format version 99"),
+        ],
+    )
+    def test_a_strange_run_record_is_an_error_of_use(
+        self, tmp_path: Path, content: str, message: str
+    ) -> None:
+        (tmp_path / "_deebert").mkdir()
+        (tmp_path / "_deebert" / "run.json").write_text(content)
+        with pytest.raises(UsageError, match=message):
+            write_report(str(tmp_path), price_per_hour=None)
+
+    def test_an_incomplete_run_record_is_an_error_of_use(self, tmp_path: Path) -> None:
+        (tmp_path / "_deebert").mkdir()
+        (tmp_path / "_deebert" / "run.json").write_text('{"format_version": 1}')
+        with pytest.raises(UsageError, match="not a complete run record"):
+            write_report(str(tmp_path), price_per_hour=None)
+
+    @pytest.mark.parametrize("price", [0.0, -1.0, float("nan"), float("inf")])
+    def test_a_price_that_makes_no_sense_is_an_error_of_use(self, tmp_path: Path, price: float) -> None:
+        with pytest.raises(UsageError, match="price per hour"):
+            write_report(str(tmp_path), price_per_hour=price)
+
+    def test_terminal_control_characters_do_not_reach_the_terminal(self, tmp_path: Path) -> None:
+        attempt = dataclasses.replace(ATTEMPT, status="failed", error="\x1b[2J gone")
+        record = dataclasses.replace(RECORD, status="failed", attempts=(attempt,))
+        assert "\x1b" not in write_report(str(write_run(tmp_path / "out", record)), price_per_hour=None).text
+
+
+class TestQuantities:
+    @pytest.mark.parametrize(
+        ("share", "text"),
+        [
+            (0.4125, "41.2 %"),
+            (1.0, "100.0 %"),
+            (0.99999, "99.9 %"),
+            (0.0, "0.0 %"),
+            (0.00001, "< 0.1 %"),
+            (-0.031, f"{q.MINUS}3.1 %"),
+            (None, q.NOT_MEASURED),
+        ],
+    )
+    def test_percent(self, share: float | None, text: str) -> None:
+        assert q.percent(share) == text
+
+    @pytest.mark.parametrize(
+        ("seconds", "text"),
+        [
+            (0.0, "0 s"),
+            (8.314, "8.31 s"),
+            (59.0, "59.0 s"),
+            (59.9, "1 min 0 s"),
+            (754.0, "12 min 34 s"),
+            (3599.9, "1 h 0 min"),
+            (5025.0, "1 h 24 min"),
+            (200_000.0, "2 d 8 h"),
+        ],
+    )
+    def test_duration(self, seconds: float, text: str) -> None:
+        assert q.duration(seconds) == text
+
+    def test_money(self) -> None:
+        spelled = [q.money(12.5, "$"), q.money(0.01234, "$"), q.money(-2.0, "€"), q.money(1.0, "EUR")]
+        assert spelled == ["$12.50", "$0.0123", f"{q.MINUS}€2.00", "EUR\u00a01.00"]
+
+    def test_flops(self) -> None:
+        assert [q.flops(v) for v in (12.0, 3.2e15, 999.9e9)] == ["12 FLOP", "3.2 PFLOP", "1 TFLOP"]
