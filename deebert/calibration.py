@@ -31,6 +31,7 @@ def choose_threshold(
     """
     full = score(trace, labels, FULL_DEPTH)
     grid = np.linspace(0.0, math.log(trace.logits.shape[-1]), steps + 1)[1:]
-    points = (score(trace, labels, EntropyThreshold(round(float(t), 6))) for t in grid)
+    # Rounded down: ln(5) rounded up is a threshold above the largest entropy there is, which `check` refuses.
+    points = (score(trace, labels, EntropyThreshold(math.floor(t * 1e6) / 1e6)) for t in grid)
     kept = [p for p in points if p.accuracy >= keep_accuracy * full.accuracy]
     return max(kept, key=lambda p: p.saving, default=full)

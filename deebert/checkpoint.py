@@ -11,6 +11,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -34,7 +35,7 @@ class Checkpoint:
     @property
     def labels(self) -> tuple[str, ...]:
         """Label names, in the order of their ids."""
-        names = self.model.config.id2label
+        names: dict[Any, str] = dict(self.model.config.id2label or {})
         return tuple(str(names[i]) for i in range(len(names)))
 
     @property
@@ -69,9 +70,10 @@ def load_checkpoint(name_or_path: str) -> Checkpoint:
         config = DeeBertConfig.from_pretrained(name_or_path)
         if config.model_type != "deebert":
             raise CheckpointError(_not_deebert(name_or_path, config.model_type))
-        model, loading = DeeBertForSequenceClassification.from_pretrained(
+        loaded: Any = DeeBertForSequenceClassification.from_pretrained(
             name_or_path, config=config, dtype=torch.float32, output_loading_info=True
         )
+        model, loading = loaded
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
     except (OSError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0]

@@ -7,15 +7,16 @@ regroup sequences as it likes. No padding anywhere. Knows nothing of policies, s
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.activations import ACT2FN
 
 from deebert.attention import varlen_attention
-from deebert.modeling import DeeBertForSequenceClassification, OffRamp
+from deebert.modeling import DeeBertForSequenceClassification
 from deebert.packing import PackedTokens, SequenceLayout
 
 
@@ -82,7 +83,7 @@ class PackedEncoder:
         self.device = torch.device(device)
         self.dtype = dtype
         self.num_layers: int = config.num_hidden_layers
-        self.num_labels: int = config.num_labels
+        self.num_labels = len(model.final_classifier.classifier.weight)
         self.hidden_size: int = config.hidden_size
         self.pooling = config.off_ramp_pooling
         self.has_token_types = int(getattr(backbone, "type_vocab_size", 1)) > 1
@@ -169,7 +170,7 @@ def _mean_by_run(states: Tensor, layout: SequenceLayout) -> Tensor:
 
 @dataclass(frozen=True)
 class _Cast:
-    """Copies modules' weights to a device and dtype."""
+    """Copies modules' weights to a device and dtype; knows the names that BERT and RoBERTa share."""
 
     device: torch.device
     dtype: torch.dtype
@@ -177,27 +178,27 @@ class _Cast:
     def tensor(self, value: Tensor) -> Tensor:
         return value.detach().to(self.device, self.dtype, copy=True).contiguous()
 
-    def linear(self, *modules: nn.Module) -> _Linear:
+    def linear(self, *modules: Any) -> _Linear:
         return _Linear(
-            weight=self.tensor(torch.cat([m.get_parameter("weight") for m in modules])),
-            bias=self.tensor(torch.cat([m.get_parameter("bias") for m in modules])),
+            weight=self.tensor(torch.cat([m.weight for m in modules])),
+            bias=self.tensor(torch.cat([m.bias for m in modules])),
         )
 
-    def norm(self, module: nn.LayerNorm) -> _Norm:
+    def norm(self, module: Any) -> _Norm:
         return _Norm(weight=self.tensor(module.weight), bias=self.tensor(module.bias), eps=module.eps)
 
-    def layer(self, module: nn.Module) -> _Layer:
-        attention = module.get_submodule("attention.self")
+    def layer(self, module: Any) -> _Layer:
+        attention = module.attention
         return _Layer(
-            qkv=self.linear(attention.query, attention.key, attention.value),
-            attention_output=self.linear(module.get_submodule("attention.output.dense")),
-            attention_norm=self.norm(module.get_submodule("attention.output.LayerNorm")),
-            intermediate=self.linear(module.get_submodule("intermediate.dense")),
-            output=self.linear(module.get_submodule("output.dense")),
-            output_norm=self.norm(module.get_submodule("output.LayerNorm")),
+            qkv=self.linear(attention.self.query, attention.self.key, attention.self.value),
+            attention_output=self.linear(attention.output.dense),
+            attention_norm=self.norm(attention.output.LayerNorm),
+            intermediate=self.linear(module.intermediate.dense),
+            output=self.linear(module.output.dense),
+            output_norm=self.norm(module.output.LayerNorm),
         )
 
-    def off_ramp(self, module: OffRamp) -> _OffRamp:
+    def off_ramp(self, module: Any) -> _OffRamp:
         return _OffRamp(dense=self.linear(module.dense), classifier=self.linear(module.classifier))
 
     def embeddings(self, model: DeeBertForSequenceClassification) -> _Embeddings:

@@ -58,7 +58,7 @@ class ExitPolicy(Protocol):
 class EntropyThreshold:
     """Leave when the entropy is strictly below the threshold: one for all layers, or one per layer."""
 
-    thresholds: float | None | tuple[float | None, ...]
+    thresholds: float | tuple[float | None, ...] | None
     """Nats. None or a negative number never fires."""
 
     def __post_init__(self) -> None:

@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedModel,
     RobertaModel,
 )
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from deebert.config import DeeBertConfig, OffRampPooling
 from deebert.errors import BackboneError
@@ -40,7 +40,7 @@ class OffRamp(nn.Module):
         dropout = getattr(backbone, "classifier_dropout", None)
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.dropout = nn.Dropout(backbone.hidden_dropout_prob if dropout is None else dropout)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = nn.Linear(config.hidden_size, int(config.num_labels or 0))
 
     def forward(self, pooled: Tensor) -> Tensor:
         """(N, H) pooled states -> (N, C) logits."""
@@ -82,10 +82,10 @@ class DeeBertForSequenceClassification(PreTrainedModel):
     def __init__(self, config: DeeBertConfig) -> None:
         super().__init__(config)
         family = backbone_class(config.backbone_config)
-        self.backbone = family(config.backbone_config, add_pooling_layer=False)
+        self.backbone: Any = family(config.backbone_config, add_pooling_layer=False)  # type: ignore[arg-type]
         self.off_ramps = nn.ModuleList(OffRamp(config) for _ in config.off_ramp_layers)
         self.final_classifier = OffRamp(config)
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     @classmethod
     def from_backbone(
@@ -105,7 +105,7 @@ class DeeBertForSequenceClassification(PreTrainedModel):
         backbone_config = AutoConfig.from_pretrained(name_or_path)
         family = backbone_class(backbone_config)
         # float32 whatever the checkpoint's storage: optimizers need it, and float16 weights convert exactly.
-        pretrained = family.from_pretrained(name_or_path, add_pooling_layer=True, dtype=torch.float32)
+        pretrained: Any = family.from_pretrained(name_or_path, add_pooling_layer=True, dtype=torch.float32)
         model = cls(
             DeeBertConfig(
                 backbone_config=backbone_config,

@@ -156,11 +156,13 @@ class PackedTokens:
 
     def to(self, device: torch.device | str) -> PackedTokens:
         """The same on `device`; copies are asynchronous."""
-        move = {"device": device, "non_blocking": True}
+        types, layout = self.token_type_ids, self.layout
         return PackedTokens(
-            input_ids=self.input_ids.to(**move),
-            token_type_ids=None if self.token_type_ids is None else self.token_type_ids.to(**move),
-            layout=SequenceLayout(lengths=self.layout.lengths, cu_seqlens=self.cu_seqlens.to(**move)),
+            input_ids=self.input_ids.to(device, non_blocking=True),
+            token_type_ids=None if types is None else types.to(device, non_blocking=True),
+            layout=SequenceLayout(
+                lengths=layout.lengths, cu_seqlens=layout.cu_seqlens.to(device, non_blocking=True)
+            ),
         )
 
 

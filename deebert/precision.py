@@ -32,7 +32,7 @@ def resolve_precision(asked: str, *, has_gpu: bool | None = None) -> Precision:
         return "bfloat16" if on_gpu or _cpu_multiplies_bfloat16() else "float32"
     if asked not in DTYPES:
         raise ValueError(f"unknown precision {asked!r}: choose auto, {', '.join(DTYPES)}")
-    return asked  # type: ignore[return-value]
+    return asked
 
 
 def _cpu_multiplies_bfloat16() -> bool:

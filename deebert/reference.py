@@ -68,7 +68,7 @@ def classify_one(
 
 def _entropy(logits: torch.Tensor) -> float:
     """``-Σ p ln p``, term by term."""
-    log_p = torch.log_softmax(logits.float(), dim=-1).tolist()
+    log_p: list[float] = torch.log_softmax(logits.float(), dim=-1).tolist()
     return -sum(math.exp(x) * x for x in log_p)
 
 

@@ -15,7 +15,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +34,7 @@ from transformers import (
 from deebert.encoder import PackedEncoder
 from deebert.errors import DataError
 from deebert.evaluation import LabelledSequences, length_sorted_batches
-from deebert.modeling import DeeBertForSequenceClassification
+from deebert.modeling import DeeBertForSequenceClassification, OffRamp
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ def train_two_stage(
     Raises:
         DataError: no samples, or a label that the model does not have.
     """
-    check_labels(data, model.config.num_labels)
+    check_labels(data, model.final_classifier.classifier.out_features)
     set_seed(config.seed)
     train_backbone(model, tokenizer, data, config, work_dir, show_progress=show_progress)
     train_off_ramps(model, data, config, show_progress=show_progress)
@@ -166,7 +166,7 @@ def train_backbone(
         train_dataset=_Rows(data),
         data_collator=DataCollatorWithPadding(tokenizer),
     ).train()
-    model.eval()
+    model.train(False)
 
 
 def train_off_ramps(
@@ -179,7 +179,7 @@ def train_off_ramps(
     """Stage 2: all off-ramps at once, on cached states of the frozen backbone; the rest stays bit for bit."""
     if not len(model.off_ramps):
         return
-    model.eval()
+    model.train(False)
     device = model.device
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     states = collect_pooled_states(model, data, dtype, config.micro_batch_tokens, show_progress=show_progress)
@@ -241,7 +241,7 @@ class _OffRampStack(nn.Module):
 
     def __init__(self, model: DeeBertForSequenceClassification) -> None:
         super().__init__()
-        ramps = list(model.off_ramps)
+        ramps = cast(list[OffRamp], list(model.off_ramps))
         self.dropout = nn.Dropout(ramps[0].dropout.p)
         self.dense = nn.Parameter(torch.stack([r.dense.weight.detach().T for r in ramps]))  # (R, H, H)
         self.dense_bias = nn.Parameter(torch.stack([r.dense.bias.detach()[None] for r in ramps]))  # (R, 1, H)
@@ -256,7 +256,7 @@ class _OffRampStack(nn.Module):
     @torch.no_grad()
     def write_back(self, model: DeeBertForSequenceClassification) -> None:
         """Copy the trained weights into the model's off-ramps."""
-        for i, ramp in enumerate(model.off_ramps):
+        for i, ramp in enumerate(cast(list[OffRamp], list(model.off_ramps))):
             ramp.dense.weight.copy_(self.dense[i].T)
             ramp.dense.bias.copy_(self.dense_bias[i, 0])
             ramp.classifier.weight.copy_(self.classifier[i].T)

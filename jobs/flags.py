@@ -22,6 +22,9 @@ __all__ = ["comma_list", "flag", "parse_job"]
 
 Job = TypeVar("Job")
 _REQUIRED = dataclasses.MISSING
+_LEFT_OUT = ("", "~", "null")
+"""What YAML writes for "no value": the default holds."""
+_SWITCH = {"true": True, "false": False}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -64,7 +67,7 @@ def _parser(job: type[Any], prog: str, description: str) -> _Parser:
         if f.default is _REQUIRED:
             text += " (required)"
         elif f.default is not None and f.default is not False and f.default != ():
-            shown = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
+            shown = ",".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
             text += f" (default: {shown})"
         text = text.replace("%", "%%")
         if f.default is False:
@@ -100,10 +103,7 @@ def _showing_errors(parse: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 def _read_config(job: type[Any], path: str) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise UsageError(f"cannot read --config {path!r}: {' '.join(str(error).split())}") from error
+    content = _load_yaml(path)
     if not isinstance(content, dict):
         raise UsageError(f"--config {path!r} is not a mapping of flags to values: write `flag: value` lines")
     fields = {f.name: f for f in dataclasses.fields(job)}
@@ -114,22 +114,36 @@ def _read_config(job: type[Any], path: str) -> dict[str, Any]:
             close = difflib.get_close_matches(name, fields, n=1)
             hint = f"did you mean {close[0].replace('_', '-')!r}?" if close else f"known: {', '.join(fields)}"
             raise UsageError(f"--config {path!r} has an unknown key {key!r}: {hint}")
-        values[name] = _config_value(fields[name], value, path)
+        if value not in _LEFT_OUT:
+            values[name] = _config_value(fields[name], value, path)
     return values
+
+
+def _load_yaml(path: str) -> Any:
+    """The file with every scalar as its text, as on a command line: YAML itself would read ``1:4`` as 64."""
+    try:
+        return yaml.load(Path(path).read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"cannot read --config {path!r}: {' '.join(str(error).split())}") from error
 
 
 def _config_value(field: dataclasses.Field[Any], value: Any, path: str) -> Any:
     """A YAML value goes through the flag's own parser, so that both mean the same."""
-    if value is None or isinstance(value, bool) or field.default is False:
-        if field.default is False and not isinstance(value, bool):
+    if field.default is False:
+        if value not in _SWITCH:
             raise UsageError(f"--config {path!r}: {field.name} is a switch, write true or false")
-        return value
+        return _SWITCH[value]
     parse, choices = field.metadata["parse"], field.metadata["choices"]
     items = value if isinstance(value, list) else [value]
+    # A list is for flags that take several values, or one of several parts.
+    if not all(isinstance(item, str) for item in items) or (
+        parse is str and isinstance(value, list) and not field.metadata["several"]
+    ):
+        raise UsageError(f"--config {path!r}: {field.name} is not a single value")
     try:
         if field.metadata["several"]:
-            return tuple(parse(str(item)) for item in items)
-        parsed = parse(",".join(map(str, items)))
+            return tuple(parse(item) for item in items)
+        parsed = parse(",".join(items))
     except ValueError as error:
         raise UsageError(f"--config {path!r}: {field.name}: {error}") from error
     if choices and parsed not in choices:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -109,14 +110,14 @@ def _open(source: str, split: str):  # type: ignore[no-untyped-def]  # `datasets
 
 
 def _label_ids(
-    source: str, raw: list[object], names: tuple[str, ...] | None, found: tuple[str, ...] | None
+    source: str, raw: list[Any], names: tuple[str, ...] | None, found: tuple[str, ...] | None
 ) -> tuple[tuple[int, ...], tuple[str, ...]]:
     """Label ids and names: by name where labels are names, else as they are."""
     if found is not None:
-        return tuple(int(x) for x in raw), names or found  # type: ignore[call-overload]
-    present = sorted(set(raw), key=lambda x: (isinstance(x, str), x))  # type: ignore[type-var]
+        return tuple(int(x) for x in raw), names or found
+    present = sorted(set(raw), key=lambda x: (isinstance(x, str), x))
     if names is not None and all(isinstance(x, int) for x in present):
-        ids: dict[object, int] = {i: i for i in range(len(names))}
+        ids: dict[Any, int] = {i: i for i in range(len(names))}
     else:
         names = names or tuple(map(str, present))
         ids = {

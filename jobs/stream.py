@@ -48,7 +48,7 @@ def execute(argv: Sequence[str], *, prog: str) -> int:
 
     from deebert.checkpoint import load_checkpoint
     from deebert.precision import resolve_precision
-    from pipeline.planning import resolve_policy
+    from pipeline.planning import resolve_max_length, resolve_policy
     from pipeline.stream import StreamConfig, stream
 
     checkpoint = load_checkpoint(job.model)
@@ -56,7 +56,7 @@ def execute(argv: Sequence[str], *, prog: str) -> int:
         text_column=job.text_column,
         text_pair_column=job.text_pair_column,
         id_column=job.id_column,
-        max_length=job.max_length,
+        max_length=resolve_max_length(job.max_length, job.micro_batch_tokens, checkpoint),
         micro_batch_tokens=job.micro_batch_tokens,
         precision=resolve_precision(job.precision),
         device="cuda" if torch.cuda.is_available() else "cpu",

@@ -125,7 +125,10 @@ class ClassifyConfig:
         metavar="S",
     )
     replicas: Replicas | None = flag(
-        "N, MIN:MAX or auto", default=None, parse=Replicas.parse, metavar="N|MIN:MAX"
+        "N, MIN:MAX or auto; left out, auto: one per GPU that Ray has, else one per core",
+        default=None,
+        parse=Replicas.parse,
+        metavar="N|MIN:MAX",
     )
     threads: int | None = flag(
         "CPU threads per replica; left out, the cores are shared out", default=None, parse=positive

@@ -5,7 +5,7 @@ DeeBertError
     ├── UsageError         found before any actor starts; exit code 2
     │   └── InputError     an input that is missing, unreadable or lacks a column
     ├── ReadError          a shard's file could not be read: names the file and why
-    ├── RunFailed          the run ended with shards missing; exit code 1, the same command resumes
+    ├── RunFailedError          the run ended with shards missing; exit code 1, the same command resumes
     └── InvariantError     a broken promise of ours (rows not conserved, a buffer over its bound)
 """
 
@@ -28,7 +28,7 @@ class ReadError(PipelineError):
     """A shard's file could not be read: names the file and why."""
 
 
-class RunFailed(PipelineError):
+class RunFailedError(PipelineError):
     """The run ended with planned shards uncommitted; the same command finishes the job (exit code 1)."""
 
 

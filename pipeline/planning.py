@@ -87,7 +87,7 @@ def check_output(run: RunPlan, output: Output, earlier: RunRecord | None) -> set
     _check_same_run(run, output, earlier)
     stale = _stale_parts(run, existing)
     if stale and run.config.on_changed == "refuse":
-        paths = sorted({path for path in stale.values()})
+        paths = sorted(set(stale.values()))
         raise UsageError(
             f"the input {paths[0]!r}{f' and {len(paths) - 1} more' if len(paths) > 1 else ''} changed since it was "
             f"classified into {output.url!r}: classify it again with --on-changed redo, or choose another output"
@@ -150,9 +150,9 @@ def _other_columns(config: ClassifyConfig) -> tuple[str, ...]:
 
 
 def _identity(config: ClassifyConfig, checkpoint: Checkpoint, *, has_gpu: bool) -> Identity:
-    max_length = _max_length(config, checkpoint)
+    max_length = resolve_max_length(config.max_length, config.micro_batch_tokens, checkpoint)
     tokenizer = TextTokenizer(checkpoint.tokenizer, max_length=max_length)
-    content = {
+    content: dict[str, Any] = {
         "model_digest": weights_digest(checkpoint.model),
         "exit_policy": resolve_policy(config.entropy_threshold, checkpoint).to_dict(),
         "tokenizer_digest": tokenizer.digest(),
@@ -164,16 +164,21 @@ def _identity(config: ClassifyConfig, checkpoint: Checkpoint, *, has_gpu: bool) 
     return Identity(**content, digest=digest)
 
 
-def _max_length(config: ClassifyConfig, checkpoint: Checkpoint) -> int:
-    chosen = config.max_length or checkpoint.default_max_length
+def resolve_max_length(asked: int | None, micro_batch_tokens: int, checkpoint: Checkpoint) -> int:
+    """The tokens a text is cut to: what was asked for, or what the model was trained with.
+
+    Raises:
+        UsageError: more than the model has positions for, or than a micro-batch holds.
+    """
+    chosen = asked or checkpoint.default_max_length
     if chosen > checkpoint.longest_input:
         raise UsageError(
             f"--max-length {chosen} is more than the {checkpoint.longest_input} tokens that the model has "
             "positions for: give at most that"
         )
-    if chosen > config.micro_batch_tokens:
+    if chosen > micro_batch_tokens:
         raise UsageError(
-            f"--micro-batch-tokens {config.micro_batch_tokens} cannot hold one text of --max-length {chosen}: "
+            f"--micro-batch-tokens {micro_batch_tokens} cannot hold one text of --max-length {chosen}: "
             f"give at least {chosen}"
         )
     return chosen

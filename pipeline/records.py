@@ -120,7 +120,7 @@ class Totals:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Totals:
         """The inverse of `to_dict`."""
-        made = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        made: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         made["compute"] = EngineStats.from_dict(values["compute"])
         made["control"] = EngineStats.from_dict(values["control"])
         return cls(**made)
@@ -197,7 +197,9 @@ class RunRecord:
     def from_dict(cls, values: dict[str, Any]) -> RunRecord:
         """The inverse of `to_dict`."""
         identity = {**values["identity"], "text_columns": tuple(values["identity"]["text_columns"])}
-        model = {k: tuple(v) if isinstance(v, list) else v for k, v in values["model"].items()}
+        model: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in values["model"].items()
+        }
         return cls(
             **{
                 **values,

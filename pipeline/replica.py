@@ -240,9 +240,11 @@ def _control_sample(rows: npt.NDArray[np.int64], share: float) -> npt.NDArray[np
     return (rows.astype(np.uint64) * 2654435761 % 2**32) < share * 2**32
 
 
-@ray.remote(num_cpus=0)
 class ProgressBoard:
-    """Adds up what the replicas report, for the driver to show. Counts retries twice: display only."""
+    """An actor that adds up what the replicas report, for the driver to show.
+
+    Counts retries twice: display only.
+    """
 
     def __init__(self) -> None:
         self._rows = 0

@@ -32,7 +32,7 @@ from ray.exceptions import RayError
 from deebert.version import __version__
 from pipeline.cluster import Placement, RaySession
 from pipeline.config import ClassifyConfig
-from pipeline.errors import RunFailed
+from pipeline.errors import RunFailedError
 from pipeline.planning import RunPlan, check_output, make_plan
 from pipeline.progress import Progress, ProgressSample
 from pipeline.records import Attempt, RunRecord, RunStatus, ShardRecord, Totals
@@ -64,7 +64,7 @@ def classify(config: ClassifyConfig) -> ClassifyResult:
 
     Raises:
         UsageError, CheckpointError, PolicyError: the run cannot be meant as given; nothing was started.
-        RunFailed: shards are missing at the end; the same call finishes the job.
+        RunFailedError: shards are missing at the end; the same call finishes the job.
     """
     with RaySession(config.ray_address) as session:
         run = make_plan(config, has_gpu=session.has_gpu)
@@ -135,7 +135,7 @@ class _Attempt:
         return self._record
 
     def _run_shards(self, remaining: dict[str, Shard]) -> None:
-        board = ProgressBoard.remote()
+        board = ray.remote(ProgressBoard).options(num_cpus=0).remote()
         records = self._output.record_log(f"{self._started_at.replace(':', '')}-{uuid.uuid4().hex[:6]}")
         try:
             with _showing_progress(board, self._run, self._totals):
@@ -149,7 +149,7 @@ class _Attempt:
                     self._totals += outcome.totals
                     self._check_bad_rows()
         except RayError as error:
-            raise RunFailed(f"{self._missing()}: {_cause(error)}") from error
+            raise RunFailedError(f"{self._missing()}: {_cause(error)}") from error
         finally:
             records.close()
 
@@ -175,7 +175,7 @@ class _Attempt:
         if limit is None:
             limit = max(_LEAST_BAD_ROWS, int(_BAD_ROW_SHARE * self._run.estimated_rows))
         if self._totals.bad_rows > limit:
-            raise RunFailed(
+            raise RunFailedError(
                 f"{self._totals.bad_rows} rows cannot be classified, more than --max-bad-rows {limit}: see "
                 f"{self._output.path('_deebert/dead_letters')}, mend the input or raise the limit"
             )
@@ -184,9 +184,9 @@ class _Attempt:
         """Prove that planned = committed, with a Parquet reader that did not write the parts."""
         if self._failures:
             first = self._failures[0]
-            raise RunFailed(f"{self._missing()}: first {first.source_file!r}: {first.reason}")
+            raise RunFailedError(f"{self._missing()}: first {first.source_file!r}: {first.reason}")
         if self._run.shards.keys() - self._output.parts():
-            raise RunFailed(self._missing())
+            raise RunFailedError(self._missing())
         from pipeline.report.evidence import verify_parts  # brings pandas and plotting along
 
         verify_parts({self._output.path(name): r.totals.rows for name, r in self._new.items()})

@@ -130,7 +130,7 @@ class Output:
                 self._fs.rm(self.path(name), recursive=True)
 
     def clear(self) -> None:
-        """Remove a whole run. `_SUCCESS` goes first and the record last: a kill in between looks unfinished."""
+        """Remove a whole run: `_SUCCESS` first, the record last, so that a kill in between looks unfinished."""
         self.remove([SUCCESS])
         self.remove(sorted(self.parts()))
         self.remove([META])
@@ -149,7 +149,7 @@ class Output:
             return RunRecord.from_dict(json.loads(text))
         except (ValueError, TypeError, KeyError) as error:
             raise UsageError(
-                f"{self.path(_RUN)!r} is not a run record of this version: choose another output or --overwrite"
+                f"{self.path(_RUN)!r} is no run record of this version: choose another output or --overwrite"
             ) from error
 
     def write_run(self, record: RunRecord) -> None:

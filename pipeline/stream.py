@@ -56,7 +56,7 @@ class _Sample:
     """The sample's own id, if it has one."""
 
 
-class _BadLine(ValueError):
+class _BadLineError(ValueError):
     """A line that cannot be classified, and why."""
 
 
@@ -72,7 +72,7 @@ def stream(
         out: flushed after each step.
         config: see there.
 
-    A line that cannot be read gives an object with its ``index`` and an ``error``: every line gets its answer.
+    A line that cannot be read gives an object with its ``index`` and an ``error``: each line is answered.
     """
     _Stream(checkpoint, policy, out, config).run(lines)
 
@@ -107,7 +107,7 @@ class _Stream:
         for index, line in lines:
             try:
                 samples.append(_parse(index, line, self._config))
-            except _BadLine as error:
+            except _BadLineError as error:
                 self._write([{"index": index, "error": str(error)}])
         if not samples:
             return
@@ -168,13 +168,13 @@ def _parse(index: int, line: bytes, config: StreamConfig) -> _Sample:
     try:
         text = line.decode().rstrip("\r\n")
     except UnicodeDecodeError as error:
-        raise _BadLine(f"not UTF-8: {error.reason} at byte {error.start}") from error
+        raise _BadLineError(f"not UTF-8: {error.reason} at byte {error.start}") from error
     if not text.startswith("{"):
         return _Sample(index, text)
     try:
         value = json.loads(text)
     except ValueError as error:
-        raise _BadLine(f"not a JSON object: {error}") from error
+        raise _BadLineError(f"not a JSON object: {error}") from error
     names = {"id": value[config.id_column]} if config.id_column in value else {}
     pair = None if config.text_pair_column is None else _text(value, config.text_pair_column)
     return _Sample(index, _text(value, config.text_column), pair, names)
@@ -183,5 +183,5 @@ def _parse(index: int, line: bytes, config: StreamConfig) -> _Sample:
 def _text(value: dict[str, Any], column: str) -> str:
     found = value.get(column)
     if not isinstance(found, str):
-        raise _BadLine(f"no text in the field {column!r}")
+        raise _BadLineError(f"no text in the field {column!r}")
     return found

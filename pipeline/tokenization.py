@@ -7,7 +7,7 @@ padding in between. Knows nothing of files, shards or models beyond whether segm
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -87,5 +87,5 @@ class TextTokenizer:
         )
 
 
-def _flat(lists: object, total: int) -> torch.Tensor:
-    return torch.from_numpy(np.fromiter(chain.from_iterable(lists), np.int32, total))  # type: ignore[call-overload]
+def _flat(lists: Iterable[list[int]], total: int) -> torch.Tensor:
+    return torch.from_numpy(np.fromiter(chain.from_iterable(lists), np.int32, total))

@@ -49,7 +49,8 @@ class EngineStats:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> EngineStats:
         """The inverse of `to_dict`."""
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        made: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**made)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
