@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from deebert.config import DeeBertConfig
@@ -22,6 +23,8 @@ from deebert.exit_policy import FULL_DEPTH, EntropyThreshold, policy_from_dict
 from deebert.modeling import DeeBertForSequenceClassification
 
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model")
+# What decides a backbone's answers and does not show in its weights' names and shapes.
+_DECISIVE_FIELDS = ("model_type", "hidden_act", "num_attention_heads", "layer_norm_eps", "pad_token_id")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -75,7 +78,7 @@ def load_checkpoint(name_or_path: str) -> Checkpoint:
         )
         model, loading = loaded
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise CheckpointError(f"cannot load the model {name_or_path!r}: {first_line}") from error
     if missing := sorted(loading["missing_keys"]):
@@ -88,17 +91,18 @@ def load_checkpoint(name_or_path: str) -> Checkpoint:
 def weights_digest(model: DeeBertForSequenceClassification) -> str:
     """SHA-256 of the model's architecture and float32 weights: equal where the answers are.
 
-    The stored operating point and label names do not count; the exit policy has its own digest.
+    The stored operating point and label names do not count; the exit policy has its own digest. Nor do dropout,
+    the storage format or the library's version: an upgrade must not make another model of the same one.
     """
-    config = model.config
+    config, backbone = model.config, model.config.backbone_config
     shape = {
-        "backbone": config.backbone_config.to_diff_dict(),
+        "backbone": {name: getattr(backbone, name, None) for name in _DECISIVE_FIELDS},
         "off_ramp_layers": config.off_ramp_layers,
         "off_ramp_pooling": config.off_ramp_pooling,
     }
     digest = hashlib.sha256(json.dumps(shape, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
@@ -119,9 +123,10 @@ def _check_folder(folder: Path) -> None:
     if not config.is_file():
         raise CheckpointError(f"the model folder {str(folder)!r} has no config.json: give a complete folder")
     try:
-        kind = json.loads(config.read_text()).get("model_type")
+        document = json.loads(config.read_text())
     except ValueError as error:
         raise CheckpointError(f"{str(config)!r} is not JSON ({error}): save the model again") from error
+    kind = document.get("model_type") if isinstance(document, dict) else None
     if kind != "deebert":
         raise CheckpointError(_not_deebert(str(folder), kind))
     if not any(folder.glob("*.safetensors")):

@@ -130,9 +130,10 @@ def _load_yaml(path: str) -> Any:
 def _config_value(field: dataclasses.Field[Any], value: Any, path: str) -> Any:
     """A YAML value goes through the flag's own parser, so that both mean the same."""
     if field.default is False:
-        if value not in _SWITCH:
+        switch = _SWITCH.get(str(value).lower())
+        if switch is None:
             raise UsageError(f"--config {path!r}: {field.name} is a switch, write true or false")
-        return _SWITCH[value]
+        return switch
     parse, choices = field.metadata["parse"], field.metadata["choices"]
     items = value if isinstance(value, list) else [value]
     # A list is for flags that take several values, or one of several parts.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import socket
 import tempfile
 from dataclasses import dataclass
 from types import TracebackType
@@ -20,6 +21,7 @@ from pipeline.errors import UsageError
 
 # Unix sockets have paths of at most 107 bytes, and Ray's are long below its temporary folder.
 _LONGEST_TEMP_DIR = 40
+_KNOCK_SECONDS = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,8 +106,9 @@ class RaySession:
 
     def _connect(self, address: str) -> None:
         try:
+            _knock(address)
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UsageError(
                 f"cannot reach the Ray cluster {address!r} ({reason}): check --ray-address, or leave it out"
@@ -120,3 +123,10 @@ class RaySession:
         import torch
 
         return torch.cuda.device_count()
+
+
+def _knock(address: str) -> None:
+    """Raise OSError where nobody listens: Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=_KNOCK_SECONDS).close()

@@ -79,6 +79,7 @@ def classify(config: ClassifyConfig) -> ClassifyResult:
         attempt = _Attempt(run, output, earlier, placement)
         if len(done) == len(run.shards) and earlier is not None and earlier.status == "succeeded":
             log.info("nothing to do: all %d shards of %d files are committed", len(done), len(run.files))
+            output.mark_success()  # a kill may have come between the record and the mark
             return ClassifyResult(record=earlier, new_shards=0)
         attempt.execute(session, done)
         return ClassifyResult(record=attempt.record, new_shards=attempt.new_shards)

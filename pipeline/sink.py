@@ -157,8 +157,9 @@ class Output:
         self.write(_RUN, json.dumps(record.to_dict(), indent=1).encode())
 
     def mark_success(self) -> None:
-        """Say that planned = committed."""
-        self.write(SUCCESS, b"")
+        """Say that planned = committed; idempotent."""
+        if not self._fs.exists(self.path(SUCCESS)):
+            self.write(SUCCESS, b"")
 
     def read_shard_records(self, parts: set[str]) -> dict[str, ShardRecord]:
         """The records of `parts`, by part name.

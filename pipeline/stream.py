@@ -173,7 +173,9 @@ def _parse(index: int, line: bytes, config: StreamConfig) -> _Sample:
         return _Sample(index, text)
     try:
         value = json.loads(text)
-    except ValueError as error:
+        if "\\" in text:  # half an escaped surrogate pair is no text: nothing could tokenize or print it
+            json.dumps(value, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
         raise _BadLineError(f"not a JSON object: {error}") from error
     names = {"id": value[config.id_column]} if config.id_column in value else {}
     pair = None if config.text_pair_column is None else _text(value, config.text_pair_column)

@@ -1,0 +1,363 @@
+"""What the engine promises for every model, policy, budget and order of arrival.
+
+The encoder here is a stand-in with the interface of `PackedEncoder` whose samples leave where their tokens
+say: so thousands of examples run in seconds, each sample's right answer is known without running a model,
+and every layer can check that it is given whole samples, in turn. That the engine's answers are right with
+the real encoder is what `tests/parity` shows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from deebert.exit_policy import FULL_DEPTH, EntropyThreshold
+from deebert.packing import PackedTokens, SequenceLayout
+from pipeline.engine import Engine, EngineConfig, Exits
+from pipeline.errors import InvariantError
+
+NUM_LABELS = 3
+SURE, UNSURE = 20.0, 0.1
+"""The winner's lead in logits: an entropy of about 0, or of about ln 3."""
+
+
+def first_token(sample: int, leaves_from: int) -> int:
+    """A sample's tokens all say who it is and from which layer on off-ramps are sure of it."""
+    return sample * 16 + leaves_from
+
+
+class ScriptedEncoder:
+    """A `PackedEncoder` whose states hold each token's id and how many layers it has been through."""
+
+    num_labels = NUM_LABELS
+    device = torch.device("cpu")
+
+    def __init__(self, num_layers: int, off_ramp_layers: tuple[int, ...]) -> None:
+        self.num_layers = num_layers
+        self.off_ramp_layers = (*off_ramp_layers, num_layers)
+        self.ran: list[tuple[int, frozenset[int], int]] = []
+        """(layer, samples, tokens) of each call of `layer`; layers from 1."""
+        self.off_ramps_computed: list[int] = []
+
+    def embed(self, packed: PackedTokens) -> Tensor:
+        return torch.stack([packed.input_ids.float(), torch.zeros(len(packed.input_ids))], dim=1)
+
+    def layer(self, index: int, states: Tensor, layout: SequenceLayout) -> Tensor:
+        assert states[:, 1].tolist() == [index] * layout.total_tokens  # each layer once, in turn
+        samples = self._first_tokens(states, layout) // 16
+        self.ran.append((index + 1, frozenset(samples.tolist()), layout.total_tokens))
+        return states + torch.tensor([0.0, 1.0])
+
+    def off_ramp(self, index: int, states: Tensor, layout: SequenceLayout) -> Tensor:
+        self.off_ramps_computed.append(index + 1)
+        tokens = self._first_tokens(states, layout)
+        lead = torch.where(tokens % 16 <= index + 1, SURE, UNSURE)
+        return torch.nn.functional.one_hot(tokens // 16 % NUM_LABELS, NUM_LABELS) * lead[:, None]
+
+    def _first_tokens(self, states: Tensor, layout: SequenceLayout) -> Tensor:
+        tokens = states[:, 0].long()
+        first = tokens[layout.cu_seqlens[:-1].long()]
+        whole = first.repeat_interleave(torch.from_numpy(layout.lengths))
+        assert torch.equal(tokens, whole)  # no sample has another one's tokens
+        return first
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A model, a policy, a budget, and samples that arrive in pieces between steps."""
+
+    num_layers: int
+    off_ramp_layers: tuple[int, ...]
+    thresholds: tuple[float | None, ...]
+    micro_batch_tokens: int
+    lengths: tuple[int, ...]
+    leaves_from: tuple[int, ...]
+    pieces: tuple[int, ...]
+    """Samples per submission; the rest comes last."""
+    steps: tuple[tuple[int, bool], ...]
+    """After each submission: how many steps, and whether they drain."""
+    order: tuple[int, ...]
+    """In which the samples arrive."""
+
+    @property
+    def firing_layers(self) -> tuple[int, ...]:
+        able = [i for i in self.off_ramp_layers if self.thresholds[i - 1] is not None]
+        return (*able, self.num_layers)
+
+    def exit_layer(self, sample: int) -> int:
+        """The rule, in one line: the first off-ramp that may fire and is sure, else the last layer."""
+        return next((i for i in self.firing_layers if i >= self.leaves_from[sample]), self.num_layers)
+
+    def tokens_through(self, layer: int) -> list[int]:
+        """Lengths of the samples that must run through `layer`."""
+        return [n for sample, n in enumerate(self.lengths) if self.exit_layer(sample) >= layer]
+
+    def tokens(self, samples: tuple[int, ...]) -> PackedTokens:
+        return PackedTokens.pack([[first_token(s, self.leaves_from[s])] * self.lengths[s] for s in samples])
+
+    def submissions(self) -> Iterator[tuple[tuple[int, ...], tuple[int, bool]]]:
+        start = 0
+        for size, steps in zip(self.pieces, self.steps, strict=True):
+            yield self.order[start : start + size], steps
+            start += size
+        yield self.order[start:], (0, False)
+
+
+@dataclass
+class Run:
+    """What happened."""
+
+    engine: Engine
+    encoder: ScriptedEncoder
+    exits: list[Exits] = field(default_factory=list)
+    ran: list[list[tuple[int, frozenset[int], int]]] = field(default_factory=list)
+    """What the encoder's layers ran, for each entry of `exits`."""
+
+    def step(self, *, drain: bool) -> bool:
+        before = len(self.encoder.ran)
+        exits = self.engine.step(drain=drain)
+        if exits is not None:
+            self.exits.append(exits)
+            self.ran.append(self.encoder.ran[before:])
+        return exits is not None
+
+    @property
+    def answers(self) -> dict[int, tuple[int, int, tuple[float, ...]]]:
+        """(label, exit layer, logits) by sample."""
+        return {
+            sample: (int(logits.argmax()), exits.exit_layer, tuple(logits.tolist()))
+            for exits in self.exits
+            for sample, logits in zip(exits.sample_ids.tolist(), exits.logits, strict=True)
+        }
+
+
+def run(case: Case) -> Run:
+    encoder = ScriptedEncoder(case.num_layers, case.off_ramp_layers)
+    config = EngineConfig(micro_batch_tokens=case.micro_batch_tokens)
+    done = Run(engine=Engine(encoder, EntropyThreshold(case.thresholds), config), encoder=encoder)  # type: ignore[arg-type]
+    for samples, (count, drain) in case.submissions():
+        done.engine.submit(np.array(samples, dtype=np.int64), case.tokens(samples))
+        for _ in range(count):
+            done.step(drain=drain)
+    while done.step(drain=True):
+        pass
+    return done
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    num_layers = draw(st.integers(1, 6))
+    inner = range(1, num_layers)
+    budget = draw(st.integers(2, 24))
+    count = draw(st.integers(0, 40))
+    pieces = draw(st.lists(st.integers(0, 12), max_size=5))
+    each = {"min_size": count, "max_size": count}
+    return Case(
+        num_layers=num_layers,
+        off_ramp_layers=tuple(i for i in inner if draw(st.booleans() if i % 2 else st.just(True))),
+        thresholds=tuple(draw(st.sampled_from([0.5, 0.5, 0.5, None])) for _ in inner),
+        micro_batch_tokens=budget,
+        lengths=tuple(draw(st.lists(st.integers(1, budget), **each))),
+        leaves_from=tuple(draw(st.lists(st.integers(1, num_layers + 1), **each))),
+        pieces=tuple(pieces),
+        steps=tuple((draw(st.integers(0, 6)), draw(st.booleans())) for _ in pieces),
+        order=tuple(draw(st.permutations(range(count)))),
+    )
+
+
+many = settings(max_examples=300)
+
+
+@many
+@given(cases())
+def test_each_sample_leaves_once_where_the_rule_says_with_its_own_answer(case: Case) -> None:
+    done = run(case)
+
+    left = [sample for exits in done.exits for sample in exits.sample_ids.tolist()]
+    assert sorted(left) == list(range(len(case.lengths)))
+    for sample, (label, exit_layer, _) in done.answers.items():
+        assert (label, exit_layer) == (sample % NUM_LABELS, case.exit_layer(sample))
+    assert done.engine.in_flight == 0
+    assert done.engine.waiting_tokens == 0
+
+
+@many
+@given(cases())
+def test_no_micro_batch_and_no_buffer_outgrows_its_bound(case: Case) -> None:
+    done = run(case)
+
+    assert all(tokens <= case.micro_batch_tokens for _, _, tokens in done.encoder.ran)
+    peaks = done.engine.peak_buffer_tokens
+    assert list(peaks) == [1, *(layer + 1 for layer in case.firing_layers[:-1])]
+    assert all(peak < 2 * case.micro_batch_tokens for layer, peak in peaks.items() if layer > 1)
+
+
+@many
+@given(cases(), st.randoms(use_true_random=False), st.integers(24, 60))
+def test_answers_do_not_depend_on_order_budget_or_neighbours(case: Case, random: object, budget: int) -> None:
+    shuffled = list(case.order)
+    random.shuffle(shuffled)  # type: ignore[attr-defined]
+    other = Case(
+        **{**vars(case), "order": tuple(shuffled), "micro_batch_tokens": budget, "pieces": (), "steps": ()}
+    )
+    half = Case(**{**vars(case), "order": case.order[::2], "pieces": (), "steps": ()})
+
+    answers = run(case).answers
+
+    assert run(other).answers == answers
+    assert run(half).answers == {sample: answers[sample] for sample in case.order[::2]}
+
+
+@many
+@given(cases())
+def test_a_sample_is_emitted_in_the_step_in_which_its_layer_runs(case: Case) -> None:
+    done = run(case)
+
+    for exits, ran in zip(done.exits, done.ran, strict=True):
+        layers = [layer for layer, _, _ in ran]
+        deepest, samples, _ = ran[-1]
+        # One micro-batch through one segment: nothing deeper has run for anyone who came along.
+        assert layers == list(range(layers[0], deepest + 1))
+        assert all(together == samples for _, together, _ in ran)
+        assert exits.exit_layer == deepest
+        assert set(exits.sample_ids.tolist()) == {s for s in samples if case.exit_layer(s) == deepest}
+
+
+@many
+@given(cases())
+def test_layers_run_the_tokens_of_those_who_have_not_left_and_no_others(case: Case) -> None:
+    stats = run(case).engine.stats
+
+    through = [case.tokens_through(layer) for layer in range(1, case.num_layers + 1)]
+    assert stats.samples == tuple(map(len, through))
+    assert stats.tokens == tuple(map(sum, through))
+    assert stats.squared_tokens == tuple(sum(n * n for n in lengths) for lengths in through)
+    assert stats.layer_tokens == sum(n * case.exit_layer(s) for s, n in enumerate(case.lengths))
+
+
+@many
+@given(cases())
+def test_off_ramps_that_cannot_fire_are_not_computed(case: Case) -> None:
+    done = run(case)
+
+    assert set(done.encoder.off_ramps_computed) <= set(case.firing_layers)
+    assert done.engine.stats.off_ramp_samples == tuple(
+        len(case.tokens_through(layer)) if layer in case.firing_layers else 0
+        for layer in range(1, case.num_layers + 1)
+    )
+
+
+def engine_of(
+    *, thresholds: EntropyThreshold = EntropyThreshold(0.5), micro_batch_tokens: int = 8
+) -> tuple[Engine, ScriptedEncoder]:
+    encoder = ScriptedEncoder(3, (1, 2))
+    config = EngineConfig(micro_batch_tokens=micro_batch_tokens)
+    return Engine(encoder, thresholds, config), encoder  # type: ignore[arg-type]
+
+
+def submit(engine: Engine, *leaves_from: int, first: int = 0, length: int = 2) -> None:
+    tokens = [[first_token(first + i, layer)] * length for i, layer in enumerate(leaves_from)]
+    engine.submit(np.arange(first, first + len(leaves_from)), PackedTokens.pack(tokens))
+
+
+class TestRegroupingInNumbers:
+    """Micro-batches of 8 tokens: 4 samples of 2."""
+
+    def test_survivors_of_two_micro_batches_run_deeper_as_one(self) -> None:
+        engine, encoder = engine_of()
+        submit(engine, 1, 3, 1, 3, 3, 1, 3, 1)
+
+        steps = list(iter(engine.step, None))
+
+        assert [(s.exit_layer, s.sample_ids.tolist()) for s in steps] == [
+            (1, [0, 2]),
+            (1, [5, 7]),
+            (2, []),
+            (3, [1, 3, 4, 6]),
+        ]
+        assert [tokens for _, _, tokens in encoder.ran] == [8, 8, 8, 8]
+        assert engine.stats.steps == (2, 1, 1)
+
+    def test_a_partly_filled_micro_batch_waits_for_input_until_drained(self) -> None:
+        engine, _ = engine_of()
+        submit(engine, 1, 1, 1)
+
+        assert engine.step() is None
+        assert engine.wants_input
+        assert (engine.in_flight, engine.waiting_tokens) == (3, 6)
+
+        submit(engine, 1, first=3)
+
+        assert not engine.wants_input
+        assert engine.step().sample_ids.tolist() == [0, 1, 2, 3]  # type: ignore[union-attr]
+
+    def test_survivors_wait_until_they_fill_a_micro_batch(self) -> None:
+        engine, _ = engine_of()
+        submit(engine, 2, 2, 1, 1)
+
+        assert engine.step().sample_ids.tolist() == [2, 3]  # type: ignore[union-attr]
+        assert engine.step() is None
+        assert engine.in_flight == 2
+        assert [e.sample_ids.tolist() for e in engine.drain()] == [[0, 1]]
+
+    def test_at_full_depth_a_micro_batch_runs_all_layers_in_one_step(self) -> None:
+        engine, encoder = engine_of(thresholds=FULL_DEPTH)
+        submit(engine, 1, 1, 1, 1)
+
+        exits = engine.step()
+
+        assert exits is not None
+        assert (exits.exit_layer, exits.sample_ids.tolist()) == (3, [0, 1, 2, 3])
+        assert encoder.off_ramps_computed == [3]
+        assert engine.peak_buffer_tokens == {1: 8}
+
+    def test_entropies_and_logits_are_those_of_the_off_ramp_that_answered(self) -> None:
+        engine, _ = engine_of()
+        submit(engine, 1, 9)
+
+        first, last = engine.drain()  # sample 1 is sure of nothing: layers 2 and 3 follow
+        assert first.logits.tolist() == [[20.0, 0.0, 0.0]]
+        assert first.entropy.tolist() == pytest.approx([0.0], abs=1e-6)
+        assert last.exit_layer == 2
+        assert len(last) == 0
+
+
+class TestErrors:
+    def test_a_sample_longer_than_a_micro_batch_is_refused(self) -> None:
+        engine, _ = engine_of(micro_batch_tokens=8)
+
+        submit(engine, 1, length=8)
+        with pytest.raises(ValueError, match="a sample has 9 tokens but a micro-batch takes 8"):
+            submit(engine, 1, length=9)
+        assert engine.in_flight == 1
+
+    def test_as_many_ids_as_sequences(self) -> None:
+        engine, _ = engine_of()
+
+        with pytest.raises(ValueError, match="3 ids for 1 sequences: give one id per sequence"):
+            engine.submit(np.arange(3), PackedTokens.pack([[1]]))
+
+    def test_samples_that_vanish_break_the_promise_loudly(self) -> None:
+        engine, _ = engine_of()
+        submit(engine, 1, 1, 1, 1, 1, 1, 1, 1)
+
+        engine._buffers[0].take()  # behind the engine's back
+
+        with pytest.raises(InvariantError, match="4 samples are in flight but 0 wait in buffers"):
+            engine.step()
+
+
+def test_unsure_and_sure_lie_on_either_side_of_the_threshold() -> None:
+    def nats(lead: float) -> float:
+        p = [math.exp(lead) / (math.exp(lead) + 2)] + [1 / (math.exp(lead) + 2)] * 2
+        return -sum(x * math.log(x) for x in p)
+
+    assert nats(SURE) < 1e-6 < 0.5 < nats(UNSURE)

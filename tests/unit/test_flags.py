@@ -1,0 +1,269 @@
+"""One set of dataclass fields gives flags, job-file keys and help: all three must mean the same."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.cli import VERBS, main
+from jobs.flags import parse_job
+from pipeline.config import ClassifyConfig, Replicas
+from pipeline.errors import UsageError
+
+REQUIRED = ("--model", "m", "--input", "a", "--output", "o")
+
+JobFile = Callable[[str], str]
+
+
+def parse(*words: str) -> ClassifyConfig:
+    return parse_job(ClassifyConfig, words, prog="deebert classify", description="")
+
+
+@pytest.fixture
+def job_file(tmp_path: Path) -> JobFile:
+    """Writes a job file; returns its path."""
+
+    def write(text: str) -> str:
+        path = tmp_path / "job.yaml"
+        path.write_text(text, encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+def job_class(verb: str) -> Any:
+    """The dataclass that the verb parses its words into."""
+    if verb == "classify":
+        return ClassifyConfig
+    names = vars(import_module(f"jobs.{verb}")).items()
+    (found,) = (value for name, value in names if name.endswith("Job") and dataclasses.is_dataclass(value))
+    return found
+
+
+def help_of_flags(text: str) -> dict[str, str]:
+    """Each flag's paragraph of a help text."""
+    return {block.split()[0]: " ".join(block.split()) for block in re.split(r"\n  (?=--)", text)}
+
+
+def one_sentence(error: BaseException) -> str:
+    message = str(error)
+    assert "\n" not in message
+    return message
+
+
+class TestRequired:
+    def test_all_missing_flags_are_named_at_once(self) -> None:
+        with pytest.raises(UsageError) as error:
+            parse("--model", "m")
+        assert one_sentence(error.value) == (
+            "deebert classify needs --input, --output; see `deebert classify --help`"
+        )
+
+    def test_the_job_file_counts(self, job_file: JobFile) -> None:
+        config = parse("--config", job_file("model: m\ninput: a\noutput: o\n"))
+        assert (config.model, config.input, config.output) == ("m", ("a",), "o")
+
+    def test_an_empty_key_is_left_out(self, job_file: JobFile) -> None:
+        with pytest.raises(UsageError, match="needs --model"):
+            parse("--config", job_file("model:\ninput: a\noutput: o\n"))
+
+
+class TestHelp:
+    @pytest.mark.parametrize("verb", VERBS)
+    def test_every_flag_and_its_default_are_shown(
+        self, verb: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("COLUMNS", "1000")  # argparse breaks lines at hyphens
+        with pytest.raises(SystemExit) as end:
+            main([verb, "--help"])
+        assert end.value.code == 0
+        shown = help_of_flags(capsys.readouterr().out)
+        for field in dataclasses.fields(job_class(verb)):
+            line = shown["--" + field.name.replace("_", "-")]
+            if field.default is dataclasses.MISSING:
+                assert "(required)" in line
+            elif isinstance(field.default, tuple) and field.default:
+                assert f"(default: {','.join(map(str, field.default))})" in line
+            elif field.default not in (None, False, ()):
+                assert f"(default: {field.default})" in line
+
+    def test_a_shown_list_can_be_given_back(self) -> None:
+        job = job_class("evaluate")
+        default = next(f.default for f in dataclasses.fields(job) if f.name == "thresholds")
+        given = parse_job(
+            job,
+            ["--model", "m", "--data", "d", "--thresholds", ",".join(map(str, default))],
+            prog="deebert evaluate",
+            description="",
+        )
+        assert given.thresholds == default
+
+    def test_usage_lists_every_verb(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["--help"]) == 0
+        shown = capsys.readouterr().out
+        assert all(f"  {verb} " in shown for verb in VERBS)
+
+    def test_every_verb_is_a_module_with_an_entry(self) -> None:
+        assert all(callable(import_module(f"jobs.{verb}").execute) for verb in VERBS)
+
+
+class TestValues:
+    def test_defaults(self) -> None:
+        config = parse(*REQUIRED)
+        given = {"model": "m", "input": ("a",), "output": "o"}
+        for field in dataclasses.fields(config):
+            assert getattr(config, field.name) == given.get(field.name, field.default)
+
+    def test_a_flag_that_takes_several_adds_up(self) -> None:
+        config = parse("--model", "m", "--output", "o", "--input", "a", "b", "--input", "c")
+        assert config.input == ("a", "b", "c")
+
+    def test_switches_need_no_value(self) -> None:
+        assert parse(*REQUIRED, "--overwrite").overwrite is True
+        assert parse(*REQUIRED).overwrite is False
+
+    @pytest.mark.parametrize(
+        ("text", "value"), [("a", ("a",)), ("a,b", ("a", "b")), (" a , b ,", ("a", "b")), ("", ())]
+    )
+    def test_comma_lists(self, text: str, value: tuple[str, ...]) -> None:
+        assert parse(*REQUIRED, "--keep-columns", text).keep_columns == value
+
+    @pytest.mark.parametrize(
+        ("text", "value"), [("2", Replicas(2, 2)), ("1:4", Replicas(1, 4)), ("auto", None)]
+    )
+    def test_replicas(self, text: str, value: Replicas | None) -> None:
+        assert parse(*REQUIRED, "--replicas", text).replicas == value
+
+    def test_replicas_print_as_they_are_written(self) -> None:
+        assert [str(Replicas(2, 2)), str(Replicas(1, 4))] == ["2", "1:4"]
+
+    @pytest.mark.parametrize(
+        ("text", "value"),
+        [
+            ("0.2", 0.2),
+            ("none", -1.0),
+            ("-1", -1.0),
+            ("none,0.1,0.2", (None, 0.1, 0.2)),
+            ("0.1,None", (0.1, None)),
+        ],
+    )
+    def test_thresholds(self, text: str, value: object) -> None:
+        assert parse(*REQUIRED, "--entropy-threshold", text).entropy_threshold == value
+
+    @pytest.mark.parametrize(
+        ("words", "says"),
+        [
+            (("--replicas", "0"), "'0' is not a number of replicas: write N, MIN:MAX or auto"),
+            (("--replicas", "4:1"), "'4:1' is not a number of replicas"),
+            (("--replicas", "many"), "'many' is not a number of replicas"),
+            (("--entropy-threshold", "high"), "'high' is not a number of nats"),
+            (("--entropy-threshold", ""), "give a number of nats"),
+            (("--shard-rows", "0"), "'0' is not a whole number above 0"),
+            (("--shard-rows", "ten"), "--shard-rows"),
+            (("--threads", "1.5"), "--threads"),
+            (("--control", "2"), "'2' is not a share between 0 and 1"),
+            (("--control", "nan"), "'nan' is not a share between 0 and 1"),
+            (("--max-bad-rows", "few"), "--max-bad-rows"),
+            (("--precision", "int4"), "invalid choice: 'int4'"),
+            (("--on-changed", "ask"), "invalid choice: 'ask'"),
+            (("--treads", "2"), "--treads"),
+            (("--keep-columns",), "expected one argument"),
+            (("stray",), "stray"),
+        ],
+    )
+    def test_misuse_names_the_flag_and_points_to_help(self, words: tuple[str, ...], says: str) -> None:
+        with pytest.raises(UsageError) as error:
+            parse(*REQUIRED, *words)
+        message = one_sentence(error.value)
+        assert says in message
+        assert "`deebert classify --help`" in message
+
+
+class TestJobFile:
+    def test_flags_win_over_the_file_and_the_file_over_defaults(self, job_file: JobFile) -> None:
+        config = parse(
+            "--config",
+            job_file("model: m\ninput: [a, b]\noutput: o\nshard-rows: 7\ncontrol: 0.1\n"),
+            "--shard-rows",
+            "9",
+            "--input",
+            "c",
+        )
+        assert (config.shard_rows, config.input, config.control) == (9, ("c",), 0.1)
+        assert config.micro_batch_tokens == 2048
+
+    @pytest.mark.parametrize(
+        ("line", "name", "value"),
+        [
+            ("shard_rows: 9", "shard_rows", 9),
+            ("shard-rows: 9", "shard_rows", 9),
+            ("overwrite: true", "overwrite", True),
+            ("overwrite: False", "overwrite", False),
+            ("keep-columns: a,b", "keep_columns", ("a", "b")),
+            ("keep-columns: [a, b]", "keep_columns", ("a", "b")),
+            ("entropy-threshold: 0.2", "entropy_threshold", 0.2),
+            ("entropy-threshold: none", "entropy_threshold", -1.0),
+            ("entropy-threshold: [none, 0.1]", "entropy_threshold", (None, 0.1)),
+            ("entropy-threshold: null", "entropy_threshold", None),
+            ("replicas: auto", "replicas", None),
+            ("replicas: 2", "replicas", Replicas(2, 2)),
+            ("replicas: 1:4", "replicas", Replicas(1, 4)),  # a YAML 1.1 reader sees 64 here
+            ("text-column: 2020-01-01", "text_column", "2020-01-01"),
+            ("text-column: on", "text_column", "on"),
+            ("id-column: 007", "id_column", "007"),
+            ("id-column: ~", "id_column", None),
+        ],
+    )
+    def test_values_mean_what_they_mean_as_flags(
+        self, job_file: JobFile, line: str, name: str, value: object
+    ) -> None:
+        found = (
+            getattr(parse(*REQUIRED[:2], *REQUIRED[4:], "--config", job_file(f"input: i\n{line}")), name)
+            if (name != "input")
+            else getattr(parse(*REQUIRED[:2], *REQUIRED[4:], "--config", job_file(line)), name)
+        )
+        assert found == value
+
+    @pytest.mark.parametrize(
+        ("text", "says"),
+        [
+            ("shard-row: 7", "unknown key 'shard-row': did you mean 'shard-rows'?"),
+            ("Model: m", "unknown key 'Model': did you mean 'model'?"),
+            ("xyzzy: 1", "unknown key 'xyzzy': known: model, input, "),
+            ("overwrite: maybe", "overwrite is a switch, write true or false"),
+            ("overwrite: [true]", "overwrite is a switch, write true or false"),
+            ("shard-rows: many", "shard_rows: "),
+            ("shard-rows: true", "shard_rows: "),
+            ("shard-rows: 1.5", "shard_rows: "),
+            ("model: [a, b]", "model is not a single value"),
+            ("model: {a: b}", "model is not a single value"),
+            ("control: 2", "control: '2' is not a share between 0 and 1"),
+            ("precision: int4", "precision is 'int4', choose from auto, float32"),
+            ("- model", "is not a mapping of flags to values"),
+            ("", "is not a mapping of flags to values"),
+            ("model: [", "cannot read --config"),
+        ],
+    )
+    def test_misuse_names_the_file_and_the_key(self, job_file: JobFile, text: str, says: str) -> None:
+        path = job_file(text)
+        with pytest.raises(UsageError) as error:
+            parse("--config", path)
+        message = one_sentence(error.value)
+        assert says in message
+        assert path in message
+
+    def test_a_missing_file(self) -> None:
+        with pytest.raises(UsageError, match=r"cannot read --config 'nowhere\.yaml'"):
+            parse("--config", "nowhere.yaml")
+
+    def test_a_file_that_is_not_text(self, tmp_path: Path) -> None:
+        path = tmp_path / "job.yaml"
+        path.write_bytes(b"\xff\xfe\x00")
+        with pytest.raises(UsageError, match="cannot read --config"):
+            parse("--config", str(path))

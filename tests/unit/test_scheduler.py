@@ -1,0 +1,143 @@
+"""Which layer runs next, and what a layer buffer gives it, on hand-made buffers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from deebert.packing import PackedTokens
+from pipeline.engine.batch import SampleBatch
+from pipeline.engine.layer_buffer import LayerBuffer
+from pipeline.engine.scheduler import next_layer
+
+MICRO_BATCH_TOKENS = 10
+
+
+def samples(*lengths: int, first_id: int = 0) -> SampleBatch:
+    """Samples of these lengths; every token of a sample is its id."""
+    ids = np.arange(first_id, first_id + len(lengths))
+    tokens = PackedTokens.pack([[i] * n for i, n in zip(ids.tolist(), lengths, strict=True)])
+    return SampleBatch.from_tokens(ids, tokens)
+
+
+def buffer(*lengths: int) -> LayerBuffer:
+    made = LayerBuffer(MICRO_BATCH_TOKENS)
+    made.put(samples(*lengths))
+    return made
+
+
+FULL, PARTLY, EMPTY = (5, 5), (5, 4), ()
+
+
+class TestNextLayer:
+    @pytest.mark.parametrize(
+        ("waiting", "runs", "drains"),
+        [
+            ([EMPTY, EMPTY, EMPTY], None, None),
+            ([PARTLY, EMPTY, EMPTY], None, 0),
+            ([EMPTY, PARTLY, PARTLY], None, 1),
+            ([EMPTY, EMPTY, PARTLY], None, 2),
+            ([FULL, EMPTY, EMPTY], 0, 0),
+            ([FULL, PARTLY, PARTLY], 0, 0),
+            ([FULL, FULL, PARTLY], 1, 1),
+            ([FULL, FULL, FULL], 2, 2),
+            ([PARTLY, PARTLY, FULL], 2, 2),
+            ([PARTLY, FULL, PARTLY], 1, 1),
+        ],
+    )
+    def test_deepest_full_one_first_and_shallowest_first_when_draining(
+        self, waiting: list[tuple[int, ...]], runs: int | None, drains: int | None
+    ) -> None:
+        buffers = {layer: buffer(*lengths) for layer, lengths in enumerate(waiting)}
+
+        assert next_layer(buffers, drain=False) == runs
+        assert next_layer(buffers, drain=True) == drains
+
+    def test_layers_are_named_by_where_segments_begin(self) -> None:
+        buffers = {0: buffer(*PARTLY), 3: buffer(*FULL), 7: buffer(*PARTLY)}
+
+        assert next_layer(buffers, drain=False) == 3
+
+
+class TestLayerBuffer:
+    @pytest.mark.parametrize(("lengths", "full"), [((), False), ((9,), False), ((10,), True), ((5, 6), True)])
+    def test_is_full_from_one_micro_batch_of_tokens_on(self, lengths: tuple[int, ...], full: bool) -> None:
+        assert buffer(*lengths).is_full is full
+
+    def test_counts_samples_and_tokens_and_remembers_the_peak(self) -> None:
+        waiting = buffer(3, 4)
+        waiting.put(samples(2, 6))
+        assert (len(waiting), waiting.tokens, waiting.peak_tokens) == (4, 15, 15)
+
+        waiting.take()
+
+        assert (len(waiting), waiting.tokens, waiting.peak_tokens) == (1, 6, 15)
+
+    def test_takes_the_oldest_that_fit_shortest_first(self) -> None:
+        waiting = buffer(4, 1, 3)
+        waiting.put(samples(2, 5, first_id=3))
+
+        batch = waiting.take()
+
+        assert batch.sample_ids.tolist() == [1, 3, 2, 0]
+        assert batch.layout.lengths.tolist() == [1, 2, 3, 4]
+        assert batch.token_rows[0].tolist() == [1, 3, 3, 2, 2, 2, 0, 0, 0, 0]
+        assert waiting.take().sample_ids.tolist() == [4]
+
+    def test_nobody_overtakes_a_sample_that_does_not_fit(self) -> None:
+        waiting = buffer(4, 7, 1)
+
+        assert waiting.take().sample_ids.tolist() == [0]
+        assert waiting.take().sample_ids.tolist() == [2, 1]
+
+    def test_splits_a_chunk_and_goes_on_where_it_stopped(self) -> None:
+        waiting = buffer(*[4] * 5)
+
+        assert [waiting.take().sample_ids.tolist() for _ in range(3)] == [[0, 1], [2, 3], [4]]
+        assert (len(waiting), waiting.tokens) == (0, 0)
+
+    def test_no_samples_change_nothing(self) -> None:
+        waiting = buffer(3)
+        waiting.put(samples())
+
+        assert len(waiting) == 1
+        assert waiting.take().sample_ids.tolist() == [0]
+
+
+class TestSampleBatch:
+    def test_token_ids_and_types_survive_the_round_trip(self) -> None:
+        tokens = PackedTokens.pack([[1, 2], [3]], token_type_ids=[[0, 1], [0]])
+
+        again = SampleBatch.from_tokens(np.array([7, 8]), tokens).to_tokens()
+
+        assert again.input_ids.tolist() == [1, 2, 3]
+        assert again.token_type_ids is not None
+        assert again.token_type_ids.tolist() == [0, 1, 0]
+
+    def test_take_keeps_every_tensor_with_its_sample(self) -> None:
+        states = torch.arange(12.0).view(6, 2)
+        batch = SampleBatch(
+            sample_ids=np.array([5, 6, 7]),
+            layout=samples(1, 2, 3).layout,
+            token_rows=(torch.arange(6), states),
+        )
+
+        taken = batch.take(np.array([2, 0]))
+
+        assert taken.sample_ids.tolist() == [7, 5]
+        assert taken.layout.cu_seqlens.tolist() == [0, 3, 4]
+        assert taken.token_rows[0].tolist() == [3, 4, 5, 0]
+        assert torch.equal(taken.token_rows[1], states[[3, 4, 5, 0]])
+
+    def test_slice_shares_memory(self) -> None:
+        batch = samples(2, 3, 1)
+
+        part = batch.slice(1, 3)
+
+        assert part.sample_ids.tolist() == [1, 2]
+        assert part.token_rows[0].tolist() == [1, 1, 1, 2]
+        assert part.token_rows[0].data_ptr() == batch.token_rows[0][2:].data_ptr()
+
+    def test_sorting_by_length_is_stable(self) -> None:
+        assert samples(2, 1, 2, 1).sorted_by_length().sample_ids.tolist() == [1, 3, 0, 2]
