@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from jobs.flags import parse_job
+from jobs.terminal import native_messages_aside, quiet_libraries
 from pipeline.config import ClassifyConfig
 
 log = logging.getLogger(__name__)
@@ -26,7 +27,9 @@ def execute(argv: Sequence[str], *, prog: str) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     from pipeline.run import classify
 
-    result = classify(config)
+    quiet_libraries()
+    with native_messages_aside():
+        result = classify(config)
     totals = result.record.totals
     if result.new_shards:
         log.info(

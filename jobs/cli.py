@@ -58,7 +58,8 @@ def run(verb: str, argv: Sequence[str] | None = None, *, prog: str | None = None
         print(f"deebert {verb}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"deebert {verb}: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        hint = "; the same command goes on where it stopped" if verb == "classify" else ""
+        print(f"deebert {verb}: interrupted{hint}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader of our stdout left: not an error. Keep the interpreter from failing on its last flush.

@@ -32,6 +32,7 @@ from deebert.encoder import PackedEncoder
 from deebert.evaluation import off_ramp_accuracy, trace
 from jobs.flags import flag, parse_job
 from jobs.labelled import load_labelled
+from jobs.terminal import native_messages_aside, quiet_libraries
 from jobs.train import TrainJob, train
 from pipeline.config import ClassifyConfig
 from pipeline.errors import UsageError
@@ -69,13 +70,15 @@ class DemoJob:
 def execute(argv: Sequence[str], *, prog: str) -> int:
     """Run what is not there yet, then show it."""
     job = parse_job(DemoJob, argv, prog=prog, description="The whole product on a small real corpus.")
+    quiet_libraries()
     folder = Path(job.folder)
     started = time.monotonic()
     corpus = _step("the texts", folder / "corpus", _write_corpus)
     model = _step("the model", folder / "model", lambda at: _train(corpus, at))
     _step("the operating point", folder / "calibration.json", lambda at: _calibrate(corpus, model, at, job))
-    exits = _classify(corpus, model, folder / "with-exits", control=job.control)
-    full = _classify(corpus, model, folder / "full-depth", entropy_threshold=-1.0)
+    with native_messages_aside():
+        exits = _classify(corpus, model, folder / "with-exits", control=job.control)
+        full = _classify(corpus, model, folder / "full-depth", entropy_threshold=-1.0)
     result = _compare(folder, exits, full)
     (folder / "result.json").write_text(json.dumps(result, indent=1))
     report = write_report(str(folder / "with-exits"), price_per_hour=None)

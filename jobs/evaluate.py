@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jobs.flags import flag, parse_job
+from jobs.terminal import quiet_libraries
 from pipeline.config import comma_list, positive
 
 
@@ -69,6 +70,7 @@ def evaluate(job: EvaluateJob) -> dict[str, Table]:
     from jobs.labelled import load_labelled
     from pipeline.tokenization import TextTokenizer
 
+    quiet_libraries()
     checkpoint = load_checkpoint(job.model)
     texts = load_labelled(
         job.data,

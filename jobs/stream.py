@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jobs.flags import flag, parse_job
+from jobs.terminal import quiet_libraries
 from pipeline.config import Thresholds, positive, thresholds
 
 
@@ -51,6 +52,7 @@ def execute(argv: Sequence[str], *, prog: str) -> int:
     from pipeline.planning import resolve_max_length, resolve_policy
     from pipeline.stream import StreamConfig, stream
 
+    quiet_libraries()
     checkpoint = load_checkpoint(job.model)
     config = StreamConfig(
         text_column=job.text_column,
@@ -61,9 +63,9 @@ def execute(argv: Sequence[str], *, prog: str) -> int:
         precision=resolve_precision(job.precision),
         device="cuda" if torch.cuda.is_available() else "cpu",
     )
-    stream(
-        checkpoint, resolve_policy(job.entropy_threshold, checkpoint), sys.stdin.buffer, sys.stdout, config
-    )
+    # Not `sys.stdin`: the interpreter closes that at its end, and aborts if the reader thread waits in it.
+    lines = open(sys.stdin.fileno(), "rb", closefd=False)  # noqa: SIM115
+    stream(checkpoint, resolve_policy(job.entropy_threshold, checkpoint), lines, sys.stdout, config)
     return 0
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs.flags import comma_list, flag, parse_job
+from jobs.terminal import quiet_libraries
 from pipeline.errors import UsageError
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ def train(job: TrainJob) -> DeeBertForSequenceClassification:
     from jobs.labelled import load_labelled
     from pipeline.tokenization import TextTokenizer
 
+    quiet_libraries()
     texts = load_labelled(
         job.data,
         text_column=job.text_column,

@@ -73,8 +73,6 @@ class RaySession:
         )
         # A local Ray is nobody else's: loopback only, no dashboard, and no token left in the home folder.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-        # Its C++ side writes to our stderr: warnings about Ray Data's own actors, at every start.
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         ray.init(
             address="local",
             include_dashboard=False,

@@ -39,8 +39,8 @@ class Submission:
 
     def __init__(self, tokens: PackedTokens, audited: npt.NDArray[np.bool_], num_labels: int) -> None:
         rows = len(tokens)
-        self.tokens = tokens
-        self.audited = audited
+        self._input: tuple[PackedTokens, npt.NDArray[np.bool_]] | None = (tokens, audited)
+        self.total_tokens = tokens.layout.total_tokens
         self.prediction = np.zeros(rows, np.int32)
         self.exit_layer = np.zeros(rows, np.int16)
         self.entropy = np.zeros(rows, np.float32)
@@ -51,6 +51,12 @@ class Submission:
         self._error: BaseException | None = None
         if not rows:
             self._done.set()
+
+    def take_input(self) -> tuple[PackedTokens, npt.NDArray[np.bool_]]:
+        """The tokens, and which rows are audited; let go here, for a shard may be long."""
+        assert self._input is not None
+        taken, self._input = self._input, None
+        return taken
 
     def wait(self) -> None:
         """Block until every row has its answer.
@@ -171,12 +177,12 @@ class Lanes:
             self._arrived.clear()
         for slot, submission in arrived:
             # Shortest first: neighbours of equal length share attention calls all the way down.
-            order = np.argsort(submission.tokens.layout.lengths, kind="stable")
-            ids = (slot << _ROW_BITS) | order
-            self._exit_lane.submit(ids, submission.tokens.take(order))
-            control = order[submission.audited[order]]
+            tokens, audited = submission.take_input()
+            order = np.argsort(tokens.layout.lengths, kind="stable")
+            self._exit_lane.submit((slot << _ROW_BITS) | order, tokens.take(order))
+            control = order[audited[order]]
             if len(control):
-                self._audit_lane.submit((slot << _ROW_BITS) | control, submission.tokens.take(control))
+                self._audit_lane.submit((slot << _ROW_BITS) | control, tokens.take(control))
 
     def _step(self) -> None:
         # The control sample is small: served first, it never piles up and never waits for the end.
@@ -212,7 +218,7 @@ class Lanes:
     def _count(self, exits: Exits) -> None:
         with self._changed:
             self._queued_tokens = self._exit_lane.waiting_tokens + sum(
-                s.tokens.layout.total_tokens for _, s in self._arrived
+                submission.total_tokens for _, submission in self._arrived
             )
             self._changed.notify_all()
         self._unreported[0] += len(exits)

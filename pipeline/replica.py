@@ -12,7 +12,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -34,8 +34,8 @@ from pipeline.records import Identity, ShardRecord, Totals
 from pipeline.schema import NOT_AUDITED, Answers, footer, part_table
 from pipeline.shards import Shard, part_name
 from pipeline.sink import Output
-from pipeline.source import BadRow, SourceBatch, read_shard
-from pipeline.tokenization import TextTokenizer, TokenizedBatch
+from pipeline.source import BadRow, read_shard
+from pipeline.tokenization import TextTokenizer
 
 # Rows read, tokenized and submitted at a time: enough to fill micro-batches, little enough to overlap.
 _BATCH_ROWS = 1024
@@ -73,12 +73,37 @@ class ShardFailure:
     reason: str
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Rows:
+    """Rows of a shard in the lanes, and what the part will say of them; their texts are let go."""
+
+    source_rows: npt.NDArray[np.int64]
+    lengths: npt.NDArray[np.int64]
+    truncated: npt.NDArray[np.bool_]
+    kept: pa.Table
+    submission: Submission
+
+    def answers(self) -> Answers:
+        done = self.submission
+        return Answers(
+            source_rows=self.source_rows,
+            num_tokens=self.lengths.astype(np.int32),
+            truncated=self.truncated,
+            prediction=done.prediction,
+            exit_layer=done.exit_layer,
+            entropy=done.entropy,
+            probabilities=done.probabilities,
+            audit_prediction=done.audit_prediction,
+        )
+
+
 @dataclass(kw_only=True)
 class _Work:
     """A shard under way."""
 
     shard: Shard
-    batches: list[tuple[SourceBatch, TokenizedBatch, Submission]] = field(default_factory=list)
+    rows: list[_Rows] = field(default_factory=list)
+    bad: list[BadRow] = field(default_factory=list)
     read_seconds: float = 0.0
     tokenize_seconds: float = 0.0
 
@@ -132,8 +157,8 @@ class Replica:
         work = _Work(shard=shard)
         with self._lanes.feeding():
             self._feed(work)
-        for _, _, submission in work.batches:
-            submission.wait()
+        for rows in work.rows:
+            rows.submission.wait()
         return self._commit(work)
 
     def _feed(self, work: _Work) -> None:
@@ -154,19 +179,27 @@ class Replica:
             with work.timing("tokenize_seconds"):
                 tokenized = self._tokenizer(*(column.to_pylist() for column in batch.texts))
             audited = _control_sample(batch.rows, spec.control)
-            work.batches.append((batch, tokenized, self._lanes.submit(tokenized.tokens, audited)))
+            work.bad.extend(batch.bad)
+            work.rows.append(
+                _Rows(
+                    source_rows=batch.rows,
+                    lengths=tokenized.tokens.layout.lengths,
+                    truncated=tokenized.truncated,
+                    kept=batch.kept,
+                    submission=self._lanes.submit(tokenized.tokens, audited),
+                )
+            )
 
     def _commit(self, work: _Work) -> ShardRecord:
         """Write the dead letters, then the part: its existence is the commit."""
         spec, shard = self._spec, work.shard
         started = time.perf_counter()
-        answers = Answers.concat([_answers(*b) for b in work.batches], len(self._labels))
-        bad = [row for batch, _, _ in work.batches for row in batch.bad]
+        answers = Answers.concat([rows.answers() for rows in work.rows], len(self._labels))
         name = part_name(shard, spec.identity.digest)
         table = part_table(
             answers,
             source_file=shard.source.path,
-            kept=_kept(spec.schema, work),
+            kept=pa.concat_tables([spec.schema.kept.empty_table(), *(rows.kept for rows in work.rows)]),
             id_column=spec.id_column,
             keep_columns=spec.keep_columns,
             labels=self._labels,
@@ -178,15 +211,14 @@ class Replica:
             first_row=shard.first_row,
             replica=f"{socket.gethostname()}:{os.getpid()}",
             finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
-            totals=self._totals(
-                work, answers, bad_rows=len(bad), write_seconds=time.perf_counter() - started
-            ),
+            totals=self._totals(work, answers),
         )
-        spec.output.write_dead_letters(name, (_letter(shard, row) for row in bad))
+        spec.output.write_dead_letters(name, (_letter(shard, row) for row in work.bad))
         spec.output.commit_part(name, table, footer(spec.identity, record, self._labels))
-        return record
+        # Only the driver's record can know how long the commit itself took.
+        return replace(record, totals=replace(record.totals, write_seconds=time.perf_counter() - started))
 
-    def _totals(self, work: _Work, answers: Answers, *, bad_rows: int, write_seconds: float) -> Totals:
+    def _totals(self, work: _Work, answers: Answers) -> Totals:
         compute, control = self._lanes.take_stats()
         lengths = answers.num_tokens.astype(np.int64)
         audited = answers.audit_prediction != NOT_AUDITED
@@ -195,7 +227,7 @@ class Replica:
         return Totals(
             shards=1,
             rows=len(lengths),
-            bad_rows=bad_rows,
+            bad_rows=len(work.bad),
             truncated_rows=int(answers.truncated.sum()),
             tokens=int(lengths.sum()),
             squared_tokens=int(np.square(lengths).sum()),
@@ -209,25 +241,8 @@ class Replica:
             audit_agreements=int(agree.sum()),
             read_seconds=work.read_seconds,
             tokenize_seconds=work.tokenize_seconds,
-            write_seconds=write_seconds,
+            write_seconds=0.0,
         )
-
-
-def _answers(batch: SourceBatch, tokenized: TokenizedBatch, submission: Submission) -> Answers:
-    return Answers(
-        source_rows=batch.rows,
-        num_tokens=tokenized.tokens.layout.lengths.astype(np.int32),
-        truncated=tokenized.truncated,
-        prediction=submission.prediction,
-        exit_layer=submission.exit_layer,
-        entropy=submission.entropy,
-        probabilities=submission.probabilities,
-        audit_prediction=submission.audit_prediction,
-    )
-
-
-def _kept(schema: InputSchema, work: _Work) -> pa.Table:
-    return pa.concat_tables([schema.kept.empty_table(), *(batch.kept for batch, _, _ in work.batches)])
 
 
 def _letter(shard: Shard, row: BadRow) -> dict[str, Any]:

@@ -291,10 +291,9 @@ def _showing_progress(board: Any, run: RunPlan, before: Totals) -> Iterator[None
 
 
 def _cause(error: BaseException) -> str:
-    """The first line of what went wrong underneath Ray's wrapping."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+    """What went wrong underneath Ray's wrapping: the last line of the replica's traceback."""
+    lines = str(error).strip().splitlines()
+    return lines[-1].strip() if lines else type(error).__name__
 
 
 def _now() -> str:

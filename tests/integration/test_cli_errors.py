@@ -158,7 +158,7 @@ class TestOutput:
     def test_a_record_that_cannot_be_read(self, refused: Refusal, tmp_path: Path) -> None:
         (tmp_path / "out" / "_deebert").mkdir(parents=True)
         (tmp_path / "out" / "_deebert" / "run.json").write_text("{}")
-        assert "is not a run record of this version" in refused()
+        assert "run record of this version: choose another output" in refused()
 
     def test_below_a_regular_file(self, refused: Refusal, texts: Path) -> None:
         assert "cannot write to the output" in refused(output=texts / "out")
@@ -172,7 +172,8 @@ class TestOutput:
         assert "cannot write to the output '/proc/out'" in refused(output="/proc/out")
 
     def test_an_unknown_protocol(self, refused: Refusal) -> None:
-        assert "'nosuch://bucket/out'" in refused(output="nosuch://bucket/out")
+        message = refused(output="nosuch://bucket/out")
+        assert message == "cannot use the output 'nosuch://bucket/out': Protocol not known: nosuch"
 
 
 class TestModel:
@@ -321,9 +322,7 @@ class TestProcesses:
     @pytest.mark.parametrize("verb", ["classify", "stream"])
     def test_a_module(self, verb: str, saved_model: Path, texts: Path, tmp_path: Path) -> None:
         words = ("--input", texts, "--output", tmp_path / "out") if verb == "classify" else ()
-        ended = run_python(
-            "-m", f"jobs.{verb}", "--model", saved_model, *words, "--entropy-threshold", "2"
-        )
+        ended = run_python("-m", f"jobs.{verb}", "--model", saved_model, *words, "--entropy-threshold", "2")
         assert ended.returncode == 2
         assert "2 is above ln(3)" in sentence(ended.stderr, f"deebert {verb}: ")
         assert ended.stdout == ""

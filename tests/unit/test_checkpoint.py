@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ModelFactory
 
 from deebert.checkpoint import load_checkpoint, weights_digest
 from deebert.errors import BackboneError, CheckpointError
 from deebert.exit_policy import FULL_DEPTH, EntropyThreshold
+from tests.conftest import ModelFactory
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ModelFactory, randomize
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -22,6 +21,7 @@ from transformers import (
 from deebert.config import DeeBertConfig
 from deebert.errors import BackboneError
 from deebert.modeling import DeeBertForSequenceClassification, pool
+from tests.conftest import ModelFactory, randomize
 
 IDS = torch.tensor([[2, 40, 50, 60, 3], [2, 41, 3, 0, 0]])
 MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])

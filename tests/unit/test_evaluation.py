@@ -7,7 +7,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import ModelFactory
 
 from deebert.encoder import PackedEncoder
 from deebert.evaluation import (
@@ -22,6 +21,7 @@ from deebert.evaluation import (
 )
 from deebert.exit_policy import FULL_DEPTH, EntropyThreshold
 from deebert.packing import PackedTokens
+from tests.conftest import ModelFactory
 
 NINE, MANY = math.log(9), math.log(99)
 # Entropies: even odds 0.693, nine to one 0.325, ninety-nine to one 0.056.

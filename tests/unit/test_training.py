@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ModelFactory
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, set_seed
 
@@ -24,6 +23,7 @@ from deebert.training import (
     train_off_ramps,
     train_two_stage,
 )
+from tests.conftest import ModelFactory
 
 QUICK = TwoStageConfig(
     stage_1=StageConfig(epochs=4, batch_size=16, learning_rate=2e-3),

@@ -1,0 +1,57 @@
+"""Keeps the terminal for what the user should read.
+
+Ray's C++ side writes to descriptor 2, at every start, warnings about Ray Data's own actors that nobody can
+act on. While a command runs, they go to a file, which is kept only when the command fails.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+log = logging.getLogger(__name__)
+
+
+def quiet_libraries() -> None:
+    """No bars but our own; costs an import of transformers."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+
+
+@contextmanager
+def native_messages_aside() -> Iterator[None]:
+    """While the block runs, descriptor 2 is a file, and Python's stderr and logging keep the terminal."""
+    sys.stderr.flush()
+    before, kept_descriptor = sys.stderr, os.dup(2)
+    terminal = os.fdopen(kept_descriptor, "w", buffering=1, closefd=False)
+    with tempfile.NamedTemporaryFile(prefix="deebert-ray-", suffix=".log", delete=False) as file:
+        os.dup2(file.fileno(), 2)
+    _point_python_at(terminal, instead_of=before)
+    try:
+        yield
+    except Exception:
+        if Path(file.name).stat().st_size:
+            log.error("Ray's own messages are in %s", file.name)
+        raise
+    else:
+        Path(file.name).write_bytes(b"")
+    finally:
+        if not Path(file.name).stat().st_size:
+            Path(file.name).unlink()
+        os.dup2(kept_descriptor, 2)
+        _point_python_at(before, instead_of=terminal)
+        os.close(kept_descriptor)
+
+
+def _point_python_at(stream: TextIO, *, instead_of: TextIO) -> None:
+    sys.stderr = stream
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.StreamHandler) and handler.stream is instead_of:
+            handler.setStream(stream)

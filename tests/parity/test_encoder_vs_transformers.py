@@ -1,0 +1,136 @@
+"""The packed inference form computes what the padded Hugging Face form computes."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModel, AutoTokenizer, BertModel
+
+from deebert.encoder import PackedEncoder
+from deebert.evaluation import trace
+from deebert.modeling import DeeBertForSequenceClassification
+from deebert.packing import PackedTokens
+from pipeline.tokenization import TextTokenizer
+from tests.conftest import LONGEST, ModelFactory
+
+TOLERANCE = {"atol": 1e-4, "rtol": 0.0}
+ROBERTA_PAD, ROBERTA_MASK = 1, 4
+
+
+def random_ids(lengths: list[int], seed: int = 0) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(5, 97, (n,), generator=generator).tolist() for n in lengths]
+
+
+def padded(rows: list[list[int]], value: int) -> tuple[Tensor, Tensor]:
+    """(N, L) ids and mask."""
+    tensors = [torch.tensor(row) for row in rows]
+    ids = torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(t) for t in tensors], batch_first=True)
+    return ids, mask
+
+
+@torch.no_grad()
+def training_form(
+    model: DeeBertForSequenceClassification, rows: list[list[int]], types: list[list[int]] | None = None
+) -> Tensor:
+    """(R, N, C): off-ramps, then the final classifier."""
+    ids, mask = padded(rows, model.config.backbone_config.pad_token_id)
+    output = model(ids, mask, None if types is None else padded(types, 0)[0])
+    ramps = [] if output.off_ramp_logits is None else [output.off_ramp_logits]
+    return torch.cat([*ramps, output.logits[None]])
+
+
+ALL_LENGTHS = list(range(1, LONGEST + 1))
+
+
+@pytest.mark.parametrize("layers", [None, [2], [1, 4], []])
+def test_every_off_ramp_equals_the_training_forms(
+    tiny_model: ModelFactory, family: str, pooling: str, layers: list[int] | None
+) -> None:
+    model = tiny_model(family, pooling, off_ramp_layers=layers)
+    rows = random_ids([*ALL_LENGTHS, 7, 7, 7])
+
+    packed = trace(PackedEncoder(model), PackedTokens.pack(rows), micro_batch_tokens=512)
+
+    assert packed.layers == (*model.config.off_ramp_layers, 5)
+    torch.testing.assert_close(packed.logits, training_form(model, rows), **TOLERANCE)
+
+
+def test_pairs_with_token_types_equal_the_training_forms(tiny_model: ModelFactory, pooling: str) -> None:
+    model = tiny_model("bert", pooling)
+    rows = random_ids([3, 9, 9, 20, 41])
+    types = [[0] * (len(row) // 2) + [1] * (len(row) - len(row) // 2) for row in rows]
+
+    packed = trace(PackedEncoder(model), PackedTokens.pack(rows, types))
+
+    torch.testing.assert_close(packed.logits, training_form(model, rows, types), **TOLERANCE)
+    assert (packed.logits - training_form(model, rows)).abs().max() > 0.01  # the segments matter
+
+
+def test_robertas_positions_skip_a_literal_pad_token(tiny_model: ModelFactory, pooling: str) -> None:
+    model = tiny_model("roberta", pooling)
+    rows = random_ids([6, 6, 12, 3])
+    rows[1][2] = rows[1][3] = rows[2][0] = rows[3][2] = ROBERTA_PAD
+    other = [[ROBERTA_MASK if token == ROBERTA_PAD else token for token in row] for row in rows]
+
+    packed = trace(PackedEncoder(model), PackedTokens.pack(rows))
+
+    torch.testing.assert_close(packed.logits, training_form(model, rows), **TOLERANCE)
+    unlike = trace(PackedEncoder(model), PackedTokens.pack(other))
+    assert (packed.logits[:, 1:] - unlike.logits[:, 1:]).abs().amax(dim=(0, 2)).min() > 0.01
+
+
+def test_the_encoder_is_a_copy_that_the_model_cannot_change(tiny_model: ModelFactory) -> None:
+    model = tiny_model()
+    encoder, tokens = PackedEncoder(model), PackedTokens.pack(random_ids([5, 8]))
+    before = trace(encoder, tokens).logits
+
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+
+    assert torch.equal(trace(encoder, tokens).logits, before)
+
+
+def test_bfloat16_stays_near_float32_and_answers_in_float32(model: DeeBertForSequenceClassification) -> None:
+    tokens = PackedTokens.pack(random_ids(ALL_LENGTHS))
+
+    exact = trace(PackedEncoder(model), tokens).logits
+    reduced = trace(PackedEncoder(model, dtype=torch.bfloat16), tokens).logits
+
+    assert reduced.dtype == torch.float32
+    agreement = (exact.argmax(-1) == reduced.argmax(-1)).float().mean()
+    assert agreement > 0.95
+
+
+def real_sentences(assets: Path, count: int) -> list[str]:
+    with (assets / "glue" / "SST-2" / "dev.tsv").open(newline="") as file:
+        rows = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+        return [row["sentence"] for row, _ in zip(rows, range(count), strict=False)]
+
+
+@pytest.mark.assets
+def test_hidden_states_of_a_real_bert_are_transformers_own(assets: Path) -> None:
+    folder = str(assets / "e5-small")
+    backbone: BertModel = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    encoder = PackedEncoder(DeeBertForSequenceClassification.from_backbone(folder, labels=["no", "yes"]))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    sentences = real_sentences(assets, 32)
+
+    tokens = TextTokenizer(tokenizer, max_length=128)(sentences).tokens
+    batch = tokenizer(sentences, padding=True, truncation=True, max_length=128, return_tensors="pt")
+    with torch.no_grad():
+        expected = backbone(**batch, output_hidden_states=True).hidden_states
+    real = batch["attention_mask"].bool()
+
+    assert tokens.input_ids.tolist() == batch["input_ids"][real].tolist()
+    states = encoder.embed(tokens)
+    torch.testing.assert_close(states, expected[0][real], **TOLERANCE)
+    for layer in range(12):
+        states = encoder.layer(layer, states, tokens.layout)
+        torch.testing.assert_close(states, expected[layer + 1][real], **TOLERANCE)

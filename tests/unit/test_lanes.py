@@ -1,0 +1,206 @@
+"""The lanes: many threads feed one engine thread, and each hears of its own rows."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from torch import Tensor
+
+from deebert.encoder import PackedEncoder
+from deebert.evaluation import exits, trace
+from deebert.exit_policy import FULL_DEPTH, EntropyThreshold, entropy
+from deebert.packing import PackedTokens
+from pipeline.engine import EngineConfig
+from pipeline.lanes import Lanes, Submission
+from pipeline.schema import NOT_AUDITED
+from tests.conftest import ModelFactory
+
+POLICY = EntropyThreshold(0.45)
+CONFIG = EngineConfig(micro_batch_tokens=128)
+
+
+def random_texts(count: int, seed: int) -> PackedTokens:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 40, (count,), generator=generator).tolist()
+    return PackedTokens.pack([torch.randint(5, 97, (n,), generator=generator).tolist() for n in lengths])
+
+
+def every(nth: int, rows: int) -> npt.NDArray[np.bool_]:
+    return np.arange(rows) % nth == 0
+
+
+@pytest.fixture(scope="module")
+def encoder(tiny_model: ModelFactory) -> PackedEncoder:
+    return PackedEncoder(tiny_model())
+
+
+def test_rows_of_many_threads_are_each_answered_with_their_own(encoder: PackedEncoder) -> None:
+    lanes = Lanes(encoder, POLICY, CONFIG)
+    texts = [random_texts(10 + 7 * i, seed=i) for i in range(12)]
+
+    def feed(tokens: PackedTokens) -> list[Submission]:
+        with lanes.feeding():
+            parts = [tokens.slice(0, 5), tokens.slice(5, 5), tokens.slice(5, len(tokens))]
+            submitted = [lanes.submit(part, every(4, len(part))) for part in parts]
+        for submission in submitted:
+            submission.wait()
+        return submitted
+
+    with ThreadPoolExecutor(4) as threads:
+        answered = list(threads.map(feed, texts))
+
+    for tokens, submissions in zip(texts, answered, strict=True):
+        at_all_layers = trace(encoder, tokens)
+        exit_layer, prediction = exits(at_all_layers, POLICY)
+        answering = at_all_layers.logits[exit_layer - 1, torch.arange(len(tokens))]
+        assert np.concatenate([s.exit_layer for s in submissions]).tolist() == exit_layer.tolist()
+        assert np.concatenate([s.prediction for s in submissions]).tolist() == prediction.tolist()
+        np.testing.assert_allclose(
+            np.concatenate([s.probabilities for s in submissions]), answering.softmax(-1), atol=1e-5
+        )
+        np.testing.assert_allclose(
+            np.concatenate([s.entropy for s in submissions]), entropy(answering), atol=1e-5
+        )
+    layers = np.concatenate([s.exit_layer for submissions in answered for s in submissions])
+    assert len(set(layers.tolist())) >= 3  # the policy spreads these rows over layers
+
+
+def test_the_audit_lane_answers_the_control_sample_at_full_depth(encoder: PackedEncoder) -> None:
+    lanes = Lanes(encoder, POLICY, CONFIG)
+    tokens = random_texts(90, seed=1)
+    audited = every(3, 90)
+
+    submission = lanes.submit(tokens, audited)
+    submission.wait()
+
+    _, full_depth = exits(trace(encoder, tokens), FULL_DEPTH)
+    assert submission.audit_prediction[audited].tolist() == full_depth[audited].tolist()
+    assert set(submission.audit_prediction[~audited].tolist()) == {NOT_AUDITED}
+    assert (submission.prediction != full_depth.numpy()).any()  # the lanes do answer differently
+
+
+def test_statistics_are_each_lanes_work_since_they_were_last_taken(encoder: PackedEncoder) -> None:
+    lanes = Lanes(encoder, POLICY, CONFIG)
+    tokens = random_texts(60, seed=2)
+    lengths = tokens.layout.lengths
+    audited = every(5, 60)
+
+    submission = lanes.submit(tokens, audited)
+    submission.wait()
+    exit_stats, audit_stats = lanes.take_stats()
+    again = lanes.take_stats()
+
+    assert exit_stats.layer_tokens == int((lengths * submission.exit_layer).sum())
+    assert exit_stats.samples[0] == 60
+    assert audit_stats.layer_tokens == 5 * int(lengths[audited].sum())
+    assert audit_stats.samples == (12,) * 5
+    assert [stats.layer_tokens for stats in again] == [0, 0]
+
+
+def test_no_rows_are_done_at_once(encoder: PackedEncoder) -> None:
+    submission = Lanes(encoder, POLICY, CONFIG).submit(PackedTokens.pack([]), np.zeros(0, np.bool_))
+
+    submission.wait()
+
+    assert len(submission.prediction) == 0
+
+
+def test_progress_adds_up_to_all_rows_and_their_layers(encoder: PackedEncoder) -> None:
+    reported: list[tuple[int, int]] = []
+    all_reported = threading.Event()
+
+    def on_progress(rows: int, exit_layers: int) -> None:
+        reported.append((rows, exit_layers))
+        if sum(rows for rows, _ in reported) == 80:
+            all_reported.set()
+
+    lanes = Lanes(encoder, POLICY, CONFIG, on_progress=on_progress)
+    submission = lanes.submit(random_texts(80, seed=3), every(4, 80))
+    submission.wait()
+
+    assert all_reported.wait(timeout=30)
+    assert sum(layers for _, layers in reported) == int(submission.exit_layer.sum())
+
+
+class GatedPolicy:
+    """A policy whose first decision waits until the test lets it go, and that may then fail."""
+
+    def __init__(self, error: BaseException | None = None) -> None:
+        self.reached, self.gate = threading.Event(), threading.Event()
+        self._error = error
+
+    def can_fire(self, layer: int) -> bool:
+        return True
+
+    def fires(self, layer: int, logits: Tensor, entropy: Tensor) -> Tensor:
+        self.reached.set()
+        assert self.gate.wait(timeout=30)
+        if self._error is not None:
+            raise self._error
+        return torch.ones(len(entropy), dtype=torch.bool)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"type": "gated"}
+
+
+def test_an_engine_error_reaches_every_waiter_and_everyone_who_comes_later(encoder: PackedEncoder) -> None:
+    policy = GatedPolicy(RuntimeError("the device is gone"))
+    lanes = Lanes(encoder, policy, CONFIG)
+    tokens, nobody = random_texts(20, seed=4), np.zeros(20, np.bool_)
+
+    running = lanes.submit(tokens, nobody)
+    assert policy.reached.wait(timeout=30)  # the engine is busy with it: what follows waits unseen
+    waiting = [lanes.submit(tokens, nobody), lanes.submit(tokens, ~nobody)]
+    with ThreadPoolExecutor(3) as threads:
+        heard = [threads.submit(submission.wait) for submission in (running, *waiting)]
+        policy.gate.set()
+        errors = [future.exception(timeout=30) for future in heard]
+
+    assert [str(error) for error in errors] == ["the device is gone"] * 3
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        lanes.submit(tokens, nobody)
+
+
+def test_a_row_that_the_engine_refuses_fails_its_submission(encoder: PackedEncoder) -> None:
+    lanes = Lanes(encoder, POLICY, EngineConfig(micro_batch_tokens=4))
+
+    submission = lanes.submit(PackedTokens.pack([[2, 3], [2] * 5]), np.zeros(2, np.bool_))
+
+    with pytest.raises(ValueError, match="a sample has 5 tokens but a micro-batch takes 4"):
+        submission.wait()
+
+
+def test_feeders_are_held_back_while_enough_input_is_queued(encoder: PackedEncoder) -> None:
+    policy = GatedPolicy()
+    lanes = Lanes(encoder, policy, EngineConfig(micro_batch_tokens=10))
+    one_micro_batch, nobody = PackedTokens.pack([[2] * 10]), np.zeros(1, np.bool_)
+    submitted: list[Submission] = []
+    enough = threading.Event()
+
+    def feed() -> None:
+        for _ in range(40):
+            submitted.append(lanes.submit(one_micro_batch, nobody))
+            if len(submitted) == 16:
+                enough.set()
+
+    feeder = threading.Thread(target=feed, daemon=True)
+    feeder.start()
+    assert enough.wait(timeout=30)
+    assert policy.reached.wait(timeout=30)
+    feeder.join(timeout=0.2)
+
+    assert feeder.is_alive()
+    assert len(submitted) == 16  # 16 micro-batches of 10 tokens are queued; the next one waits
+
+    policy.gate.set()
+    feeder.join(timeout=30)
+    for submission in submitted:
+        submission.wait()
+    assert len(submitted) == 40
+    assert all(s.exit_layer.tolist() == [1] for s in submitted)
