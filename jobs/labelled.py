@@ -90,6 +90,7 @@ def load_labelled(
 def _open(source: str, split: str):  # type: ignore[no-untyped-def]  # `datasets` is untyped
     import datasets
 
+    datasets.disable_progress_bars()
     path = Path(source)
     if path.is_dir():
         saved = datasets.load_from_disk(source)

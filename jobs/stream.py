@@ -63,9 +63,10 @@ def execute(argv: Sequence[str], *, prog: str) -> int:
         precision=resolve_precision(job.precision),
         device="cuda" if torch.cuda.is_available() else "cpu",
     )
+    policy = resolve_policy(job.entropy_threshold, checkpoint)
     # Not `sys.stdin`: the interpreter closes that at its end, and aborts if the reader thread waits in it.
     lines = open(sys.stdin.fileno(), "rb", closefd=False)  # noqa: SIM115
-    stream(checkpoint, resolve_policy(job.entropy_threshold, checkpoint), lines, sys.stdout, config)
+    stream(checkpoint, policy, lines, sys.stdout, config)
     return 0
 
 

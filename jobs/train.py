@@ -70,6 +70,8 @@ def execute(argv: Sequence[str], *, prog: str) -> int:
 def train(job: TrainJob) -> DeeBertForSequenceClassification:
     """Fine-tune as `job` says and write the model folder."""
     output = Path(job.output)
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"the model folder {job.output!r} is a file: choose another")
     if output.exists() and any(output.iterdir()) and not job.overwrite:
         raise UsageError(f"the model folder {job.output!r} exists: choose another or give --overwrite")
     # Heavy imports come after the checks that need none of them.
@@ -89,13 +91,17 @@ def train(job: TrainJob) -> DeeBertForSequenceClassification:
         names=job.labels,
     )
     set_seed(job.seed)
-    model = DeeBertForSequenceClassification.from_backbone(
-        job.backbone,
-        labels=list(texts.names),
-        off_ramp_pooling=job.off_ramp_pooling,  # type: ignore[arg-type]  # one of the flag's choices
-        max_seq_length=job.max_length,
-    )
-    tokenizer = AutoTokenizer.from_pretrained(job.backbone)
+    try:
+        model = DeeBertForSequenceClassification.from_backbone(
+            job.backbone,
+            labels=list(texts.names),
+            off_ramp_pooling=job.off_ramp_pooling,  # type: ignore[arg-type]  # one of the flag's choices
+            max_seq_length=job.max_length,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(job.backbone)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UsageError(f"cannot load the backbone {job.backbone!r}: {reason}") from error
     data = _sample(texts.tokenized(TextTokenizer(tokenizer, max_length=job.max_length)), job)
     check_labels(data, len(texts.names))
     recipe = _recipe(job)

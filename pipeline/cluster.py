@@ -83,22 +83,22 @@ class RaySession:
         )
         self._mine = True
 
-    @property
-    def has_gpu(self) -> bool:
-        """Whether replicas run on GPUs."""
-        return self._count("GPU") > 0
+    def uses_gpus(self, device: str) -> bool:
+        """Whether replicas run on GPUs: ``auto`` asks the cluster, ``cpu`` and ``cuda`` are orders."""
+        return device == "cuda" or (device == "auto" and self._count("GPU") > 0)
 
-    def placement(self, replicas: Replicas | None, threads: int | None) -> Placement:
+    def placement(self, device: str, replicas: Replicas | None, threads: int | None) -> Placement:
         """How many replicas on what, where the caller leaves it open: one per GPU, else one per core.
 
         On CPUs, replicas of one thread beat one replica of many: threads wait for each other in every
         product, replicas never.
         """
-        gpus, cores = int(self._count("GPU")), max(1, int(self._count("CPU")))
-        chosen = replicas or Replicas(*(2 * (gpus or cores,)))
+        on_gpus, cores = self.uses_gpus(device), max(1, int(self._count("CPU")))
+        most = max(1, int(self._count("GPU"))) if on_gpus else cores
+        chosen = replicas or Replicas(most, most)
         return Placement(
             replicas=chosen,
-            device="cuda" if gpus else "cpu",
+            device="cuda" if on_gpus else "cpu",
             threads=threads or max(1, cores // chosen.most),
         )
 

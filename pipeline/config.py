@@ -130,6 +130,11 @@ class ClassifyConfig:
         parse=Replicas.parse,
         metavar="N|MIN:MAX",
     )
+    device: str = flag(
+        "auto is cuda where the cluster has GPUs now; say cuda to a cluster that has yet to scale up to them",
+        default="auto",
+        choices=("auto", "cpu", "cuda"),
+    )
     threads: int | None = flag(
         "CPU threads per replica; left out, the cores are shared out", default=None, parse=positive
     )

@@ -12,8 +12,6 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-import fsspec
-
 from deebert.checkpoint import Checkpoint, load_checkpoint, weights_digest
 from deebert.exit_policy import EntropyThreshold
 from deebert.precision import resolve_precision
@@ -55,7 +53,7 @@ def make_plan(config: ClassifyConfig, *, has_gpu: bool) -> RunPlan:
     Raises:
         UsageError, CheckpointError, PolicyError: the run cannot be meant as given.
     """
-    output = _reachable_output(config.output)
+    output = Output(config.output)
     files = _inputs(config, output)
     schema = check_columns(files, _text_columns(config), _other_columns(config))
     checkpoint = load_checkpoint(config.model)
@@ -126,14 +124,6 @@ def _check_same_run(run: RunPlan, output: Output, earlier: RunRecord) -> None:
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _reachable_output(url: str) -> Output:
-    try:
-        fsspec.core.url_to_fs(url)
-    except (ValueError, ImportError) as error:  # an unknown protocol, or one whose driver is not installed
-        raise UsageError(f"cannot use the output {url!r}: {error}") from error
-    return Output(url)
 
 
 def _inputs(config: ClassifyConfig, output: Output) -> tuple[InputFile, ...]:

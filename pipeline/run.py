@@ -67,7 +67,7 @@ def classify(config: ClassifyConfig) -> ClassifyResult:
         RunFailedError: shards are missing at the end; the same call finishes the job.
     """
     with RaySession(config.ray_address) as session:
-        run = make_plan(config, has_gpu=session.has_gpu)
+        run = make_plan(config, has_gpu=session.uses_gpus(config.device))
         output = Output(config.output)
         output.prepare()
         if config.overwrite:
@@ -75,7 +75,7 @@ def classify(config: ClassifyConfig) -> ClassifyResult:
             output.prepare()
         earlier = output.read_run()
         done = check_output(run, output, earlier)
-        placement = session.placement(config.replicas, config.threads)
+        placement = session.placement(config.device, config.replicas, config.threads)
         attempt = _Attempt(run, output, earlier, placement)
         if len(done) == len(run.shards) and earlier is not None and earlier.status == "succeeded":
             log.info("nothing to do: all %d shards of %d files are committed", len(done), len(run.files))
@@ -104,6 +104,7 @@ class _Attempt:
     def execute(self, session: RaySession, done: set[str]) -> None:
         """Run what is not `done`, and end the run one way or another."""
         remaining = {name: shard for name, shard in self._run.shards.items() if name not in done}
+        self._output.sweep()
         self._output.remove([SUCCESS])
         # Parts of inputs that are no longer named count too: the folder is one table.
         known = self._output.read_shard_records(self._output.parts())

@@ -9,6 +9,7 @@ retry replaces it. Knows nothing of engines, shards or Ray.
     OUT/_deebert/run.json              the run record
     OUT/_deebert/shards/*.jsonl        shard records, one file per attempt
     OUT/_deebert/dead_letters/*.jsonl  rows that could not be classified, one file per shard
+    OUT/_deebert/report.html           what `deebert report` wrote
     OUT/_deebert/tmp/                  files not yet renamed
 """
 
@@ -28,7 +29,7 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.errors import UsageError
-from pipeline.records import RunRecord, ShardRecord
+from pipeline.records import FORMAT_VERSION, RunRecord, ShardRecord
 from pipeline.schema import RECORD_KEY
 
 META = "_deebert"
@@ -41,17 +42,28 @@ _DEAD = f"{META}/dead_letters"
 
 @dataclass(frozen=True)
 class Output:
-    """An output folder or URL. Cheap to make and to send to another process."""
+    """An output folder or URL. Cheap to make and to send to another process.
+
+    Raises:
+        UsageError: a URL whose protocol is unknown or lacks its driver.
+    """
 
     url: str
+
+    def __post_init__(self) -> None:
+        try:
+            fsspec.core.url_to_fs(self.url)
+        except (ValueError, ImportError) as error:
+            raise UsageError(f"the output {self.url!r} cannot be opened: {error}") from error
 
     @property
     def _fs(self) -> Any:
         return fsspec.core.url_to_fs(self.url)[0]
 
-    @property
-    def _root(self) -> str:
-        return str(fsspec.core.url_to_fs(self.url)[1]).rstrip("/")
+    def _at(self, name: str) -> str:
+        """Full path of `name`, as the file system spells it."""
+        root = str(fsspec.core.url_to_fs(self.url)[1]).rstrip("/")
+        return f"{root}/{name}"
 
     @property
     def is_local(self) -> bool:
@@ -59,11 +71,11 @@ class Output:
         return isinstance(self._fs, LocalFileSystem)
 
     def path(self, name: str) -> str:
-        """Full path of `name`, as the file system spells it."""
-        return f"{self._root}/{name}"
+        """Full path or URL of `name`, for others to open."""
+        return self._at(name) if self.is_local else str(self._fs.unstrip_protocol(self._at(name)))
 
     def prepare(self) -> None:
-        """Make the folder and prove that it can be written to; sweep away files that never were renamed.
+        """Make the folder and prove that it can be written to.
 
         Raises:
             UsageError: it cannot be made or written to.
@@ -71,22 +83,25 @@ class Output:
         try:
             if self.is_local:
                 for folder in (_TMP, _SHARDS, _DEAD):
-                    Path(self.path(folder)).mkdir(parents=True, exist_ok=True)
+                    Path(self._at(folder)).mkdir(parents=True, exist_ok=True)
             self.write(f"{META}/writable", b"")
-            self._fs.rm(self.path(f"{META}/writable"))
+            self._fs.rm(self._at(f"{META}/writable"))
         except OSError as error:
             raise UsageError(f"cannot write to the output {self.url!r}: {error.strerror or error}") from error
+
+    def sweep(self) -> None:
+        """Remove files that were never renamed, because their writer was killed."""
         if self.is_local:
-            for leftover in Path(self.path(_TMP)).iterdir():
+            for leftover in Path(self._at(_TMP)).iterdir():
                 leftover.unlink(missing_ok=True)
 
     def write(self, name: str, data: bytes | pa.Buffer) -> None:
         """Write the file `name`, whole or not at all."""
         if not self.is_local:
-            self._fs.pipe_file(self.path(name), bytes(data))
+            self._fs.pipe_file(self._at(name), bytes(data))
             return
-        final = Path(self.path(name))
-        temporary = Path(self.path(_TMP)) / f"{final.name}.{uuid.uuid4().hex}"
+        final = Path(self._at(name))
+        temporary = Path(self._at(_TMP)) / f"{final.name}.{uuid.uuid4().hex}"
         with temporary.open("wb") as file:
             file.write(data)
             file.flush()
@@ -106,8 +121,8 @@ class Output:
         name = f"{_DEAD}/{Path(part).stem}.jsonl"
         if lines:
             self.write(name, lines)
-        elif self._fs.exists(self.path(name)):
-            self._fs.rm(self.path(name))
+        elif self._fs.exists(self._at(name)):
+            self._fs.rm(self._at(name))
 
     def parts(self) -> set[str]:
         """Names of the parts that exist: one listing, no file is opened."""
@@ -116,18 +131,18 @@ class Output:
     def _names(self, folder: str) -> list[str]:
         try:
             # A cached listing would hide what another process has just committed.
-            found = self._fs.ls(self.path(folder), detail=False, refresh=True)
+            found = self._fs.ls(self._at(folder), detail=False, refresh=True)
         except FileNotFoundError:
             return []
         except TypeError:  # file systems without a listing cache have no `refresh`
-            found = self._fs.ls(self.path(folder), detail=False)
+            found = self._fs.ls(self._at(folder), detail=False)
         return [str(f).rstrip("/").rsplit("/", 1)[-1] for f in found]
 
     def remove(self, names: Iterable[str]) -> None:
         """Remove files that may exist."""
         for name in names:
-            if self._fs.exists(self.path(name)):
-                self._fs.rm(self.path(name), recursive=True)
+            if self._fs.exists(self._at(name)):
+                self._fs.rm(self._at(name), recursive=True)
 
     def clear(self) -> None:
         """Remove a whole run: `_SUCCESS` first, the record last, so that a kill in between looks unfinished."""
@@ -142,14 +157,22 @@ class Output:
             UsageError: there is one that this version cannot read.
         """
         try:
-            text = self._fs.cat_file(self.path(_RUN))
+            values = json.loads(self._fs.cat_file(self._at(_RUN)))
         except (FileNotFoundError, NotADirectoryError):
             return None
-        try:
-            return RunRecord.from_dict(json.loads(text))
-        except (ValueError, TypeError, KeyError) as error:
+        except ValueError as error:
+            raise UsageError(f"{self.path(_RUN)!r} is not JSON ({error}): the file is damaged") from error
+        version = values.get("format_version") if isinstance(values, dict) else None
+        if version != FORMAT_VERSION:
             raise UsageError(
-                f"{self.path(_RUN)!r} is no run record of this version: choose another output or --overwrite"
+                f"{self.path(_RUN)!r} has format version {version}, this software reads {FORMAT_VERSION}: "
+                "use the version of the software that wrote it"
+            )
+        try:
+            return RunRecord.from_dict(values)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UsageError(
+                f"{self.path(_RUN)!r} is not a complete run record ({error}): the file is damaged"
             ) from error
 
     def write_run(self, record: RunRecord) -> None:
@@ -158,7 +181,7 @@ class Output:
 
     def mark_success(self) -> None:
         """Say that planned = committed; idempotent."""
-        if not self._fs.exists(self.path(SUCCESS)):
+        if not self._fs.exists(self._at(SUCCESS)):
             self.write(SUCCESS, b"")
 
     def read_shard_records(self, parts: set[str]) -> dict[str, ShardRecord]:
@@ -168,7 +191,7 @@ class Output:
         """
         records: dict[str, ShardRecord] = {}
         for name in sorted(self._names(_SHARDS)):
-            for line in self._fs.cat_file(self.path(f"{_SHARDS}/{name}")).splitlines():
+            for line in self._fs.cat_file(self._at(f"{_SHARDS}/{name}")).splitlines():
                 # A killed driver may leave half a last line; the part's footer has the record whole.
                 if line.endswith(b"}") and (record := _record(line)) is not None and record.part in parts:
                     records[record.part] = record
@@ -177,7 +200,7 @@ class Output:
         return records
 
     def _record_from_footer(self, part: str) -> ShardRecord:
-        with self._fs.open(self.path(part), "rb") as file:
+        with self._fs.open(self._at(part), "rb") as file:
             metadata = pq.read_metadata(file).metadata
         return ShardRecord.from_dict(json.loads(metadata[RECORD_KEY]))
 

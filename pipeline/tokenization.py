@@ -52,15 +52,16 @@ class TextTokenizer:
             )
         self._backend = RustTokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self._backend.no_padding()
-        self._backend.enable_truncation(max_length, strategy="longest_first")
+        self._truncation_side = tokenizer.truncation_side
+        self._backend.enable_truncation(max_length, strategy="longest_first", direction=self._truncation_side)
         self._has_token_types = has_token_types
         self.max_length = max_length
 
     def digest(self) -> str:
-        """SHA-256 of everything that decides the token ids, truncation aside."""
+        """SHA-256 of everything that decides the token ids, the maximal length aside."""
         backend = RustTokenizer.from_str(self._backend.to_str())
         backend.no_truncation()
-        return hashlib.sha256(backend.to_str().encode()).hexdigest()
+        return hashlib.sha256(f"{self._truncation_side}\n{backend.to_str()}".encode()).hexdigest()
 
     def __call__(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> TokenizedBatch:
         """Tokenize texts, or pairs of texts.

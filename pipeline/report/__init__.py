@@ -9,9 +9,9 @@ from pipeline.errors import UsageError
 from pipeline.report.accounting import Accounting, account
 from pipeline.report.evidence import Evidence, EvidenceError, Finding, gather_evidence, verify_parts
 from pipeline.report.facts import state_facts
-from pipeline.report.folder import RunFolder
 from pipeline.report.html import render_page
 from pipeline.report.table import render_text
+from pipeline.sink import META, Output
 
 __all__ = [
     "Accounting",
@@ -24,6 +24,9 @@ __all__ = [
     "verify_parts",
     "write_report",
 ]
+
+
+PAGE = f"{META}/report.html"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,10 +56,18 @@ def write_report(output: str, *, price_per_hour: float | None, currency: str = "
     """
     if price_per_hour is not None and not (math.isfinite(price_per_hour) and price_per_hour > 0):
         raise UsageError(f"the price per hour must be a positive number, not {price_per_hour}.")
-    folder = RunFolder(output)
-    record = folder.run_record()
+    folder = Output(output)
+    record = folder.read_run()
+    if record is None:
+        raise UsageError(f"{output!r} holds no run: give the folder that `deebert classify` wrote")
     accounting = account(record, price_per_hour=price_per_hour, currency=currency)
-    evidence = gather_evidence(folder.parts(), record)
+    evidence = gather_evidence([folder.path(name) for name in sorted(folder.parts())], record)
     facts = state_facts(record, accounting, evidence)
-    path = folder.write_page(render_page(output, record, accounting, evidence, facts))
-    return Report(path=path, text=render_text(facts), accounting=accounting, evidence=evidence)
+    page = render_page(output, record, accounting, evidence, facts)
+    try:
+        folder.write(PAGE, page.encode())
+    except OSError as error:
+        raise UsageError(
+            f"the report {folder.path(PAGE)!r} cannot be written: {error.strerror or error}"
+        ) from error
+    return Report(path=folder.path(PAGE), text=render_text(facts), accounting=accounting, evidence=evidence)

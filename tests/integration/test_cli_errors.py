@@ -309,6 +309,16 @@ class TestCommandLine:
         )
         assert message == "no such file: 'nowhere.csv'"
 
+    def test_train_backbone_that_is_not_there(self, refusal: Refusal, tmp_path: Path) -> None:
+        data = tmp_path / "data.csv"
+        data.write_text("text,label\ngood,1\nbad,0\n")
+        words = ("--backbone", "/no/where", "--data", data, "--output", tmp_path / "model")
+        assert "cannot load the backbone '/no/where': " in refusal("train", *words)
+
+    def test_train_output_that_is_a_file(self, refusal: Refusal, saved_model: Path, texts: Path) -> None:
+        message = refusal("train", "--backbone", saved_model, "--data", texts, "--output", texts)
+        assert message == f"the model folder '{texts}' is a file: choose another"
+
     def test_evaluate_model_that_is_not_there(self, refusal: Refusal, tmp_path: Path) -> None:
         assert "no such model folder" in refusal("evaluate", "--model", tmp_path / "m", "--data", "d.csv")
 

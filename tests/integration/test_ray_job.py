@@ -27,7 +27,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 120.0
 JOB_SECONDS = 180.0
-STOP_SECONDS = 10.0
+STOP_SECONDS = 5.0
 POLL_SECONDS = 0.2
 
 
@@ -35,7 +35,7 @@ POLL_SECONDS = 0.2
 def cluster() -> Iterator[str]:
     """A head node of our own on loopback; gives the address of its job API."""
     # Unix sockets have short paths, and pytest's folders are long.
-    temp_dir = Path(tempfile.mkdtemp(prefix="dbt-", dir="/tmp"))
+    temp_dir = Path(tempfile.mkdtemp(prefix="dbj-", dir="/tmp"))
     port, dashboard_port, agent_port = free_ports(3)
     words = [
         *(str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--num-cpus=2"),

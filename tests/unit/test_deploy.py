@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import jsonschema
+import jsonschema  # type: ignore[import-untyped]
 import pytest
 import ray
 import yaml
@@ -81,8 +81,9 @@ class TestManifests:
     def test_the_entrypoint_parses_with_the_file_it_mounts(self, name: str, tmp_path: Path) -> None:
         config = config_of(name, tmp_path)
         assert not config.overwrite
-        # Both are settled by the machines that happen to be up, unless the job says.
+        # All are settled by the machines that happen to be up, unless the job says.
         assert config.precision != "auto"
+        assert config.device != "auto"
         assert config.replicas is not None
 
     @pytest.mark.parametrize("name", RAY_JOBS)

@@ -95,7 +95,7 @@ class TestHelp:
 
     def test_a_shown_list_can_be_given_back(self) -> None:
         job = job_class("evaluate")
-        default = next(f.default for f in dataclasses.fields(job) if f.name == "thresholds")
+        default: Any = next(f.default for f in dataclasses.fields(job) if f.name == "thresholds")
         given = parse_job(
             job,
             ["--model", "m", "--data", "d", "--thresholds", ",".join(map(str, default))],

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,36 @@ from tests.conftest import ModelFactory
 
 POLICY = EntropyThreshold(0.45)
 CONFIG = EngineConfig(micro_batch_tokens=128)
+PATIENCE_SECONDS = 30.0
+"""How long a test waits for what must happen; only a failing test waits that long."""
+
+
+class Background:
+    """A call on a daemon thread: one that never returns fails its test instead of hanging all others."""
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        self._call = call
+        self._result: Any = None
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._result = self._call()
+        except BaseException as error:
+            self._error = error
+
+    def result(self, within_seconds: float = PATIENCE_SECONDS) -> Any:
+        self._thread.join(within_seconds)
+        assert not self._thread.is_alive(), "still waiting"
+        if self._error is not None:
+            raise self._error
+        return self._result
+
+
+def wait(submission: Submission) -> None:
+    Background(submission.wait).result()
 
 
 def random_texts(count: int, seed: int) -> PackedTokens:
@@ -49,11 +80,11 @@ def test_rows_of_many_threads_are_each_answered_with_their_own(encoder: PackedEn
             parts = [tokens.slice(0, 5), tokens.slice(5, 5), tokens.slice(5, len(tokens))]
             submitted = [lanes.submit(part, every(4, len(part))) for part in parts]
         for submission in submitted:
-            submission.wait()
+            wait(submission)
         return submitted
 
-    with ThreadPoolExecutor(4) as threads:
-        answered = list(threads.map(feed, texts))
+    feeders = [Background(partial(feed, tokens)) for tokens in texts]
+    answered = [feeder.result() for feeder in feeders]
 
     for tokens, submissions in zip(texts, answered, strict=True):
         at_all_layers = trace(encoder, tokens)
@@ -77,7 +108,7 @@ def test_the_audit_lane_answers_the_control_sample_at_full_depth(encoder: Packed
     audited = every(3, 90)
 
     submission = lanes.submit(tokens, audited)
-    submission.wait()
+    wait(submission)
 
     _, full_depth = exits(trace(encoder, tokens), FULL_DEPTH)
     assert submission.audit_prediction[audited].tolist() == full_depth[audited].tolist()
@@ -92,7 +123,7 @@ def test_statistics_are_each_lanes_work_since_they_were_last_taken(encoder: Pack
     audited = every(5, 60)
 
     submission = lanes.submit(tokens, audited)
-    submission.wait()
+    wait(submission)
     exit_stats, audit_stats = lanes.take_stats()
     again = lanes.take_stats()
 
@@ -106,7 +137,7 @@ def test_statistics_are_each_lanes_work_since_they_were_last_taken(encoder: Pack
 def test_no_rows_are_done_at_once(encoder: PackedEncoder) -> None:
     submission = Lanes(encoder, POLICY, CONFIG).submit(PackedTokens.pack([]), np.zeros(0, np.bool_))
 
-    submission.wait()
+    wait(submission)
 
     assert len(submission.prediction) == 0
 
@@ -122,9 +153,9 @@ def test_progress_adds_up_to_all_rows_and_their_layers(encoder: PackedEncoder) -
 
     lanes = Lanes(encoder, POLICY, CONFIG, on_progress=on_progress)
     submission = lanes.submit(random_texts(80, seed=3), every(4, 80))
-    submission.wait()
+    wait(submission)
 
-    assert all_reported.wait(timeout=30)
+    assert all_reported.wait(PATIENCE_SECONDS)
     assert sum(layers for _, layers in reported) == int(submission.exit_layer.sum())
 
 
@@ -140,7 +171,7 @@ class GatedPolicy:
 
     def fires(self, layer: int, logits: Tensor, entropy: Tensor) -> Tensor:
         self.reached.set()
-        assert self.gate.wait(timeout=30)
+        assert self.gate.wait(PATIENCE_SECONDS)
         if self._error is not None:
             raise self._error
         return torch.ones(len(entropy), dtype=torch.bool)
@@ -155,14 +186,14 @@ def test_an_engine_error_reaches_every_waiter_and_everyone_who_comes_later(encod
     tokens, nobody = random_texts(20, seed=4), np.zeros(20, np.bool_)
 
     running = lanes.submit(tokens, nobody)
-    assert policy.reached.wait(timeout=30)  # the engine is busy with it: what follows waits unseen
+    assert policy.reached.wait(PATIENCE_SECONDS)  # the engine is busy with it: what follows waits unseen
     waiting = [lanes.submit(tokens, nobody), lanes.submit(tokens, ~nobody)]
-    with ThreadPoolExecutor(3) as threads:
-        heard = [threads.submit(submission.wait) for submission in (running, *waiting)]
-        policy.gate.set()
-        errors = [future.exception(timeout=30) for future in heard]
+    hearing = [Background(submission.wait) for submission in (running, *waiting)]
+    policy.gate.set()
 
-    assert [str(error) for error in errors] == ["the device is gone"] * 3
+    for waiter in hearing:
+        with pytest.raises(RuntimeError, match="the device is gone"):
+            waiter.result()
     with pytest.raises(RuntimeError, match="the device is gone"):
         lanes.submit(tokens, nobody)
 
@@ -173,7 +204,7 @@ def test_a_row_that_the_engine_refuses_fails_its_submission(encoder: PackedEncod
     submission = lanes.submit(PackedTokens.pack([[2, 3], [2] * 5]), np.zeros(2, np.bool_))
 
     with pytest.raises(ValueError, match="a sample has 5 tokens but a micro-batch takes 4"):
-        submission.wait()
+        wait(submission)
 
 
 def test_feeders_are_held_back_while_enough_input_is_queued(encoder: PackedEncoder) -> None:
@@ -189,18 +220,18 @@ def test_feeders_are_held_back_while_enough_input_is_queued(encoder: PackedEncod
             if len(submitted) == 16:
                 enough.set()
 
-    feeder = threading.Thread(target=feed, daemon=True)
-    feeder.start()
-    assert enough.wait(timeout=30)
-    assert policy.reached.wait(timeout=30)
-    feeder.join(timeout=0.2)
-
-    assert feeder.is_alive()
-    assert len(submitted) == 16  # 16 micro-batches of 10 tokens are queued; the next one waits
+    feeder = Background(feed)
+    assert enough.wait(PATIENCE_SECONDS)
+    assert policy.reached.wait(PATIENCE_SECONDS)
+    # Sixteen micro-batches of 10 tokens are queued: whoever comes now waits, and so adds nothing.
+    later = Background(partial(lanes.submit, one_micro_batch, nobody))
+    with pytest.raises(AssertionError, match="still waiting"):
+        later.result(within_seconds=0.2)
+    assert len(submitted) == 16
 
     policy.gate.set()
-    feeder.join(timeout=30)
-    for submission in submitted:
-        submission.wait()
+    feeder.result()
+    for submission in (*submitted, later.result()):
+        wait(submission)
     assert len(submitted) == 40
     assert all(s.exit_layer.tolist() == [1] for s in submitted)

@@ -124,7 +124,6 @@ def test_padding_that_the_original_was_saved_with_is_not_kept(tokenizer: PreTrai
     assert batch.tokens.layout.lengths.tolist() == [3, 4]
 
 
-@pytest.mark.xfail(reason="TextTokenizer does not pass the tokenizer's truncation_side on to its backend")
 def test_a_tokenizer_that_truncates_on_the_left_still_does(tokenizer: PreTrainedTokenizerFast) -> None:
     left = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer.backend_tokenizer, truncation_side="left", pad_token="[PAD]"
