@@ -12,8 +12,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TextIO
+from typing import IO, TextIO
 
 log = logging.getLogger(__name__)
 
@@ -31,23 +30,27 @@ def native_messages_aside() -> Iterator[None]:
     sys.stderr.flush()
     before, kept_descriptor = sys.stderr, os.dup(2)
     terminal = os.fdopen(kept_descriptor, "w", buffering=1, closefd=False)
-    with tempfile.NamedTemporaryFile(prefix="deebert-ray-", suffix=".log", delete=False) as file:
-        os.dup2(file.fileno(), 2)
-    _point_python_at(terminal, instead_of=before)
-    try:
-        yield
-    except Exception:
-        if Path(file.name).stat().st_size:
-            log.error("Ray's own messages are in %s", file.name)
-        raise
-    else:
-        Path(file.name).write_bytes(b"")
-    finally:
-        if not Path(file.name).stat().st_size:
-            Path(file.name).unlink()
-        os.dup2(kept_descriptor, 2)
-        _point_python_at(before, instead_of=terminal)
-        os.close(kept_descriptor)
+    # Nameless, so that nothing is left behind however the process ends.
+    with tempfile.TemporaryFile() as messages:
+        os.dup2(messages.fileno(), 2)
+        _point_python_at(terminal, instead_of=before)
+        try:
+            yield
+        except Exception:
+            _keep(messages)
+            raise
+        finally:
+            os.dup2(kept_descriptor, 2)
+            _point_python_at(before, instead_of=terminal)
+            os.close(kept_descriptor)
+
+
+def _keep(messages: IO[bytes]) -> None:
+    messages.seek(0)
+    if content := messages.read():
+        with tempfile.NamedTemporaryFile(prefix="deebert-messages-", suffix=".log", delete=False) as file:
+            file.write(content)
+        log.error("Ray's own messages are in %s", file.name)
 
 
 def _point_python_at(stream: TextIO, *, instead_of: TextIO) -> None:

@@ -8,11 +8,14 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
 import socket
 import tempfile
+import threading
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import ray
 
@@ -21,6 +24,7 @@ from pipeline.errors import UsageError
 
 # Unix sockets have paths of at most 107 bytes, and Ray's are long below its temporary folder.
 _LONGEST_TEMP_DIR = 40
+_TEMP_PREFIX = "deebert-ray-"
 _KNOCK_SECONDS = 10.0
 
 
@@ -67,19 +71,11 @@ class RaySession:
         """Make sure that Ray runs."""
         if ray.is_initialized():
             return
-        folder = tempfile.gettempdir()
-        self._temp_dir = tempfile.mkdtemp(
-            prefix="deebert-", dir=folder if len(folder) <= _LONGEST_TEMP_DIR else "/tmp"
-        )
+        self._temp_dir = _make_temp_dir()
         # A local Ray is nobody else's: loopback only, no dashboard, and no token left in the home folder.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            _temp_dir=self._temp_dir,
-            _node_ip_address="127.0.0.1",
+        _init(
+            address="local", include_dashboard=False, _temp_dir=self._temp_dir, _node_ip_address="127.0.0.1"
         )
         self._mine = True
 
@@ -105,7 +101,7 @@ class RaySession:
     def _connect(self, address: str) -> None:
         try:
             _knock(address)
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            _init(address=address)
         except (OSError, RuntimeError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UsageError(
@@ -128,3 +124,33 @@ def _knock(address: str) -> None:
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdigit():
         socket.create_connection((host, int(port)), timeout=_KNOCK_SECONDS).close()
+
+
+def _init(**options: Any) -> None:
+    """`ray.init`, which replaces the program's handler of SIGTERM and must not."""
+    handler = signal.getsignal(signal.SIGTERM)
+    ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
+
+
+def _make_temp_dir() -> str:
+    """A folder for a local Ray's files, named after this process; those of dead processes are removed."""
+    folder = Path(tempfile.gettempdir())
+    if len(str(folder)) > _LONGEST_TEMP_DIR:
+        folder = Path("/tmp")
+    for leftover in folder.glob(f"{_TEMP_PREFIX}*"):
+        owner = leftover.name.removeprefix(_TEMP_PREFIX).partition("-")[0]
+        if owner.isdigit() and not _is_alive(int(owner)):
+            shutil.rmtree(leftover, ignore_errors=True)
+    return tempfile.mkdtemp(prefix=f"{_TEMP_PREFIX}{os.getpid()}-", dir=folder)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's, and alive
+        return True
+    return True

@@ -81,9 +81,6 @@ class Output:
             UsageError: it cannot be made or written to.
         """
         try:
-            if self.is_local:
-                for folder in (_TMP, _SHARDS, _DEAD):
-                    Path(self._at(folder)).mkdir(parents=True, exist_ok=True)
             self.write(f"{META}/writable", b"")
             self._fs.rm(self._at(f"{META}/writable"))
         except OSError as error:
@@ -91,8 +88,8 @@ class Output:
 
     def sweep(self) -> None:
         """Remove files that were never renamed, because their writer was killed."""
-        if self.is_local:
-            for leftover in Path(self._at(_TMP)).iterdir():
+        if self.is_local and (tmp := Path(self._at(_TMP))).is_dir():
+            for leftover in tmp.iterdir():
                 leftover.unlink(missing_ok=True)
 
     def write(self, name: str, data: bytes | pa.Buffer) -> None:
@@ -102,6 +99,8 @@ class Output:
             return
         final = Path(self._at(name))
         temporary = Path(self._at(_TMP)) / f"{final.name}.{uuid.uuid4().hex}"
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        final.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             file.write(data)
             file.flush()
@@ -166,7 +165,7 @@ class Output:
         if version != FORMAT_VERSION:
             raise UsageError(
                 f"{self.path(_RUN)!r} has format version {version}, this software reads {FORMAT_VERSION}: "
-                "use the version of the software that wrote it"
+                "use the version that wrote it, or choose another output"
             )
         try:
             return RunRecord.from_dict(values)
@@ -220,7 +219,9 @@ class RecordLog:
         """Add a committed shard's record."""
         line = _json_line(record.to_dict())
         if self._output.is_local:
-            with Path(self._output.path(self._name)).open("ab") as file:
+            path = Path(self._output.path(self._name))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("ab") as file:
                 file.write(line)
         else:
             self._lines.append(line)

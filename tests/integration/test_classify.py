@@ -301,7 +301,11 @@ class TestResume:
         assert again.new_shards == 2
         assert again.record.totals.rows == first.record.totals.rows
         assert again.record.totals.exit_rows == first.record.totals.exit_rows
-        assert rows_of(config.output).equals(whole)
+        redone = rows_of(config.output)
+        exact = ["row_id", "prediction", "exit_layer", "num_tokens"]
+        assert redone.select(exact).equals(whole.select(exact))
+        # Other neighbours in the micro-batch, other rounding in the products.
+        np.testing.assert_allclose(redone["entropy"], whole["entropy"], atol=1e-5)
 
     def test_new_files_and_lost_parts_alone_are_done(self, config: ClassifyConfig, tmp_path: Path) -> None:
         first = classify(config).record
@@ -385,7 +389,7 @@ class TestBadInput:
         content = bytearray(broken.read_bytes())
         content[8:200] = b"\xff" * 192  # the footer stays whole: planning cannot know
         broken.write_bytes(bytes(content))
-        with pytest.raises(RunFailedError, match=r"1 of 6 shards are not committed.*broken\.parquet"):
+        with pytest.raises(RunFailedError, match=r"1 of 8 shards are not committed.*broken\.parquet"):
             classify(config)
         assert rows_of(config.output).num_rows == 450
         assert not (Path(config.output) / "_SUCCESS").exists()

@@ -158,7 +158,10 @@ class TestOutput:
     def test_a_record_that_cannot_be_read(self, refused: Refusal, tmp_path: Path) -> None:
         (tmp_path / "out" / "_deebert").mkdir(parents=True)
         (tmp_path / "out" / "_deebert" / "run.json").write_text("{}")
-        assert "run record of this version: choose another output" in refused()
+        assert (
+            "has format version None, this software reads 1: use the version that wrote it, or choose another output"
+            in refused()
+        )
 
     def test_below_a_regular_file(self, refused: Refusal, texts: Path) -> None:
         assert "cannot write to the output" in refused(output=texts / "out")
@@ -173,7 +176,7 @@ class TestOutput:
 
     def test_an_unknown_protocol(self, refused: Refusal) -> None:
         message = refused(output="nosuch://bucket/out")
-        assert message == "cannot use the output 'nosuch://bucket/out': Protocol not known: nosuch"
+        assert message == "the output 'nosuch://bucket/out' cannot be opened: Protocol not known: nosuch"
 
 
 class TestModel:
