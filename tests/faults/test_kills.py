@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -109,10 +110,12 @@ def test_a_killed_driver_resumes(run: Run) -> None:
     process.wait()
     assert not (run.output / "_SUCCESS").exists()
     assert 5 <= len(run.parts) < PLANNED
+    assert list(Path(tempfile.gettempdir()).glob(f"deebert-ray-{process.pid}-*")), "what a kill leaves behind"
 
     said = run.finish()
 
     assert f"{PLANNED} shards" in said
+    assert not list(Path(tempfile.gettempdir()).glob(f"deebert-ray-{process.pid}-*"))
     assert (run.output / "_SUCCESS").exists()
     assert_every_row_once(run)
     record = json.loads((run.output / "_deebert" / "run.json").read_text())

@@ -1,0 +1,51 @@
+"""The packed form and the engine on CUDA, held to float32 on the CPU. Skipped where there is no GPU."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from deebert.encoder import PackedEncoder
+from deebert.evaluation import trace
+from deebert.exit_policy import EntropyThreshold
+from deebert.packing import PackedTokens
+from pipeline.engine import Engine, EngineConfig
+from tests.conftest import LONGEST, VOCABULARY, make_model
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def samples(count: int = 200) -> PackedTokens:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(2, LONGEST + 1, size=count)
+    return PackedTokens.pack([rng.integers(5, len(VOCABULARY), size=n).tolist() for n in lengths])
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_float32_logits_equal_the_cpu(family: str, pooling: str) -> None:
+    model, tokens = make_model(family, pooling), samples()
+    on_gpu = trace(PackedEncoder(model, device="cuda"), tokens)
+    torch.testing.assert_close(on_gpu.logits, trace(PackedEncoder(model), tokens).logits, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_agrees_with_float32(dtype: torch.dtype) -> None:
+    model, tokens = make_model("bert", "mean"), samples(1000)
+    exact = trace(PackedEncoder(model), tokens).logits.argmax(-1)
+    half = trace(PackedEncoder(model, device="cuda", dtype=dtype), tokens).logits.argmax(-1)
+    assert (exact == half).float().mean() > 0.97
+
+
+def test_the_engine_conserves_and_regroups_on_the_device() -> None:
+    model, tokens = make_model("bert", "mean"), samples(1000)
+    encoder = PackedEncoder(model, device="cuda", dtype=torch.bfloat16)
+    engine = Engine(encoder, EntropyThreshold(0.7), EngineConfig(micro_batch_tokens=1024))
+    engine.submit(np.arange(1000), tokens)
+    left = [(int(i), exits.exit_layer) for exits in engine.drain() for i in exits.sample_ids]
+    assert sorted(i for i, _ in left) == list(range(1000))
+    assert len({layer for _, layer in left}) > 2
