@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import socket
 import time
 from collections.abc import Iterator
@@ -36,9 +37,13 @@ from pipeline.shards import Shard, part_name
 from pipeline.sink import Output
 from pipeline.source import BadRow, read_shard
 from pipeline.tokenization import TextTokenizer
+from pipeline.turns import Turns
 
 # Rows read, tokenized and submitted at a time: enough to fill micro-batches, little enough to overlap.
 _BATCH_ROWS = 1024
+# A shard that was in hand when its replica died this often is left out of the run and reported.
+_MOST_ATTEMPTS = 2
+_POISON_VARIABLE = "DEEBERT_TEST_POISON"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +65,7 @@ class ReplicaSpec:
     probabilities: bool
     output: Output
     board: Any
-    """Handle of the progress board."""
+    """Handle of the `Board`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +130,7 @@ class Replica:
         precision: Precision = spec.identity.precision  # type: ignore[assignment]  # resolved by the driver
         encoder = PackedEncoder(checkpoint.model, device=spec.device, dtype=DTYPES[precision])
         self._spec = spec
+        self._turns = Turns()
         self._labels = checkpoint.labels
         self._num_layers = encoder.num_layers
         self._tokenizer = TextTokenizer(
@@ -142,16 +148,20 @@ class Replica:
     def __call__(self, batch: dict[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
         """Classify one shard; returns its pickled `ShardRecord` or `ShardFailure`."""
         shard: Shard = pickle.loads(batch["shard"][0])
-        try:
-            outcome: ShardRecord | ShardFailure = self._run(shard)
-        except (ReadError, OSError) as error:
-            outcome = ShardFailure(
-                part=part_name(shard, self._spec.identity.digest),
-                source_file=shard.source.path,
-                first_row=shard.first_row,
-                reason=str(error),
-            )
-        return {"outcome": np.array([pickle.dumps(outcome)], dtype=object)}
+        return {"outcome": np.array([pickle.dumps(self._attempt(shard))], dtype=object)}
+
+    def _attempt(self, shard: Shard) -> ShardRecord | ShardFailure:
+        """Run the shard unless it has killed its replica twice; a suspect runs alone."""
+        name, board = part_name(shard, self._spec.identity.digest), self._spec.board
+        tried: int = ray.get(board.attempts.remote(name))
+        if tried >= _MOST_ATTEMPTS:
+            return _failure(shard, name, f"quarantined: its replica died in each of {tried} attempts")
+        with self._turns.alone() if tried else self._turns.together():
+            ray.get(board.begin.remote(name))
+            try:
+                return self._run(shard)
+            except (ReadError, OSError) as error:
+                return _failure(shard, name, str(error))
 
     def _run(self, shard: Shard) -> ShardRecord:
         work = _Work(shard=shard)
@@ -176,8 +186,10 @@ class Replica:
                 batch = next(batches, None)
             if batch is None:
                 return
+            texts = [column.to_pylist() for column in batch.texts]
+            _die_of_poison(texts[0])
             with work.timing("tokenize_seconds"):
-                tokenized = self._tokenizer(*(column.to_pylist() for column in batch.texts))
+                tokenized = self._tokenizer(*texts)
             audited = _control_sample(batch.rows, spec.control)
             work.bad.extend(batch.bad)
             work.rows.append(
@@ -245,6 +257,17 @@ class Replica:
         )
 
 
+def _failure(shard: Shard, part: str, reason: str) -> ShardFailure:
+    return ShardFailure(part=part, source_file=shard.source.path, first_row=shard.first_row, reason=reason)
+
+
+def _die_of_poison(texts: list[str]) -> None:
+    """For tests only: a text that kills its process, as a bug in native code would."""
+    poison = os.environ.get(_POISON_VARIABLE)
+    if poison is not None and poison in texts:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def _letter(shard: Shard, row: BadRow) -> dict[str, Any]:
     return {"source_file": shard.source.path, **asdict(row)}
 
@@ -253,23 +276,3 @@ def _control_sample(rows: npt.NDArray[np.int64], share: float) -> npt.NDArray[np
     """Which rows also run at full depth: the same ones in every attempt, scattered over the file."""
     # Knuth's multiplicative hash of the row number, as a fraction of its range.
     return (rows.astype(np.uint64) * 2654435761 % 2**32) < share * 2**32
-
-
-class ProgressBoard:
-    """An actor that adds up what the replicas report, for the driver to show.
-
-    Counts retries twice: display only.
-    """
-
-    def __init__(self) -> None:
-        self._rows = 0
-        self._exit_layers = 0
-
-    def add(self, rows: int, exit_layers: int) -> None:
-        """`rows` more have their answers; `exit_layers` is the sum of their exit layers."""
-        self._rows += rows
-        self._exit_layers += exit_layers
-
-    def total(self) -> tuple[int, int]:
-        """Rows and Σ exit layers so far."""
-        return self._rows, self._exit_layers

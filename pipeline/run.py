@@ -16,7 +16,6 @@ import sys
 import threading
 import time
 import uuid
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,13 +29,14 @@ import ray.data
 from ray.exceptions import RayError
 
 from deebert.version import __version__
+from pipeline.board import Board
 from pipeline.cluster import Placement, RaySession
 from pipeline.config import ClassifyConfig
 from pipeline.errors import RunFailedError
 from pipeline.planning import RunPlan, check_output, make_plan
 from pipeline.progress import Progress, ProgressSample
 from pipeline.records import Attempt, RunRecord, RunStatus, ShardRecord, Totals
-from pipeline.replica import ProgressBoard, Replica, ReplicaSpec, ShardFailure
+from pipeline.replica import Replica, ReplicaSpec, ShardFailure
 from pipeline.shards import Shard
 from pipeline.sink import SUCCESS, Output
 
@@ -137,7 +137,7 @@ class _Attempt:
         return self._record
 
     def _run_shards(self, remaining: dict[str, Shard]) -> None:
-        board = ray.remote(ProgressBoard).options(num_cpus=0).remote()
+        board = ray.remote(Board).options(num_cpus=0).remote()
         records = self._output.record_log(f"{self._started_at.replace(':', '')}-{uuid.uuid4().hex[:6]}")
         try:
             with _showing_progress(board, self._run, self._totals):
@@ -241,18 +241,15 @@ def _outcomes(spec: ReplicaSpec, placement: Placement, shards: Any) -> Iterator[
         max_tasks_in_flight_per_actor=2 * _SHARDS_IN_FLIGHT,
         enable_true_multi_threading=True,
     )
-    with warnings.catch_warnings():
-        # Deprecated, but nothing else bounds the retries of a shard that kills its process each time.
-        warnings.filterwarnings("ignore", message=".*ray_remote_args")
-        outcomes = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-            Replica,
-            batch_size=1,
-            compute=pool,
-            fn_constructor_kwargs={"spec": spec},
-            num_cpus=1 if placement.num_gpus else placement.threads,
-            num_gpus=placement.num_gpus or None,
-            max_task_retries=2,
-        )
+    # Ray retries the shards of a replica that died for ever: the replicas themselves know when to stop.
+    outcomes = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+        Replica,
+        batch_size=1,
+        compute=pool,
+        fn_constructor_kwargs={"spec": spec},
+        num_cpus=1 if placement.num_gpus else placement.threads,
+        num_gpus=placement.num_gpus or None,
+    )
     for row in outcomes.iter_rows():
         yield pickle.loads(row["outcome"])
 

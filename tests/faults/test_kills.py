@@ -34,11 +34,11 @@ class Run:
     output: Path
     started: list[subprocess.Popen[str]] = field(default_factory=list)
 
-    def start(self) -> subprocess.Popen[str]:
+    def start(self, **variables: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "jobs.classify", "--model", self.model, "--input", self.source]
         command += ["--output", self.output, "--entropy-threshold", "0.7", "--precision", "float32"]
         command += ["--shard-rows", str(SHARD_ROWS), "--replicas", "2", "--threads", "1"]
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", **variables}
         environment.pop("RAY_ADDRESS", None)
         # Its own process group, so that the Ray it starts can be found and ended with it.
         process = subprocess.Popen(
@@ -144,6 +144,25 @@ def test_an_interrupted_driver_says_so_and_resumes(run: Run) -> None:
     assert said.splitlines()[-1].endswith("interrupted; the same command goes on where it stopped")
     assert "Traceback" not in said
     assert json.loads((run.output / "_deebert" / "run.json").read_text())["status"] == "interrupted"
+
+    run.finish()
+    assert_every_row_once(run)
+
+
+def test_a_shard_that_kills_its_replica_is_quarantined_alone(run: Run, tmp_path: Path) -> None:
+    """The shards that were in hand beside it are not blamed; once the cause is gone, the same command finishes."""
+    texts = sentences(ROWS_PER_FILE, seed=1)
+    texts[5_000] = "poison"
+    write_parquet(tmp_path / "in" / "1.parquet", texts, row_group_size=4_000)
+
+    process = run.start(DEEBERT_TEST_POISON="poison")
+    _, said = process.communicate(timeout=DEADLINE_SECONDS)
+
+    assert process.returncode == 1
+    assert f"1 of {PLANNED} shards are not committed" in said
+    assert "1.parquet': quarantined: its replica died in each of 2 attempts" in said.splitlines()[-1]
+    assert len(run.parts) == PLANNED - 1
+    assert not (run.output / "_SUCCESS").exists()
 
     run.finish()
     assert_every_row_once(run)
