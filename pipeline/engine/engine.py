@@ -8,11 +8,13 @@ Ray, Arrow, files or text.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from deebert.encoder import PackedEncoder
 from deebert.exit_policy import ExitPolicy
@@ -24,13 +26,15 @@ from pipeline.engine.scheduler import next_layer
 from pipeline.engine.stats import EngineStats, StatsCounter
 from pipeline.errors import InvariantError
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """How the engine groups samples."""
 
     micro_batch_tokens: int = 2048
-    """Most tokens in one micro-batch; no sample may be longer."""
+    """Most tokens in one micro-batch; no sample may be longer. Halved when the device runs out of memory."""
 
 
 class Engine:
@@ -105,11 +109,12 @@ class Engine:
 
         Raises:
             InvariantError: samples were lost or doubled.
+            torch.OutOfMemoryError: a single sample does not fit into memory.
         """
         layer = next_layer(self._buffers, drain=drain)
         if layer is None:
             return None
-        exits, survivors = self._runner.run(layer, self._buffers[layer].take(), self._stats)
+        exits, survivors = self._run(layer)
         if survivors is not None:
             self._buffers[self._runner.segments[layer] + 1].put(survivors)
         self._in_flight -= len(exits)
@@ -120,6 +125,30 @@ class Engine:
         """Step until every sample has left."""
         while (exits := self.step(drain=True)) is not None:
             yield exits
+
+    def _run(self, layer: int) -> tuple[Exits, SampleBatch | None]:
+        """Run the next micro-batch that waits before `layer`, halved as often as memory demands."""
+        while True:
+            batch = self._buffers[layer].take()
+            try:
+                return self._runner.run(layer, batch, self._stats)
+            except torch.OutOfMemoryError:
+                if len(batch) == 1:
+                    raise
+            self._halve(layer, batch)
+
+    def _halve(self, layer: int, batch: SampleBatch) -> None:
+        """Halve micro-batches for good, and give back the one that did not fit.
+
+        What did not fit once will not fit again: without remembering, every full micro-batch would fail first.
+        """
+        tokens = batch.layout.total_tokens // 2
+        log.warning("out of memory: micro-batches have %d tokens from now on", tokens)
+        self._buffers[layer].put_back(batch)
+        for buffer in self._buffers.values():
+            buffer.shrink(tokens)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def _check_conservation(self) -> None:
         waiting = sum(map(len, self._buffers.values()))

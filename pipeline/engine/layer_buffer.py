@@ -44,10 +44,24 @@ class LayerBuffer:
         self.tokens += batch.layout.total_tokens
         self.peak_tokens = max(self.peak_tokens, self.tokens)
 
+    def put_back(self, batch: SampleBatch) -> None:
+        """Return samples that were taken and could not be run: they are the next to be taken."""
+        if self._taken:  # the first chunk was left in the middle: split it there
+            rest = self._chunks.popleft()
+            self._chunks.appendleft(rest.slice(self._taken, len(rest)))
+            self._taken = 0
+        self._chunks.appendleft(batch)
+        self.samples += len(batch)
+        self.tokens += batch.layout.total_tokens
+
+    def shrink(self, micro_batch_tokens: int) -> None:
+        """From now on, take at most this many tokens at a time."""
+        self._micro_batch_tokens = micro_batch_tokens
+
     def take(self) -> SampleBatch:
-        """Remove the oldest samples that fit into one micro-batch, shortest first."""
+        """Remove the oldest samples that fit into one micro-batch, shortest first; at least one sample."""
         parts: list[SampleBatch] = []
-        room = self._micro_batch_tokens
+        room = max(self._micro_batch_tokens, self._first_length())
         while self._chunks and (part := self._take_from_first_chunk(room)) is not None:
             parts.append(part)
             room -= part.layout.total_tokens
@@ -55,6 +69,9 @@ class LayerBuffer:
         self.samples -= len(batch)
         self.tokens -= batch.layout.total_tokens
         return batch
+
+    def _first_length(self) -> int:
+        return int(self._chunks[0].layout.lengths[self._taken]) if self._chunks else 0
 
     def _take_from_first_chunk(self, room: int) -> SampleBatch | None:
         chunk, start = self._chunks[0], self._taken

@@ -358,3 +358,42 @@ class TestErrors:
 
         with pytest.raises(InvariantError, match="4 samples are in flight but 0 wait in buffers"):
             engine.step()
+
+
+class SmallEncoder(ScriptedEncoder):
+    """An encoder whose layers fit `capacity` tokens at a time, as a device with little memory."""
+
+    capacity: int
+    refused: int = 0
+
+    def layer(self, index: int, states: Tensor, layout: SequenceLayout) -> Tensor:
+        if layout.total_tokens > self.capacity:
+            self.refused += 1
+            raise torch.OutOfMemoryError
+        return super().layer(index, states, layout)
+
+
+@many
+@given(cases(), st.integers(1, 24))
+def test_micro_batches_that_do_not_fit_are_halved_for_good(case: Case, capacity: int) -> None:
+    encoder = SmallEncoder(case.num_layers, case.off_ramp_layers)
+    encoder.capacity = max(capacity, *case.lengths, 1)
+    config = EngineConfig(micro_batch_tokens=case.micro_batch_tokens)
+    engine = Engine(encoder, EntropyThreshold(case.thresholds), config)  # type: ignore[arg-type]
+    engine.submit(np.array(case.order, dtype=np.int64), case.tokens(case.order))
+    done = Run(engine=engine, encoder=encoder)
+    while done.step(drain=True):
+        pass
+
+    undisturbed = run(case).answers
+    assert done.answers == undisturbed
+    assert encoder.refused <= np.log2(case.micro_batch_tokens) + 1
+
+
+def test_a_sample_that_does_not_fit_alone_is_an_error() -> None:
+    encoder = SmallEncoder(2, (1,))
+    encoder.capacity = 3
+    engine = Engine(encoder, EntropyThreshold((None,)), EngineConfig(micro_batch_tokens=8))  # type: ignore[arg-type]
+    engine.submit(np.array([0]), PackedTokens.pack([[first_token(0, 1)] * 4]))
+    with pytest.raises(torch.OutOfMemoryError):
+        engine.step(drain=True)
