@@ -33,6 +33,7 @@ from pipeline.board import Board
 from pipeline.cluster import Placement, RaySession
 from pipeline.config import ClassifyConfig
 from pipeline.errors import RunFailedError
+from pipeline.lock import locked
 from pipeline.planning import RunPlan, check_output, make_plan
 from pipeline.progress import Progress, ProgressSample
 from pipeline.records import Attempt, RunRecord, RunStatus, ShardRecord, Totals
@@ -70,19 +71,24 @@ def classify(config: ClassifyConfig) -> ClassifyResult:
         run = make_plan(config, has_gpu=session.uses_gpus(config.device))
         output = Output(config.output)
         output.prepare()
-        if config.overwrite:
-            output.clear()
-            output.prepare()
-        earlier = output.read_run()
-        done = check_output(run, output, earlier)
-        placement = session.placement(config.device, config.replicas, config.threads)
-        attempt = _Attempt(run, output, earlier, placement)
-        if len(done) == len(run.shards) and earlier is not None and earlier.status == "succeeded":
-            log.info("nothing to do: all %d shards of %d files are committed", len(done), len(run.files))
-            output.mark_success()  # a kill may have come between the record and the mark
-            return ClassifyResult(record=earlier, new_shards=0)
-        attempt.execute(session, done)
-        return ClassifyResult(record=attempt.record, new_shards=attempt.new_shards)
+        with locked(output):
+            return _resume(session, run, output)
+
+
+def _resume(session: RaySession, run: RunPlan, output: Output) -> ClassifyResult:
+    config = run.config
+    if config.overwrite:
+        output.clear()
+    earlier = output.read_run()
+    done = check_output(run, output, earlier)
+    if len(done) == len(run.shards) and earlier is not None and earlier.status == "succeeded":
+        log.info("nothing to do: all %d shards of %d files are committed", len(done), len(run.files))
+        output.mark_success()  # a kill may have come between the record and the mark
+        return ClassifyResult(record=earlier, new_shards=0)
+    placement = session.placement(config.device, config.replicas, config.threads)
+    attempt = _Attempt(run, output, earlier, placement)
+    attempt.execute(session, done)
+    return ClassifyResult(record=attempt.record, new_shards=attempt.new_shards)
 
 
 class _Attempt:

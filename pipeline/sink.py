@@ -10,6 +10,7 @@ retry replaces it. Knows nothing of engines, shards or Ray.
     OUT/_deebert/shards/*.jsonl        shard records, one file per attempt
     OUT/_deebert/dead_letters/*.jsonl  rows that could not be classified, one file per shard
     OUT/_deebert/report.html           what `deebert report` wrote
+    OUT/_deebert/lock                  who writes here (`pipeline.lock`)
     OUT/_deebert/tmp/                  files not yet renamed
 """
 
@@ -34,6 +35,7 @@ from pipeline.schema import RECORD_KEY
 
 META = "_deebert"
 SUCCESS = "_SUCCESS"
+LOCK = f"{META}/lock"
 _TMP = f"{META}/tmp"
 _RUN = f"{META}/run.json"
 _SHARDS = f"{META}/shards"
@@ -108,6 +110,13 @@ class Output:
         temporary.replace(final)
         _fsync_folder(final.parent)
 
+    def read(self, name: str) -> bytes | None:
+        """The content of a file, None where there is none."""
+        try:
+            return bytes(self._fs.cat_file(self._at(name)))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
     def commit_part(self, name: str, table: pa.Table, metadata: dict[bytes, bytes]) -> None:
         """Write a part: with this, its shard is committed."""
         stream = pa.BufferOutputStream()
@@ -144,10 +153,11 @@ class Output:
                 self._fs.rm(self._at(name), recursive=True)
 
     def clear(self) -> None:
-        """Remove a whole run: `_SUCCESS` first, the record last, so that a kill in between looks unfinished."""
+        """Remove a whole run: `_SUCCESS` first, the records last, so that a kill in between looks unfinished."""
         self.remove([SUCCESS])
         self.remove(sorted(self.parts()))
-        self.remove([META])
+        # All but the lock, which is held.
+        self.remove(f"{META}/{name}" for name in sorted(self._names(META)) if f"{META}/{name}" != LOCK)
 
     def read_run(self) -> RunRecord | None:
         """The run record, None where no run has been.
@@ -155,10 +165,11 @@ class Output:
         Raises:
             UsageError: there is one that this version cannot read.
         """
-        try:
-            values = json.loads(self._fs.cat_file(self._at(_RUN)))
-        except (FileNotFoundError, NotADirectoryError):
+        content = self.read(_RUN)
+        if content is None:
             return None
+        try:
+            values = json.loads(content)
         except ValueError as error:
             raise UsageError(f"{self.path(_RUN)!r} is not JSON ({error}): the file is damaged") from error
         version = values.get("format_version") if isinstance(values, dict) else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -165,4 +166,18 @@ def test_a_shard_that_kills_its_replica_is_quarantined_alone(run: Run, tmp_path:
     assert not (run.output / "_SUCCESS").exists()
 
     run.finish()
+    assert_every_row_once(run)
+
+
+def test_a_second_driver_is_refused_while_the_first_lives(run: Run) -> None:
+    first = run.start()
+    wait_until(lambda: run.parts, first)
+
+    second = run.start()
+    _, said = second.communicate(timeout=DEADLINE_SECONDS)
+    assert second.returncode == 2
+    assert re.search(rf"is being written by process {first.pid} on \S+, since \S+: wait for it", said)
+
+    _, said = first.communicate(timeout=DEADLINE_SECONDS)
+    assert first.returncode == 0, said
     assert_every_row_once(run)
