@@ -173,8 +173,10 @@ def test_a_second_driver_is_refused_while_the_first_lives(run: Run) -> None:
     first = run.start()
     wait_until(lambda: run.parts, first)
 
+    first.send_signal(signal.SIGSTOP)  # so that it cannot end before the second has looked
     second = run.start()
     _, said = second.communicate(timeout=DEADLINE_SECONDS)
+    first.send_signal(signal.SIGCONT)
     assert second.returncode == 2
     assert re.search(rf"is being written by process {first.pid} on \S+, since \S+: wait for it", said)
 
