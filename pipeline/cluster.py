@@ -26,6 +26,18 @@ from pipeline.errors import UsageError
 _LONGEST_TEMP_DIR = 40
 _TEMP_PREFIX = "deebert-ray-"
 _KNOCK_SECONDS = 10.0
+# A replica's process before its model: Python, Ray, torch and transformers, and room for micro-batches.
+_PROCESS_BYTES = 1 << 30
+_MEMORY_SHARE = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resources:
+    """What there is to place replicas on."""
+
+    cores: int
+    gpus: int
+    memory_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,11 +49,41 @@ class Placement:
     """``cuda`` or ``cpu``."""
     threads: int
     """CPU threads per replica."""
+    num_cpus: float
+    """Cores that a replica reserves."""
 
     @property
     def num_gpus(self) -> int:
         """GPUs that a replica reserves."""
         return 1 if self.device == "cuda" else 0
+
+
+def place(
+    there_is: Resources, *, on_gpus: bool, replicas: Replicas | None, threads: int | None, weight_bytes: int
+) -> Placement:
+    """Decide what the caller leaves open: a replica per GPU, else one per core as far as memory goes.
+
+    On CPUs, replicas of one thread beat one replica of many: threads wait for each other in every product,
+    replicas never.
+
+    Args:
+        there_is: the resources.
+        on_gpus: whether replicas run on GPUs.
+        replicas: how many, None to decide.
+        threads: CPU threads per replica, None to decide.
+        weight_bytes: size of the model in float32.
+    """
+    room = int(_MEMORY_SHARE * there_is.memory_bytes // (_PROCESS_BYTES + 2 * weight_bytes))
+    most = max(1, there_is.gpus if on_gpus else min(there_is.cores, room))
+    chosen = replicas or Replicas(most, most)
+    each = threads or max(1, there_is.cores // chosen.most)
+    return Placement(
+        replicas=chosen,
+        device="cuda" if on_gpus else "cpu",
+        threads=each,
+        # More replicas or threads than cores are the caller's wish: Ray must not wait for cores that never come.
+        num_cpus=1.0 if on_gpus else min(each, there_is.cores / chosen.most),
+    )
 
 
 class RaySession:
@@ -83,19 +125,12 @@ class RaySession:
         """Whether replicas run on GPUs: ``auto`` asks the cluster, ``cpu`` and ``cuda`` are orders."""
         return device == "cuda" or (device == "auto" and self._count("GPU") > 0)
 
-    def placement(self, device: str, replicas: Replicas | None, threads: int | None) -> Placement:
-        """How many replicas on what, where the caller leaves it open: one per GPU, else one per core.
-
-        On CPUs, replicas of one thread beat one replica of many: threads wait for each other in every
-        product, replicas never.
-        """
-        on_gpus, cores = self.uses_gpus(device), max(1, int(self._count("CPU")))
-        most = max(1, int(self._count("GPU"))) if on_gpus else cores
-        chosen = replicas or Replicas(most, most)
-        return Placement(
-            replicas=chosen,
-            device="cuda" if on_gpus else "cpu",
-            threads=threads or max(1, cores // chosen.most),
+    def resources(self) -> Resources:
+        """What the cluster, or this machine, has."""
+        return Resources(
+            cores=max(1, int(self._count("CPU"))),
+            gpus=int(self._count("GPU")),
+            memory_bytes=int(self._count("memory")),
         )
 
     def _connect(self, address: str) -> None:
@@ -114,6 +149,8 @@ class RaySession:
             return float(ray.cluster_resources().get(resource, 0))
         if resource == "CPU":
             return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        if resource == "memory":
+            return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         import torch
 
         return torch.cuda.device_count()

@@ -30,7 +30,7 @@ from ray.exceptions import RayError
 
 from deebert.version import __version__
 from pipeline.board import Board
-from pipeline.cluster import Placement, RaySession
+from pipeline.cluster import Placement, RaySession, place
 from pipeline.config import ClassifyConfig
 from pipeline.errors import RunFailedError
 from pipeline.lock import locked
@@ -85,7 +85,13 @@ def _resume(session: RaySession, run: RunPlan, output: Output) -> ClassifyResult
         log.info("nothing to do: all %d shards of %d files are committed", len(done), len(run.files))
         output.mark_success()  # a kill may have come between the record and the mark
         return ClassifyResult(record=earlier, new_shards=0)
-    placement = session.placement(config.device, config.replicas, config.threads)
+    placement = place(
+        session.resources(),
+        on_gpus=session.uses_gpus(config.device),
+        replicas=config.replicas,
+        threads=config.threads,
+        weight_bytes=sum(p.nbytes for p in run.checkpoint.model.parameters()),
+    )
     attempt = _Attempt(run, output, earlier, placement)
     attempt.execute(session, done)
     return ClassifyResult(record=attempt.record, new_shards=attempt.new_shards)
@@ -253,7 +259,7 @@ def _outcomes(spec: ReplicaSpec, placement: Placement, shards: Any) -> Iterator[
         batch_size=1,
         compute=pool,
         fn_constructor_kwargs={"spec": spec},
-        num_cpus=1 if placement.num_gpus else placement.threads,
+        num_cpus=placement.num_cpus,
         num_gpus=placement.num_gpus or None,
     )
     for row in outcomes.iter_rows():
