@@ -19,13 +19,20 @@ from deebert.attention import varlen_attention
 from deebert.modeling import DeeBertForSequenceClassification
 from deebert.packing import PackedTokens, SequenceLayout
 
+# The number of rows that oneDNN lays weights out for; any number runs.
+_TYPICAL_TOKENS = 2048
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Linear:
-    weight: Tensor  # (out, in)
+    weight: Tensor  # (out, in), in oneDNN's own order where `is_prepacked`
     bias: Tensor  # (out,)
+    is_prepacked: bool
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self.is_prepacked:
+            out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+            return out
         return F.linear(x, self.weight, self.bias)
 
 
@@ -179,10 +186,19 @@ class _Cast:
         return value.detach().to(self.device, self.dtype, copy=True).contiguous()
 
     def linear(self, *modules: Any) -> _Linear:
+        weight = self.tensor(torch.cat([m.weight for m in modules]))
+        prepack = self._onednn_multiplies()
         return _Linear(
-            weight=self.tensor(torch.cat([m.weight for m in modules])),
+            # On CPUs oneDNN reorders a weight for each product unless it is done once, here.
+            weight=torch.ops.mkldnn._reorder_linear_weight(weight, _TYPICAL_TOKENS) if prepack else weight,
             bias=self.tensor(torch.cat([m.bias for m in modules])),
+            is_prepacked=prepack,
         )
+
+    def _onednn_multiplies(self) -> bool:
+        """In bfloat16 only: float32 is held to transformers' own products, whose summation order differs."""
+        on_cpu = self.device.type == "cpu" and torch.backends.mkldnn.is_available()
+        return bool(on_cpu and self.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
     def norm(self, module: Any) -> _Norm:
         return _Norm(weight=self.tensor(module.weight), bias=self.tensor(module.bias), eps=module.eps)
