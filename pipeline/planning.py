@@ -20,7 +20,7 @@ from pipeline.errors import UsageError
 from pipeline.input_schema import InputSchema, check_columns
 from pipeline.inputs import InputFile, discover
 from pipeline.records import Identity, ModelRecord, RunRecord
-from pipeline.schema import RESERVED_COLUMNS
+from pipeline.schema import RESERVED_COLUMNS, Answers, part_table
 from pipeline.shards import Shard, parse_part_name, part_name, plan, source_key
 from pipeline.sink import SUCCESS, Output
 from pipeline.tokenization import TextTokenizer
@@ -38,6 +38,8 @@ class RunPlan:
     model: ModelRecord
     files: tuple[InputFile, ...]
     schema: InputSchema
+    columns: tuple[str, ...]
+    """Name and Arrow type of each output column."""
     shards: dict[str, Shard]
     """Every shard of the inputs, by the name of its part."""
 
@@ -66,6 +68,7 @@ def make_plan(config: ClassifyConfig, *, has_gpu: bool) -> RunPlan:
         model=_model_record(checkpoint),
         files=files,
         schema=schema,
+        columns=_columns(config, schema, checkpoint.labels),
         shards={part_name(shard, identity.digest): shard for shard in shards},
     )
 
@@ -120,6 +123,13 @@ def _check_same_run(run: RunPlan, output: Output, earlier: RunRecord) -> None:
             f"go on with that, or start over with --overwrite"
         )
 
+    if earlier.columns != run.columns:
+        name = sorted(set(earlier.columns) ^ set(run.columns))[0]
+        raise UsageError(
+            f"the output {output.url!r} holds rows of other columns (first difference: {name}): give the same "
+            "--id-column, --keep-columns and --probabilities, or start over with --overwrite"
+        )
+
 
 def _short(value: Any) -> str:
     text = json.dumps(value)
@@ -147,6 +157,20 @@ def _other_columns(config: ClassifyConfig) -> tuple[str, ...]:
         raise UsageError(f"--keep-columns {clash[0]} is the name of an output column: rename it in the input")
     wanted = (*((config.id_column,) if config.id_column else ()), *config.keep_columns)
     return tuple(dict.fromkeys(wanted))
+
+
+def _columns(config: ClassifyConfig, schema: InputSchema, labels: tuple[str, ...]) -> tuple[str, ...]:
+    """What the parts will look like: those of a table without rows."""
+    table = part_table(
+        Answers.empty(len(labels)),
+        source_file="",
+        kept=schema.kept.empty_table(),
+        id_column=config.id_column,
+        keep_columns=config.keep_columns,
+        labels=labels,
+        with_probabilities=config.probabilities,
+    )
+    return tuple(f"{field.name} {field.type}" for field in table.schema)
 
 
 def _identity(config: ClassifyConfig, checkpoint: Checkpoint, *, has_gpu: bool) -> Identity:

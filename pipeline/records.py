@@ -185,6 +185,8 @@ class RunRecord:
     planned_files: int
     shard_rows: int
     """The planner's shard size: a folder is planned with one size for ever."""
+    columns: tuple[str, ...]
+    """Name and Arrow type of each output column: a folder is one table."""
     totals: Totals
     attempts: tuple[Attempt, ...]
     format_version: int = field(default=FORMAT_VERSION)
@@ -206,6 +208,7 @@ class RunRecord:
                 "identity": Identity(**identity),
                 "model": ModelRecord(**model),
                 "inputs": tuple(values["inputs"]),
+                "columns": tuple(values["columns"]),
                 "totals": Totals.from_dict(values["totals"]),
                 "attempts": tuple(Attempt(**a) for a in values["attempts"]),
             }

@@ -233,6 +233,7 @@ class _Attempt:
             planned_shards=len(self._run.shards),
             planned_files=len(self._run.files),
             shard_rows=self._run.config.shard_rows,
+            columns=self._run.columns,
             totals=self._totals,
             attempts=(*self._earlier, attempt),
         )

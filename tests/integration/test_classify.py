@@ -347,6 +347,8 @@ class TestResume:
             ({"precision": "bfloat16"}, "precision"),
             ({"text_column": "key"}, "text columns"),
             ({"shard_rows": 50}, "--shard-rows 100"),
+            ({"keep_columns": ()}, "other columns .*weight double"),
+            ({"id_column": "weight"}, "other columns .*row_id (double|string)"),
         ],
     )
     def test_another_run_is_refused(

@@ -112,6 +112,7 @@ RECORD = RunRecord(
     planned_shards=2,
     planned_files=1,
     shard_rows=2,
+    columns=("row_id string",),
     totals=TOTALS,
     attempts=(ATTEMPT,),
 )
