@@ -18,7 +18,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import reduce
 from operator import add
@@ -102,7 +102,7 @@ class _Attempt:
 
     def __init__(self, run: RunPlan, output: Output, earlier: RunRecord | None, placement: Placement) -> None:
         self._run, self._output, self._placement = run, output, placement
-        self._earlier = earlier.attempts if earlier else ()
+        self._earlier = tuple(map(_ended, earlier.attempts)) if earlier else ()
         self._started_at, self._clock = _now(), time.monotonic()
         self._failures: list[ShardFailure] = []
         self._new: dict[str, ShardRecord] = {}
@@ -238,6 +238,13 @@ class _Attempt:
             attempts=(*self._earlier, attempt),
         )
         self._output.write_run(self._record)
+
+
+def _ended(attempt: Attempt) -> Attempt:
+    """An earlier attempt as it must have ended: we hold the lock, so nobody runs any more."""
+    if attempt.status != "running":
+        return attempt
+    return replace(attempt, status="failed", error="killed: it never said how it ended")
 
 
 def _outcomes(spec: ReplicaSpec, placement: Placement, shards: Any) -> Iterator[ShardRecord | ShardFailure]:

@@ -121,6 +121,7 @@ def test_a_killed_driver_resumes(run: Run) -> None:
     assert_every_row_once(run)
     record = json.loads((run.output / "_deebert" / "run.json").read_text())
     assert record["totals"]["rows"] == FILES * ROWS_PER_FILE
+    assert [a["status"] for a in record["attempts"]] == ["failed", "succeeded"]
     assert 0 < record["attempts"][-1]["committed_shards"] < PLANNED
 
     again = run.finish()

@@ -374,6 +374,7 @@ def begin_run(config: ClassifyConfig) -> None:
             planned_shards=len(run.shards),
             planned_files=len(run.files),
             shard_rows=config.shard_rows,
+            columns=run.columns,
             totals=Totals.zero(run.model.num_layers),
             attempts=(),
         )
