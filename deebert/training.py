@@ -12,6 +12,7 @@ here), and takes minutes where epochs through the backbone take hours. Knows not
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,8 +95,16 @@ def train_two_stage(
     """
     check_labels(data, model.final_classifier.classifier.out_features)
     set_seed(config.seed)
+    started = time.monotonic()
     train_backbone(model, tokenizer, data, config, work_dir, show_progress=show_progress)
+    middle = time.monotonic()
     train_off_ramps(model, data, config, show_progress=show_progress)
+    log.info(
+        "trained on %d rows: stage 1 took %.0f s, stage 2 %.0f s",
+        len(data),
+        middle - started,
+        time.monotonic() - middle,
+    )
 
 
 def check_labels(data: LabelledSequences, num_labels: int) -> None:

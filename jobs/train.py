@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +77,7 @@ def train(job: TrainJob) -> DeeBertForSequenceClassification:
     from transformers import AutoTokenizer, set_seed
 
     from deebert.modeling import DeeBertForSequenceClassification
-    from deebert.training import check_labels, train_backbone, train_off_ramps
+    from deebert.training import train_two_stage
     from jobs.labelled import load_labelled
     from pipeline.tokenization import TextTokenizer
 
@@ -103,19 +102,8 @@ def train(job: TrainJob) -> DeeBertForSequenceClassification:
         reason = str(error).strip().splitlines()[0]
         raise UsageError(f"cannot load the backbone {job.backbone!r}: {reason}") from error
     data = _sample(texts.tokenized(TextTokenizer(tokenizer, max_length=job.max_length)), job)
-    check_labels(data, len(texts.names))
-    recipe = _recipe(job)
-    started = time.monotonic()
     with tempfile.TemporaryDirectory() as work:
-        train_backbone(model, tokenizer, data, recipe, Path(work))
-    middle = time.monotonic()
-    train_off_ramps(model, data, recipe)
-    log.info(
-        "trained on %d rows: stage 1 took %.0f s, stage 2 %.0f s",
-        len(data),
-        middle - started,
-        time.monotonic() - middle,
-    )
+        train_two_stage(model, tokenizer, data, _recipe(job), Path(work))
     output.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)

@@ -82,7 +82,7 @@ class Submission:
             self.prediction[rows] = logits.argmax(axis=1)
             self.exit_layer[rows] = exits.exit_layer
             self.entropy[rows] = exits.entropy[chosen]
-            self.probabilities[rows] = _softmax(logits)
+            self.probabilities[rows] = exits.probabilities[chosen]
         self._outstanding -= len(rows)
         if self._outstanding == 0:
             self._done.set()
@@ -227,8 +227,3 @@ class Lanes:
         if now - self._last_report >= _REPORT_SECONDS or not self._exit_lane.in_flight:
             self._on_progress(*self._unreported)
             self._unreported, self._last_report = [0, 0], now
-
-
-def _softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return np.asarray(exponentials / exponentials.sum(axis=1, keepdims=True), np.float32)

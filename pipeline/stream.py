@@ -120,9 +120,7 @@ class _Stream:
 
     def _answers(self, exits: Exits) -> Iterator[dict[str, Any]]:
         predictions = exits.logits.argmax(axis=1)
-        shifted = np.exp(exits.logits - exits.logits.max(axis=1, keepdims=True))
-        scores = 1.0 / shifted.sum(axis=1)
-        columns = (exits.sample_ids, predictions, scores, exits.entropy)
+        columns = (exits.sample_ids, predictions, exits.probabilities.max(axis=1), exits.entropy)
         for index, prediction, score, entropy in zip(*(c.tolist() for c in columns), strict=True):
             yield {
                 "index": index,

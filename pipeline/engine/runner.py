@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +35,12 @@ class Exits:
     """(K, C), of the off-ramp that answered."""
     entropy: npt.NDArray[np.float32]
     """(K,), nats."""
+
+    @cached_property
+    def probabilities(self) -> npt.NDArray[np.float32]:
+        """(K, C): softmax of the logits."""
+        exponentials = np.exp(self.logits - self.logits.max(axis=1, keepdims=True))
+        return np.asarray(exponentials / exponentials.sum(axis=1, keepdims=True), np.float32)
 
     def __len__(self) -> int:
         return len(self.sample_ids)
