@@ -7,6 +7,7 @@ that depend on the machine or the model (``auto``) are settled by `pipeline.run`
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -92,6 +93,14 @@ def positive(text: str) -> int:
     return value
 
 
+def positive_number(text: str) -> float:
+    """A number above 0."""
+    value = float(text)
+    if not 0.0 < value < math.inf:
+        raise ValueError(f"{text!r} is not a number above 0")
+    return value
+
+
 def share(text: str) -> float:
     """A number from 0 to 1."""
     value = float(text)
@@ -162,7 +171,16 @@ class ClassifyConfig:
         default="refuse",
         choices=("refuse", "redo"),
     )
-    overwrite: bool = flag("discard what another run left in the output", default=False)
+    overwrite: bool = flag(
+        "start over on an output that holds another run or a finished one; the old parts go when the new are complete",
+        default=False,
+    )
+    hang_seconds: float = flag(
+        "what one read, micro-batch or commit may take before its replica is replaced",
+        default=600.0,
+        parse=positive_number,
+        metavar="S",
+    )
     ray_address: str | None = flag(
         "an existing Ray cluster; left out, RAY_ADDRESS, else a local Ray for this run", default=None
     )

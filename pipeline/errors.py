@@ -4,8 +4,11 @@ DeeBertError
 └── PipelineError
     ├── UsageError         found before any actor starts; exit code 2
     │   └── InputError     an input that is missing, unreadable or lacks a column
+    │       └── BrokenFileError   it is there and named, but cannot be read; the others can
     ├── ReadError          a shard's file could not be read: names the file and why
-    ├── RunFailedError          the run ended with shards missing; exit code 1, the same command resumes
+    ├── OutputError        a file of the output could not be written: names the file and why
+    │   └── OutputFullError   because there is no room
+    ├── RunFailedError     the run ended with shards missing; exit code 1, the same command resumes
     └── InvariantError     a broken promise of ours (rows not conserved, a buffer over its bound)
 """
 
@@ -24,8 +27,20 @@ class InputError(UsageError):
     """An input that is missing, unreadable, or lacks a column."""
 
 
+class BrokenFileError(InputError):
+    """One file of the input cannot be read; what is in the others can still be classified."""
+
+
 class ReadError(PipelineError):
     """A shard's file could not be read: names the file and why."""
+
+
+class OutputError(PipelineError):
+    """A file of the output could not be written: names the file and why."""
+
+
+class OutputFullError(OutputError):
+    """The output has no room left: no shard can be committed until it has."""
 
 
 class RunFailedError(PipelineError):
@@ -33,4 +48,4 @@ class RunFailedError(PipelineError):
 
 
 class InvariantError(PipelineError):
-    """A promise of this software was broken: never caught, always reported."""
+    """A promise of this software was broken: it ends the run, and is always reported."""

@@ -15,7 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.errors import InputError
+from pipeline.errors import BrokenFileError, InputError
 from pipeline.inputs import InputFile
 from pipeline.opening import arrow_schema, head, open_parquet, refusing
 
@@ -45,17 +45,25 @@ def check_columns(
 
     Types of JSON lines come from the first block (a column without values there is a string); CSV
     columns are strings; a text file has the one column ``text``. Dictionaries, views and large strings
-    are kept as plain strings. Raises InputError.
+    are kept as plain strings. A file that cannot be read is left out here and named by its shard.
+
+    Raises InputError, also when no file at all can be read.
     """
     first_jsonl = next((file for file in files if file.format == "jsonl" and file.size_bytes), None)
 
-    def probe(file: InputFile) -> Columns | None:
-        with refusing(file):
-            return _columns(file, FIRST_BLOCK_BYTES if file is first_jsonl else OTHER_BLOCK_BYTES)
+    def probe(file: InputFile) -> Columns | BrokenFileError | None:
+        try:
+            with refusing(file):
+                return _columns(file, FIRST_BLOCK_BYTES if file is first_jsonl else OTHER_BLOCK_BYTES)
+        except BrokenFileError as error:
+            return error
 
     with ThreadPoolExecutor(_MAX_CONNECTIONS) as pool:
         probes = list(zip(files, pool.map(probe, files), strict=True))
-    known = [(file, columns) for file, columns in probes if columns is not None]
+    broken = [found for _, found in probes if isinstance(found, BrokenFileError)]
+    if broken and len(broken) == len(files):
+        raise broken[0]
+    known = [(file, found) for file, found in probes if isinstance(found, Mapping)]
     for file, columns in known:
         _require(file, columns, text_columns)
         if file.format != "jsonl" or file is first_jsonl:  # elsewhere an absent JSON field is a null
@@ -156,6 +164,7 @@ def _columns(file: InputFile, block_bytes: int) -> Columns | None:
         case "jsonl":
             return _jsonl_columns(file, block_bytes)
         case "text":
+            head(file, 1)  # proves that it can be opened
             return {"text": pa.string()}
 
 

@@ -196,15 +196,20 @@ def _walk_local(folder: str) -> dict[str, dict[str, Any]]:
     """Like `find`, but into linked folders too, each real folder once (so that loops end)."""
     files: dict[str, dict[str, Any]] = {}
     entered: set[Path] = set()
-    for here, subfolders, names in os.walk(folder, followlinks=True):
+    for here, subfolders, names in os.walk(folder, onerror=_raise, followlinks=True):
         if (real := Path(here).resolve()) in entered:
             subfolders.clear()
             continue
         entered.add(real)
         subfolders[:] = sorted(name for name in subfolders if not name.startswith(_HIDDEN))
         paths = [Path(here, name) for name in names]
-        files |= {str(path): _local_info(path) for path in paths if path.is_file()}
+        # A link to nothing is input that is missing; a socket or a pipe never was input.
+        files |= {str(path): _local_info(path) for path in paths if path.is_file() or not path.exists()}
     return files
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _info(filesystem: Any, path: str) -> dict[str, Any]:
@@ -215,7 +220,10 @@ def _info(filesystem: Any, path: str) -> dict[str, Any]:
 
 
 def _local_info(path: Path) -> dict[str, Any]:
-    status = path.stat()
+    try:
+        status = path.stat()
+    except OSError:
+        status = path.lstat()  # a link to nothing, or into a folder that is closed to us
     return {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
 
 

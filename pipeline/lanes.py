@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,8 @@ _REPORT_SECONDS = 0.5
 
 ProgressCallback = Callable[[int, int], None]
 """Called with rows and Σ exit layers since the last call."""
+Limit = Callable[[str], AbstractContextManager[None]]
+"""Holds a block, named by what it does, to a time (`pipeline.watchdog`)."""
 
 
 class Submission:
@@ -99,12 +101,13 @@ class Lanes:
         config: EngineConfig,
         *,
         on_progress: ProgressCallback = lambda rows, exit_layers: None,
+        limit: Limit = lambda what: nullcontext(),
     ) -> None:
         self._exit_lane = Engine(encoder, policy, config)
         self._audit_lane = Engine(encoder, FULL_DEPTH, config)
         self._num_labels = encoder.num_labels
         self._most_queued_tokens = _QUEUED_MICRO_BATCHES * config.micro_batch_tokens
-        self._on_progress = on_progress
+        self._on_progress, self._limit = on_progress, limit
         self._changed = threading.Condition()
         self._arrived: deque[tuple[int, Submission]] = deque()
         self._open: dict[int, Submission] = {}
@@ -161,7 +164,8 @@ class Lanes:
         try:
             while True:
                 self._admit()
-                self._step()
+                with self._limit("a micro-batch"):
+                    self._step()
         except BaseException as error:  # the threads that wait must hear of it, whatever it is
             with self._changed:
                 self._error = error

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
-from pipeline.errors import InputError
+from pipeline.errors import BrokenFileError
 from pipeline.inputs import InputFile, is_local, locate
 
 PARQUET_BUFFER_BYTES = 4 << 20
@@ -98,7 +98,7 @@ def refusing(file: InputFile) -> Iterator[None]:
     try:
         yield
     except READ_FAILURES as error:
-        raise InputError(f"{file.path} cannot be read as {file.format}: {first_line(error)}") from error
+        raise BrokenFileError(f"{file.path} cannot be read as {file.format}: {first_line(error)}") from error
 
 
 def first_line(error: BaseException) -> str:

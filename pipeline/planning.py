@@ -102,6 +102,17 @@ def check_output(run: RunPlan, output: Output, earlier: RunRecord | None) -> set
     return existing & run.shards.keys()
 
 
+def can_go_on(run: RunPlan, earlier: RunRecord | None) -> bool:
+    """Whether the output holds this very run, unfinished: going on with it is what its command means."""
+    return (
+        earlier is not None
+        and earlier.status != "succeeded"
+        and earlier.identity.digest == run.identity.digest
+        and earlier.shard_rows == run.config.shard_rows
+        and earlier.columns == run.columns
+    )
+
+
 def _stale_parts(run: RunPlan, existing: set[str]) -> dict[str, str]:
     """Parts of planned input files that are not planned any more, with the file's path."""
     paths = {source_key(file): file.path for file in run.files}

@@ -6,9 +6,9 @@ A call returns when its shard's part is committed. Knows nothing of the other re
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
-import signal
 import socket
 import time
 from collections.abc import Iterator
@@ -27,23 +27,29 @@ from deebert.checkpoint import Checkpoint
 from deebert.encoder import PackedEncoder
 from deebert.exit_policy import policy_from_dict
 from deebert.precision import DTYPES, Precision
+from pipeline import sabotage
+from pipeline.board import History
 from pipeline.engine import EngineConfig
-from pipeline.errors import ReadError
+from pipeline.errors import OutputError, OutputFullError, ReadError
 from pipeline.input_schema import InputSchema
 from pipeline.lanes import Lanes, Submission
+from pipeline.narrowing import PROOF, pieces, why_hopeless
+from pipeline.raw_rows import excerpt
 from pipeline.records import Identity, ShardRecord, Totals
 from pipeline.schema import NOT_AUDITED, Answers, footer, part_table
 from pipeline.shards import Shard, part_name
 from pipeline.sink import Output
-from pipeline.source import BadRow, read_shard
+from pipeline.source import BadRow, SourceBatch, read_shard
 from pipeline.tokenization import TextTokenizer
 from pipeline.turns import Turns
+from pipeline.watchdog import Watchdog
+
+log = logging.getLogger(__name__)
 
 # Rows read, tokenized and submitted at a time: enough to fill micro-batches, little enough to overlap.
 _BATCH_ROWS = 1024
-# A shard that was in hand when its replica died this often is left out of the run and reported.
-_MOST_ATTEMPTS = 2
-_POISON_VARIABLE = "DEEBERT_TEST_POISON"
+# A shard that was in hand when its replica died once may have stood beside the cause; twice, it is the cause.
+_WHOLE_ATTEMPTS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +69,8 @@ class ReplicaSpec:
     control: float
     """Share of rows that also run at full depth."""
     probabilities: bool
+    hang_seconds: float
+    """What one read, micro-batch or commit may take."""
     output: Output
     board: Any
     """Handle of the `Board`."""
@@ -70,12 +78,14 @@ class ReplicaSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardFailure:
-    """A shard that could not be finished, through no fault of the replica."""
+    """A shard that could not be finished."""
 
     part: str
     source_file: str
     first_row: int
     reason: str
+    is_fatal: bool = False
+    """Whether no other shard could be finished either."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -131,6 +141,7 @@ class Replica:
         encoder = PackedEncoder(checkpoint.model, device=spec.device, dtype=DTYPES[precision])
         self._spec = spec
         self._turns = Turns()
+        self._watchdog = Watchdog(spec.hang_seconds)
         self._labels = checkpoint.labels
         self._num_layers = encoder.num_layers
         self._tokenizer = TextTokenizer(
@@ -143,6 +154,7 @@ class Replica:
             policy_from_dict(spec.identity.exit_policy),
             EngineConfig(micro_batch_tokens=spec.micro_batch_tokens),
             on_progress=lambda rows, exit_layers: spec.board.add.remote(rows, exit_layers),
+            limit=self._watchdog.limit,
         )
 
     def __call__(self, batch: dict[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
@@ -151,29 +163,50 @@ class Replica:
         return {"outcome": np.array([pickle.dumps(self._attempt(shard))], dtype=object)}
 
     def _attempt(self, shard: Shard) -> ShardRecord | ShardFailure:
-        """Run the shard unless it has killed its replica twice; a suspect runs alone."""
+        """Run the shard as its history in this run demands: with others, alone, in pieces, or not at all."""
         name, board = part_name(shard, self._spec.identity.digest), self._spec.board
-        tried: int = ray.get(board.attempts.remote(name))
-        if tried >= _MOST_ATTEMPTS:
-            return _failure(shard, name, f"quarantined: its replica died in each of {tried} attempts")
-        with self._turns.alone() if tried else self._turns.together():
+        history: History = ray.get(board.history.remote(name))
+        if (history.deaths or history.has_ended) and (record := self._spec.output.committed(name)):
+            return record  # the commit was made, the word of it was lost
+        if (reason := why_hopeless(history)) is not None:
+            return _failure(shard, name, reason)
+        with self._turns.alone() if history.deaths else self._turns.together():
             ray.get(board.begin.remote(name))
             try:
-                return self._run(shard)
-            except (ReadError, OSError) as error:
+                return self._run(shard, name, history)
+            except (torch.AcceleratorError, torch.OutOfMemoryError, MemoryError):
+                # Nothing works any more in a process whose device context is lost, and a sample that fits no
+                # memory is found as any other that ends its process.
+                log.exception("the device or the memory failed under %s: this process ends", name)
+                os._exit(1)
+            except OutputFullError as error:
+                return _failure(shard, name, str(error), is_fatal=True)
+            except (ReadError, OutputError, OSError) as error:
                 return _failure(shard, name, str(error))
+            except Exception as error:  # ours to report, not Ray's to wrap
+                log.exception("shard %s", name)
+                return _failure(shard, name, f"{type(error).__name__}: {error}", is_fatal=True)
+            finally:
+                ray.get(board.end.remote(name))
 
-    def _run(self, shard: Shard) -> ShardRecord:
+    def _run(self, shard: Shard, name: str, history: History) -> ShardRecord:
         work = _Work(shard=shard)
-        with self._lanes.feeding():
-            self._feed(work)
-        for rows in work.rows:
-            rows.submission.wait()
-        return self._commit(work)
+        if history.deaths < _WHOLE_ATTEMPTS:
+            with self._lanes.feeding():
+                for batch in self._batches(work):
+                    self._submit(work, batch)
+            for rows in work.rows:
+                rows.submission.wait()
+        else:
+            for batch in self._batches(work):
+                self._try_pieces(work, batch, name, history)
+        sabotage.reach("shard-classified")
+        with self._watchdog.limit(f"the commit of {name}"):
+            return self._commit(work)
 
-    def _feed(self, work: _Work) -> None:
-        """Read, tokenize and submit, batch by batch."""
-        spec = self._spec
+    def _batches(self, work: _Work) -> Iterator[SourceBatch]:
+        """Read the shard; the bad rows are put aside on the way."""
+        spec, path = self._spec, work.shard.source.path
         batches = read_shard(
             work.shard,
             text_columns=spec.schema.text_columns,
@@ -182,25 +215,43 @@ class Replica:
             batch_rows=_BATCH_ROWS,
         )
         while True:
-            with work.timing("read_seconds"):
+            with work.timing("read_seconds"), self._watchdog.limit(f"a read of {path}"):
                 batch = next(batches, None)
             if batch is None:
                 return
-            texts = [column.to_pylist() for column in batch.texts]
-            _die_of_poison(texts[0])
-            with work.timing("tokenize_seconds"):
-                tokenized = self._tokenizer(*texts)
-            audited = _control_sample(batch.rows, spec.control)
+            sabotage.reach("shard-read")
             work.bad.extend(batch.bad)
-            work.rows.append(
-                _Rows(
-                    source_rows=batch.rows,
-                    lengths=tokenized.tokens.layout.lengths,
-                    truncated=tokenized.truncated,
-                    kept=batch.kept,
-                    submission=self._lanes.submit(tokenized.tokens, audited),
-                )
+            yield batch
+
+    def _submit(self, work: _Work, batch: SourceBatch) -> Submission:
+        """Tokenize a batch and hand it to the lanes."""
+        texts = [column.to_pylist() for column in batch.texts]
+        with work.timing("tokenize_seconds"), self._watchdog.limit("the tokenization of a batch"):
+            sabotage.taste(texts[0])
+            tokenized = self._tokenizer(*texts)
+        submission = self._lanes.submit(tokenized.tokens, _control_sample(batch.rows, self._spec.control))
+        work.rows.append(
+            _Rows(
+                source_rows=batch.rows,
+                lengths=tokenized.tokens.layout.lengths,
+                truncated=tokenized.truncated,
+                kept=batch.kept,
+                submission=submission,
             )
+        )
+        return submission
+
+    def _try_pieces(self, work: _Work, batch: SourceBatch, name: str, history: History) -> None:
+        """Run a batch piece by piece, each announced before it is tried; leave out the rows that kill."""
+        board = self._spec.board
+        for piece in pieces(batch.rows, history.deadly):
+            rows = batch.slice(piece.start, piece.stop)
+            if piece.is_deadly:
+                work.bad.append(_deadly_row(rows))
+                continue
+            ray.get(board.trying.remote(name, (int(rows.rows[0]), int(rows.rows[-1]))))
+            self._submit(work, rows).wait()
+        ray.get(board.trying.remote(name, None))
 
     def _commit(self, work: _Work) -> ShardRecord:
         """Write the dead letters, then the part: its existence is the commit."""
@@ -225,7 +276,8 @@ class Replica:
             finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
             totals=self._totals(work, answers),
         )
-        spec.output.write_dead_letters(name, (_letter(shard, row) for row in work.bad))
+        bad = sorted(work.bad, key=lambda row: row.source_row)
+        spec.output.write_dead_letters(name, (_letter(shard, row) for row in bad))
         spec.output.commit_part(name, table, footer(spec.identity, record, self._labels))
         # Only the driver's record can know how long the commit itself took.
         return replace(record, totals=replace(record.totals, write_seconds=time.perf_counter() - started))
@@ -257,15 +309,22 @@ class Replica:
         )
 
 
-def _failure(shard: Shard, part: str, reason: str) -> ShardFailure:
-    return ShardFailure(part=part, source_file=shard.source.path, first_row=shard.first_row, reason=reason)
+def _failure(shard: Shard, part: str, reason: str, *, is_fatal: bool = False) -> ShardFailure:
+    return ShardFailure(
+        part=part,
+        source_file=shard.source.path,
+        first_row=shard.first_row,
+        reason=reason,
+        is_fatal=is_fatal,
+    )
 
 
-def _die_of_poison(texts: list[str]) -> None:
-    """For tests only: a text that kills its process, as a bug in native code would."""
-    poison = os.environ.get(_POISON_VARIABLE)
-    if poison is not None and poison in texts:
-        os.kill(os.getpid(), signal.SIGKILL)
+def _deadly_row(row: SourceBatch) -> BadRow:
+    return BadRow(
+        source_row=int(row.rows[0]),
+        reason=f"it ended its replica's process, {PROOF} times by itself",
+        excerpt=excerpt(row.texts[0][0].as_py()),
+    )
 
 
 def _letter(shard: Shard, row: BadRow) -> dict[str, Any]:

@@ -8,6 +8,7 @@ Success means planned = committed. Anything else raises, names what is missing, 
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import pickle
@@ -17,7 +18,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import reduce
@@ -27,21 +28,25 @@ from typing import Any
 import ray
 import ray.data
 from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from deebert.version import __version__
+from pipeline import sabotage
 from pipeline.board import Board
 from pipeline.cluster import Placement, RaySession, place
 from pipeline.config import ClassifyConfig
-from pipeline.errors import RunFailedError
+from pipeline.errors import OutputError, RunFailedError
 from pipeline.lock import locked
-from pipeline.planning import RunPlan, check_output, make_plan
+from pipeline.planning import RunPlan, can_go_on, check_output, make_plan
 from pipeline.progress import Progress, ProgressSample
 from pipeline.records import Attempt, RunRecord, RunStatus, ShardRecord, Totals
 from pipeline.replica import Replica, ReplicaSpec, ShardFailure
 from pipeline.shards import Shard
-from pipeline.sink import SUCCESS, Output
+from pipeline.sink import SUCCESS, Output, RecordLog
 
 log = logging.getLogger(__name__)
+shard_log = logging.getLogger("pipeline.shards_done")
+"""One line per committed shard: for collectors of logs, too much for a terminal."""
 
 # Shards that a replica has in hand at a time: their stragglers share the deep layers' micro-batches, and
 # while one is written the next is read.
@@ -77,13 +82,15 @@ def classify(config: ClassifyConfig) -> ClassifyResult:
 
 def _resume(session: RaySession, run: RunPlan, output: Output) -> ClassifyResult:
     config = run.config
-    if config.overwrite:
-        output.clear()
+    sabotage.reach("driver-planned")
     earlier = output.read_run()
+    if config.overwrite and not can_go_on(run, earlier):
+        output.set_aside()
+        earlier = None
     done = check_output(run, output, earlier)
     if len(done) == len(run.shards) and earlier is not None and earlier.status == "succeeded":
         log.info("nothing to do: all %d shards of %d files are committed", len(done), len(run.files))
-        output.mark_success()  # a kill may have come between the record and the mark
+        _seal(output)  # a kill may have come between the record and the mark
         return ClassifyResult(record=earlier, new_shards=0)
     placement = place(
         session.resources(),
@@ -95,6 +102,13 @@ def _resume(session: RaySession, run: RunPlan, output: Output) -> ClassifyResult
     attempt = _Attempt(run, output, earlier, placement)
     attempt.execute(session, done)
     return ClassifyResult(record=attempt.record, new_shards=attempt.new_shards)
+
+
+def _seal(output: Output) -> None:
+    """What is left to do once the record says that the run has succeeded."""
+    sabotage.reach("run-recorded")
+    output.mark_success()
+    output.discard_aside()
 
 
 class _Attempt:
@@ -129,43 +143,60 @@ class _Attempt:
             len(done),
             len(remaining),
         )
+        self._failures = [_flawed(name, shard) for name, shard in remaining.items() if shard.flaw is not None]
+        for failure in self._failures:
+            log.error("%s; the other files go on", failure.reason)
+        whole = [shard for shard in remaining.values() if shard.flaw is None]
         try:
-            if remaining:
+            if whole:
                 session.start()
-                self._run_shards(remaining)
+                self._run_shards(whole)
             self._finish()
         except KeyboardInterrupt:
             self._write("interrupted", "interrupted")
             raise
         except BaseException as error:
-            self._write("failed", str(error))
+            with suppress(OutputError):  # a full disk has no room for this either
+                self._write("failed", str(error))
             raise
         self._write("succeeded", None)
-        self._output.mark_success()
+        _seal(self._output)
 
     @property
     def record(self) -> RunRecord:
         """The run record as it stands in the output."""
         return self._record
 
-    def _run_shards(self, remaining: dict[str, Shard]) -> None:
-        board = ray.remote(Board).options(num_cpus=0).remote()
+    def _run_shards(self, shards: list[Shard]) -> None:
+        # On the driver's node: what ends the board's node ends the run anyway.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        board = ray.remote(Board).options(num_cpus=0, scheduling_strategy=here).remote()
         records = self._output.record_log(f"{self._started_at.replace(':', '')}-{uuid.uuid4().hex[:6]}")
         try:
             with _showing_progress(board, self._run, self._totals):
-                for outcome in _outcomes(self._spec(board), self._placement, remaining.values()):
-                    if isinstance(outcome, ShardFailure):
-                        self._failures.append(outcome)
-                        log.error("shard %s failed: %s", outcome.part, outcome.reason)
-                        continue
-                    records.append(outcome)
-                    self._new[outcome.part] = outcome
-                    self._totals += outcome.totals
-                    self._check_bad_rows()
+                for outcome in _outcomes(self._spec(board), self._placement, shards):
+                    if isinstance(outcome, ShardRecord):
+                        self._count(outcome, records)
+                    else:
+                        self._count_failure(outcome)
         except RayError as error:
             raise RunFailedError(f"{self._missing()}: {_cause(error)}") from error
         finally:
             records.close()
+
+    def _count(self, record: ShardRecord, records: RecordLog) -> None:
+        records.append(record)
+        sabotage.reach("shard-recorded")
+        self._new[record.part] = record
+        self._totals += record.totals
+        shard_log.info("%s", _shard_line(record, self._run.model.num_layers))
+        self._check_bad_rows()
+
+    def _count_failure(self, failure: ShardFailure) -> None:
+        self._failures.append(failure)
+        log.error("shard %s failed: %s", failure.part, failure.reason)
+        if failure.is_fatal:
+            raise RunFailedError(f"{self._missing()}: {failure.reason}")
 
     def _spec(self, board: Any) -> ReplicaSpec:
         run, config = self._run, self._run.config
@@ -180,6 +211,7 @@ class _Attempt:
             keep_columns=config.keep_columns,
             control=config.control,
             probabilities=config.probabilities,
+            hang_seconds=config.hang_seconds,
             output=self._output,
             board=board,
         )
@@ -196,6 +228,7 @@ class _Attempt:
 
     def _finish(self) -> None:
         """Prove that planned = committed, with a Parquet reader that did not write the parts."""
+        sabotage.reach("run-finishing")
         if self._failures:
             first = self._failures[0]
             raise RunFailedError(f"{self._missing()}: first {first.source_file!r}: {first.reason}")
@@ -238,6 +271,32 @@ class _Attempt:
             attempts=(*self._earlier, attempt),
         )
         self._output.write_run(self._record)
+
+
+def _flawed(name: str, shard: Shard) -> ShardFailure:
+    return ShardFailure(
+        part=name, source_file=shard.source.path, first_row=shard.first_row, reason=shard.flaw or ""
+    )
+
+
+def _shard_line(record: ShardRecord, num_layers: int) -> str:
+    """One line of ``key=value`` for whoever collects logs."""
+    totals = record.totals
+    exit_layers = sum(layer * rows for layer, rows in enumerate(totals.exit_rows, start=1))
+    facts = {
+        "shard": record.part,
+        "source_file": json.dumps(record.source_file),
+        "first_row": record.first_row,
+        "rows": totals.rows,
+        "bad_rows": totals.bad_rows,
+        "mean_exit_layer": f"{exit_layers / max(1, totals.rows):.2f}/{num_layers}",
+        "tokens": totals.tokens,
+        "read_seconds": f"{totals.read_seconds:.3f}",
+        "tokenize_seconds": f"{totals.tokenize_seconds:.3f}",
+        "write_seconds": f"{totals.write_seconds:.3f}",
+        "replica": record.replica,
+    }
+    return " ".join(f"{name}={value}" for name, value in facts.items())
 
 
 def _ended(attempt: Attempt) -> Attempt:
@@ -309,9 +368,9 @@ def _showing_progress(board: Any, run: RunPlan, before: Totals) -> Iterator[None
 
 
 def _cause(error: BaseException) -> str:
-    """What went wrong underneath Ray's wrapping: the last line of the replica's traceback."""
+    """What Ray says of the end of a cluster or of an actor that cannot start: its first line."""
     lines = str(error).strip().splitlines()
-    return lines[-1].strip() if lines else type(error).__name__
+    return lines[0].strip() if lines else type(error).__name__
 
 
 def _now() -> str:

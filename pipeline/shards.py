@@ -17,7 +17,7 @@ from functools import partial
 
 import numpy as np
 
-from pipeline.errors import UsageError
+from pipeline.errors import BrokenFileError, UsageError
 from pipeline.inputs import InputFile, is_local
 from pipeline.opening import arrow_batches, head, open_file, open_parquet, refusing
 
@@ -43,6 +43,8 @@ class Shard:
     """Start and end of the shard in a split file of lines; None for a whole file or Parquet and Arrow."""
     estimated_rows: int
     """`num_rows` where known, else a guess from the file's size and its first block."""
+    flaw: str | None = None
+    """Why the file cannot be read, where planning found that out: a shard that can only fail."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +67,7 @@ def plan(
     Parquet is cut at row groups (and inside those that are larger), Arrow at rows, uncompressed lines
     at newlines once a file is larger than `split_above_bytes`. CSV (whose quoted values may contain
     newlines), compressed files and remote Arrow files (which have no index) are one shard each.
-    Files without rows give none.
+    Files without rows give none; files that cannot be read give one, with the `flaw`.
     """
     if shard_rows < 1:
         raise UsageError(f"a shard must have at least 1 row, not {shard_rows}")
@@ -85,7 +87,7 @@ def part_name(shard: Shard, identity_digest: str) -> str:
     A listing of the output thus tells what is committed; a part of the same source with another tag
     was made from another state of the input, by another model, or with other shard sizes.
     """
-    extent = f"{shard.first_row}:{shard.num_rows}:{shard.byte_range}"
+    extent = f"{shard.first_row}:{shard.num_rows}:{shard.byte_range}{shard.flaw or ''}"
     state = "\n".join((identity_digest, shard.source.fingerprint, extent))
     tag = hashlib.sha256(state.encode()).hexdigest()[:8]
     return f"part-{source_key(shard.source)}-{shard.first_row:012d}-{tag}.parquet"
@@ -100,6 +102,15 @@ def parse_part_name(name: str) -> PartName | None:
 
 
 def _plan_file(file: InputFile, *, shard_rows: int, split_above_bytes: int) -> list[Shard]:
+    try:
+        return _cut(file, shard_rows, split_above_bytes)
+    except BrokenFileError as error:
+        return [
+            Shard(source=file, first_row=0, num_rows=None, byte_range=None, estimated_rows=0, flaw=str(error))
+        ]
+
+
+def _cut(file: InputFile, shard_rows: int, split_above_bytes: int) -> list[Shard]:
     with refusing(file):
         if file.format == "parquet":
             return _exact_shards(file, _parquet_ranges(file, shard_rows))
@@ -107,6 +118,7 @@ def _plan_file(file: InputFile, *, shard_rows: int, split_above_bytes: int) -> l
             num_rows = sum(batch.num_rows for batch in arrow_batches(file, only_field=0))
             return _exact_shards(file, _pieces(0, num_rows, shard_rows))
         if file.size_bytes == 0:
+            head(file, 1)  # proves that it can be opened
             return []
         splittable = file.format in ("jsonl", "text") and file.compression is None
         if splittable and file.size_bytes > split_above_bytes:

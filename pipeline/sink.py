@@ -12,14 +12,17 @@ retry replaces it. Knows nothing of engines, shards or Ray.
     OUT/_deebert/report.html           what `deebert report` wrote
     OUT/_deebert/lock                  who writes here (`pipeline.lock`)
     OUT/_deebert/tmp/                  files not yet renamed
+    OUT/_deebert/aside/                a run that is being overwritten, until the new one is complete
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +32,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from pipeline.errors import UsageError
+from pipeline import sabotage
+from pipeline.errors import OutputError, OutputFullError, UsageError
 from pipeline.records import FORMAT_VERSION, RunRecord, ShardRecord
 from pipeline.schema import RECORD_KEY
 
@@ -40,6 +44,7 @@ _TMP = f"{META}/tmp"
 _RUN = f"{META}/run.json"
 _SHARDS = f"{META}/shards"
 _DEAD = f"{META}/dead_letters"
+_ASIDE = f"{META}/aside"
 
 
 @dataclass(frozen=True)
@@ -85,8 +90,12 @@ class Output:
         try:
             self.write(f"{META}/writable", b"")
             self._fs.rm(self._at(f"{META}/writable"))
-        except OSError as error:
-            raise UsageError(f"cannot write to the output {self.url!r}: {error.strerror or error}") from error
+        except OutputFullError:
+            raise
+        except OutputError as error:
+            raise UsageError(
+                f"cannot write to the output {self.url!r}: {_reason(error.__cause__)}"
+            ) from error
 
     def sweep(self) -> None:
         """Remove files that were never renamed, because their writer was killed."""
@@ -95,20 +104,32 @@ class Output:
                 leftover.unlink(missing_ok=True)
 
     def write(self, name: str, data: bytes | pa.Buffer) -> None:
-        """Write the file `name`, whole or not at all."""
-        if not self.is_local:
-            self._fs.pipe_file(self._at(name), bytes(data))
-            return
+        """Write the file `name`, whole or not at all.
+
+        Raises:
+            OutputError: it cannot be written, for want of room or otherwise.
+        """
+        with _explaining(self.path(name)):
+            if self.is_local:
+                self._write_and_rename(name, data)
+            else:
+                self._fs.pipe_file(self._at(name), bytes(data))
+
+    def _write_and_rename(self, name: str, data: bytes | pa.Buffer) -> None:
         final = Path(self._at(name))
         temporary = Path(self._at(_TMP)) / f"{final.name}.{uuid.uuid4().hex}"
         temporary.parent.mkdir(parents=True, exist_ok=True)
         final.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(final)
-        _fsync_folder(final.parent)
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            sabotage.reach("file-written")
+            temporary.replace(final)
+            _fsync_folder(final.parent)
+        finally:
+            temporary.unlink(missing_ok=True)  # what could not be written whole takes no room
 
     def read(self, name: str) -> bytes | None:
         """The content of a file, None where there is none."""
@@ -122,6 +143,7 @@ class Output:
         stream = pa.BufferOutputStream()
         pq.write_table(table.replace_schema_metadata(metadata), stream, compression="zstd")
         self.write(name, stream.getvalue())
+        sabotage.reach("part-renamed")
 
     def write_dead_letters(self, part: str, letters: Iterable[dict[str, Any]]) -> None:
         """Write one shard's bad rows, replacing those of an earlier try; no rows, no file."""
@@ -152,12 +174,31 @@ class Output:
             if self._fs.exists(self._at(name)):
                 self._fs.rm(self._at(name), recursive=True)
 
-    def clear(self) -> None:
-        """Remove a whole run: `_SUCCESS` first, the records last, so that a kill in between looks unfinished."""
+    def set_aside(self) -> None:
+        """Hide a whole run from readers, so that another can take its place.
+
+        `_SUCCESS` goes first and the run record last: killed in between, the folder is still the old run's,
+        incomplete, and never a mixture.
+        """
         self.remove([SUCCESS])
-        self.remove(sorted(self.parts()))
-        # All but the lock, which is held.
-        self.remove(f"{META}/{name}" for name in sorted(self._names(META)) if f"{META}/{name}" != LOCK)
+        kept = {LOCK, _ASIDE, _TMP}
+        records = [name for entry in self._names(META) if (name := f"{META}/{entry}") not in kept]
+        for name in (*sorted(self.parts()), *sorted(records, key=lambda name: (name == _RUN, name))):
+            self._move(name, f"{_ASIDE}/{name}")
+            sabotage.reach("driver-set-aside")
+
+    def discard_aside(self) -> None:
+        """Remove what was set aside: the new run is complete."""
+        self.remove([_ASIDE])
+
+    def _move(self, name: str, new_name: str) -> None:
+        source, target = self._at(name), self._at(new_name)
+        if self.is_local:
+            Path(target).parent.mkdir(parents=True, exist_ok=True)
+            self.remove([new_name])
+            Path(source).replace(target)
+        else:
+            self._fs.mv(source, target, recursive=True)
 
     def read_run(self) -> RunRecord | None:
         """The run record, None where no run has been.
@@ -209,6 +250,10 @@ class Output:
             records[part] = self._record_from_footer(part)
         return records
 
+    def committed(self, part: str) -> ShardRecord | None:
+        """The record of a part, None where it does not exist."""
+        return self._record_from_footer(part) if self._fs.exists(self._at(part)) else None
+
     def _record_from_footer(self, part: str) -> ShardRecord:
         with self._fs.open(self._at(part), "rb") as file:
             metadata = pq.read_metadata(file).metadata
@@ -231,9 +276,10 @@ class RecordLog:
         line = _json_line(record.to_dict())
         if self._output.is_local:
             path = Path(self._output.path(self._name))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("ab") as file:
-                file.write(line)
+            with _explaining(str(path)):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with path.open("ab") as file:
+                    file.write(line)
         else:
             self._lines.append(line)
 
@@ -242,6 +288,23 @@ class RecordLog:
         if self._lines:
             self._output.write(self._name, b"".join(self._lines))
             self._lines.clear()
+
+
+@contextmanager
+def _explaining(path: str) -> Iterator[None]:
+    """Turn a failure to write into one sentence."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OutputFullError(
+                f"no room for {path}: {_reason(error)}; make room, the same command resumes"
+            ) from error
+        raise OutputError(f"cannot write {path}: {_reason(error)}") from error
+
+
+def _reason(error: BaseException | None) -> str:
+    return str(getattr(error, "strerror", None) or error)
 
 
 def _record(line: bytes) -> ShardRecord | None:

@@ -40,6 +40,16 @@ class SourceBatch:
     bad: tuple[BadRow, ...]
     """The rows that are not among the good ones, in order."""
 
+    def slice(self, start: int, stop: int) -> SourceBatch:
+        """The good rows `start`..`stop` (exclusive)."""
+        count = stop - start
+        return SourceBatch(
+            rows=self.rows[start:stop],
+            texts=tuple(column.slice(start, count) for column in self.texts),
+            kept=self.kept.slice(start, count),
+            bad=(),
+        )
+
 
 def read_shard(
     shard: Shard,
@@ -63,6 +73,8 @@ def read_shard(
 
 def _reading(shard: Shard, parts: Iterator[RawRows]) -> Iterator[RawRows]:
     path = shard.source.path
+    if shard.flaw is not None:
+        raise ReadError(shard.flaw)
     try:
         if current_fingerprint(shard.source) != shard.source.fingerprint:
             raise ReadError(f"{path} has changed since the run was planned; run again to plan it anew")

@@ -1,9 +1,10 @@
-"""What tests share: tiny random models, a tiny real tokenizer, a saved model folder, and the real assets."""
+"""What tests share: tiny random models, a tiny real tokenizer, a saved model folder, one Ray, and the real assets."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers: no test talks to a hub
@@ -146,3 +147,24 @@ def assets() -> Path:
     if not folder.is_dir():
         pytest.skip(f"real assets are absent: no folder {folder} (set DEEBERT_ASSETS)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """A local Ray on two cores, which `classify` finds running and leaves running."""
+    import ray
+
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    # Sockets lie below this folder and their paths are short or refused: not in pytest's.
+    with tempfile.TemporaryDirectory(prefix="dbt-", dir="/tmp") as folder:
+        ray.init(
+            address="local",
+            num_cpus=2,
+            include_dashboard=False,
+            log_to_driver=False,
+            object_store_memory=200 << 20,
+            _temp_dir=folder,
+            _node_ip_address="127.0.0.1",
+        )
+        yield
+        ray.shutdown()

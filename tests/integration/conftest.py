@@ -1,16 +1,12 @@
-"""One Ray for all in-process runs, and real corpora made of words that the tiny tokenizer knows."""
+"""Real corpora made of words that the tiny tokenizer knows."""
 
 from __future__ import annotations
 
-import os
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import pytest
 
 WORDS = ("the", "film", "is", "was", "not", "very", "good", "bad", "great", "dull", "and", "story", "plot")
 
@@ -34,24 +30,3 @@ def write_parquet(path: Path, texts: list[str], *, row_group_size: int = 100) ->
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table, path, row_group_size=row_group_size)
-
-
-@pytest.fixture(scope="session")
-def ray_session() -> Iterator[None]:
-    """A local Ray on two cores, which `classify` finds running and leaves running."""
-    import ray
-
-    os.environ["RAY_AUTH_MODE"] = "disabled"
-    # Sockets lie below this folder and their paths are short or refused: not in pytest's.
-    with tempfile.TemporaryDirectory(prefix="dbt-", dir="/tmp") as folder:
-        ray.init(
-            address="local",
-            num_cpus=2,
-            include_dashboard=False,
-            log_to_driver=False,
-            object_store_memory=200 << 20,
-            _temp_dir=folder,
-            _node_ip_address="127.0.0.1",
-        )
-        yield
-        ray.shutdown()

@@ -75,11 +75,11 @@ def test_an_object_that_no_longer_beats_is_taken_over() -> None:
     assert output.read(LOCK) is None
 
 
-def test_clearing_an_output_keeps_the_lock(tmp_path: Path) -> None:
+def test_setting_an_output_aside_keeps_the_lock(tmp_path: Path) -> None:
     output = Output(str(tmp_path))
     with locked(output):
         output.write("_deebert/run.json", b"{}")
-        output.clear()
+        output.set_aside()
         assert not (tmp_path / "_deebert" / "run.json").exists()
         with pytest.raises(UsageError, match="is being written by"), locked(output):
             pass
