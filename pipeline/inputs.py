@@ -87,7 +87,7 @@ def locate(path: str) -> tuple[Any, str]:
         filesystem = LocalFileSystem()
         return filesystem, filesystem._strip_protocol(path)
     try:
-        filesystem, inner_path = fsspec.core.url_to_fs(path)
+        filesystem, inner_path = fsspec.core.url_to_fs(path, use_listings_cache=False)
     except (ValueError, ImportError) as error:
         raise InputError(f"input {path} cannot be opened: {error}") from error
     return filesystem, inner_path

@@ -22,6 +22,7 @@ import json
 import os
 import uuid
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,8 @@ _RUN = f"{META}/run.json"
 _SHARDS = f"{META}/shards"
 _DEAD = f"{META}/dead_letters"
 _ASIDE = f"{META}/aside"
+_MAX_CONNECTIONS = 16
+_RECORDS_PER_OBJECT = 64
 
 
 @dataclass(frozen=True)
@@ -59,18 +62,17 @@ class Output:
 
     def __post_init__(self) -> None:
         try:
-            fsspec.core.url_to_fs(self.url)
+            _file_system(self.url)
         except (ValueError, ImportError) as error:
             raise UsageError(f"the output {self.url!r} cannot be opened: {error}") from error
 
     @property
     def _fs(self) -> Any:
-        return fsspec.core.url_to_fs(self.url)[0]
+        return _file_system(self.url)[0]
 
     def _at(self, name: str) -> str:
         """Full path of `name`, as the file system spells it."""
-        root = str(fsspec.core.url_to_fs(self.url)[1]).rstrip("/")
-        return f"{root}/{name}"
+        return f"{_file_system(self.url)[1].rstrip('/')}/{name}"
 
     @property
     def is_local(self) -> bool:
@@ -160,12 +162,9 @@ class Output:
 
     def _names(self, folder: str) -> list[str]:
         try:
-            # A cached listing would hide what another process has just committed.
-            found = self._fs.ls(self._at(folder), detail=False, refresh=True)
+            found = self._fs.ls(self._at(folder), detail=False)
         except FileNotFoundError:
             return []
-        except TypeError:  # file systems without a listing cache have no `refresh`
-            found = self._fs.ls(self._at(folder), detail=False)
         return [str(f).rstrip("/").rsplit("/", 1)[-1] for f in found]
 
     def remove(self, names: Iterable[str]) -> None:
@@ -246,9 +245,9 @@ class Output:
                 # A killed driver may leave half a last line; the part's footer has the record whole.
                 if line.endswith(b"}") and (record := _record(line)) is not None and record.part in parts:
                     records[record.part] = record
-        for part in sorted(parts - records.keys()):
-            records[part] = self._record_from_footer(part)
-        return records
+        unknown = sorted(parts - records.keys())
+        with ThreadPoolExecutor(_MAX_CONNECTIONS) as pool:
+            return records | dict(zip(unknown, pool.map(self._record_from_footer, unknown), strict=True))
 
     def committed(self, part: str) -> ShardRecord | None:
         """The record of a part, None where it does not exist."""
@@ -261,33 +260,45 @@ class Output:
 
     def record_log(self, attempt: str) -> RecordLog:
         """Where one attempt of the driver keeps its shard records."""
-        return RecordLog(self, f"{_SHARDS}/{attempt}.jsonl")
+        return RecordLog(self, attempt)
 
 
 class RecordLog:
-    """Shard records of one attempt: appended on a local disk, written at the end on an object store."""
+    """Shard records of one attempt: appended to a file on a local disk, in several objects on an object store."""
 
-    def __init__(self, output: Output, name: str) -> None:
-        self._output, self._name = output, name
+    def __init__(self, output: Output, attempt: str) -> None:
+        self._output, self._attempt = output, attempt
         self._lines: list[bytes] = []
+        self._objects = 0
 
     def append(self, record: ShardRecord) -> None:
         """Add a committed shard's record."""
         line = _json_line(record.to_dict())
         if self._output.is_local:
-            path = Path(self._output.path(self._name))
+            path = Path(self._output.path(f"{_SHARDS}/{self._attempt}.jsonl"))
             with _explaining(str(path)):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with path.open("ab") as file:
                     file.write(line)
         else:
             self._lines.append(line)
+            # What is not yet written when the driver dies costs a request per part, to read its footer.
+            if len(self._lines) == _RECORDS_PER_OBJECT:
+                self.close()
 
     def close(self) -> None:
         """Write what could not be appended."""
         if self._lines:
-            self._output.write(self._name, b"".join(self._lines))
+            name = f"{_SHARDS}/{self._attempt}-{self._objects:06d}.jsonl"
+            self._output.write(name, b"".join(self._lines))
             self._lines.clear()
+            self._objects += 1
+
+
+def _file_system(url: str) -> tuple[Any, str]:
+    """The file system of a URL and the path in it; listings are never cached, for others write there too."""
+    found: tuple[Any, str] = fsspec.core.url_to_fs(url, use_listings_cache=False)
+    return found
 
 
 @contextmanager

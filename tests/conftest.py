@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers: no test talks to a hub
@@ -108,8 +109,7 @@ def model(family: str, pooling: str) -> DeeBertForSequenceClassification:
     return make_model(family, pooling)
 
 
-@pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer() -> PreTrainedTokenizerFast:
     """A real WordPiece tokenizer that spells what it does not know, so that any English text has tokens."""
     ids = {token: i for i, token in enumerate(VOCABULARY)}
     backend = Tokenizer(models.WordPiece(ids, unk_token="[UNK]"))
@@ -131,13 +131,23 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-@pytest.fixture(scope="session")
-def saved_model(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+def save_tiny_model(folder: Path) -> Path:
     """A model folder: tiny BERT, mean pooling, labels negative, neutral, positive; no operating point."""
-    folder = tmp_path_factory.mktemp("models") / "tiny"
     make_model("bert", "mean").save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """See `make_tokenizer`."""
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def saved_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """See `save_tiny_model`."""
+    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture(scope="session")
@@ -149,8 +159,8 @@ def assets() -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def ray_session() -> Iterator[None]:
+@contextmanager
+def local_ray() -> Iterator[None]:
     """A local Ray on two cores, which `classify` finds running and leaves running."""
     import ray
 
@@ -168,3 +178,10 @@ def ray_session() -> Iterator[None]:
         )
         yield
         ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """One `local_ray` for all tests that need one."""
+    with local_ray():
+        yield

@@ -135,6 +135,8 @@ def test_a_broken_promise_is_fatal_and_says_so(
         output=str(tmp_path / "out"),
         precision="float32",
     )
-    with pytest.raises(RunFailedError, match=r"InvariantError: .* samples are in flight but .* wait in buffers"):
+    with pytest.raises(
+        RunFailedError, match=r"InvariantError: .* samples are in flight but .* wait in buffers"
+    ):
         classify(config)
     assert not (tmp_path / "out" / "_SUCCESS").exists()

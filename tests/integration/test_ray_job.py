@@ -2,100 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import shlex
-import shutil
-import signal
-import socket
-import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import requests
 import yaml
 from ray.job_submission import JobStatus, JobSubmissionClient
 
+from tests.clusters import Head, wait_for
+
 ROOT = Path(__file__).resolve().parents[2]
-START_SECONDS = 120.0
 JOB_SECONDS = 180.0
-STOP_SECONDS = 5.0
-POLL_SECONDS = 0.2
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
     """A head node of our own on loopback; gives the address of its job API."""
-    # Unix sockets have short paths, and pytest's folders are long.
-    temp_dir = Path(tempfile.mkdtemp(prefix="dbj-", dir="/tmp"))
-    port, dashboard_port, agent_port = free_ports(3)
-    words = [
-        *(str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--num-cpus=2"),
-        *("--node-ip-address=127.0.0.1", f"--port={port}", f"--temp-dir={temp_dir}"),
-        *("--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard_port}"),
-        *(f"--dashboard-agent-listen-port={agent_port}", "--disable-usage-stats", "--num-gpus=0"),
-        "--object-store-memory=200000000",
-    ]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    with (temp_dir / "start.log").open("w") as log:
-        head = subprocess.Popen(
-            words,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env={**environment, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"},
-            start_new_session=True,
-        )
-    address = f"http://127.0.0.1:{dashboard_port}"
-    try:
-        wait_for(lambda: answers(head, address, temp_dir), START_SECONDS, "the head node does not answer")
-        yield address
-    finally:
-        stop(head)
-        shutil.rmtree(temp_dir, ignore_errors=True)
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on at the moment."""
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
-
-
-def wait_for(holds: Callable[[], bool], seconds: float, otherwise: str) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, otherwise
-        time.sleep(POLL_SECONDS)
-
-
-def answers(head: subprocess.Popen[bytes], address: str, temp_dir: Path) -> bool:
-    """Whether the job API is there."""
-    assert head.poll() is None, (temp_dir / "start.log").read_text()
-    try:
-        return requests.get(f"{address}/api/jobs/", timeout=5).ok
-    except requests.RequestException:
-        return False
-
-
-def stop(head: subprocess.Popen[bytes]) -> None:
-    """End the head node and what it started: nothing else on this machine, as `ray stop` would."""
-    for how in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(head.pid, how)  # its session is its process group
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            head.wait(STOP_SECONDS)
+    head = Head(cpus=2)
+    yield head.jobs_address
+    head.stop()
 
 
 class Corpus:

@@ -1,0 +1,147 @@
+"""A real S3 server, started here: commits are single PUTs, resumes list and do not look at every part."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import requests
+import s3fs
+
+from tests.clusters import free_ports, wait_for
+from tests.faults.harness import DEADLINE_SECONDS, wait_until
+from tests.integration.conftest import sentences
+
+START_SECONDS = 60.0
+_REQUEST = re.compile(r'"(GET|HEAD|PUT|POST|DELETE) (\S+) HTTP')
+
+
+class Store:
+    """The server, a bucket in it, and its log of requests."""
+
+    def __init__(self, log: Path) -> None:
+        self._log = log
+        (port,) = free_ports(1)
+        self.url = f"http://127.0.0.1:{port}"
+        with log.open("w") as file:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+                stderr=file,
+                stdout=file,
+            )
+        wait_for(self._answers, START_SECONDS, "the S3 server does not answer")
+        self.files = s3fs.S3FileSystem(endpoint_url=self.url, key="k", secret="s", use_listings_cache=False)
+        self.files.mkdir("bucket")
+
+    def _answers(self) -> bool:
+        assert self._process.poll() is None, self._log.read_text()
+        try:
+            return requests.get(f"{self.url}/moto-api/", timeout=5).ok
+        except requests.RequestException:
+            return False
+
+    def requests(self) -> list[tuple[str, str]]:
+        """Method and path of every request so far."""
+        return _REQUEST.findall(self._log.read_text())
+
+    def rows(self, folder: str) -> list[tuple[str, int]]:
+        """(file, row) of every row in the parts of a folder."""
+        found = []
+        for part in self.files.glob(f"{folder}/part-*.parquet"):
+            with self.files.open(part) as file:
+                table = pq.read_table(file, columns=["source_file", "source_row"])
+            found += zip(table["source_file"].to_pylist(), table["source_row"].to_pylist(), strict=True)
+        return found
+
+    def stop(self) -> None:
+        self._process.terminate()
+        self._process.wait()
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+    store = Store(tmp_path / "requests.log")
+    for name, value in {
+        "AWS_ENDPOINT_URL": store.url,
+        "AWS_ACCESS_KEY_ID": "k",
+        "AWS_SECRET_ACCESS_KEY": "s",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    yield store
+    store.stop()
+
+
+def put_corpus(store: Store, *, files: int, rows: int) -> None:
+    for i in range(files):
+        with store.files.open(f"bucket/in/{i}.parquet", "wb") as file:
+            pq.write_table(pa.table({"text": sentences(rows, seed=i)}), file, row_group_size=rows)
+
+
+def classify(model: Path, **options: object) -> subprocess.Popen[str]:
+    """The command on the bucket, in a process group of its own."""
+    command = [sys.executable, "-m", "jobs.classify", "--model", model, "--input", "s3://bucket/in"]
+    command += ["--output", "s3://bucket/out", "--entropy-threshold", "0.7", "--precision", "float32"]
+    command += [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    return subprocess.Popen(
+        list(map(str, command)), stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
+
+
+def finish(model: Path, **options: object) -> str:
+    process = classify(model, **options)
+    _, said = process.communicate(timeout=DEADLINE_SECONDS)
+    assert process.returncode == 0, said
+    return said
+
+
+def test_a_killed_run_on_a_store_resumes(store: Store, saved_model: Path) -> None:
+    put_corpus(store, files=3, rows=8_000)
+
+    def parts() -> list[str]:
+        return list(store.files.glob("bucket/out/part-*.parquet"))
+
+    first = classify(saved_model, shard_rows=400, replicas=2, threads=1)
+    try:
+        wait_until(lambda: len(parts()) >= 5, first)
+    finally:
+        os.killpg(first.pid, signal.SIGKILL)
+        first.wait()
+    assert 5 <= len(parts()) < 60
+    assert not store.files.exists("bucket/out/_SUCCESS")
+
+    finish(saved_model, shard_rows=400, replicas=2, threads=1)
+    assert store.files.exists("bucket/out/_SUCCESS")
+    assert len(parts()) == 60
+    rows = store.rows("bucket/out")
+    assert len(rows) == len(set(rows)) == 24_000
+
+    written = Counter(
+        path for method, path in store.requests() if method in ("PUT", "POST") and "/part-" in path
+    )
+    assert len(written) == 60
+    assert not any("uploads" in path for path in written), "a part was written in several requests"
+
+
+def test_a_thousand_parts_are_listed_not_visited(store: Store, saved_model: Path) -> None:
+    put_corpus(store, files=2, rows=1_000)
+    finish(saved_model, shard_rows=2)
+    assert len(store.files.glob("bucket/out/part-*.parquet")) == 1_000
+
+    before = len(store.requests())
+    said = finish(saved_model, shard_rows=2)
+
+    made = store.requests()[before:]
+    assert "nothing to do: all 1000 shards of 2 files are committed" in said
+    assert not [path for _, path in made if "/part-" in path]
+    assert len(made) < 60
