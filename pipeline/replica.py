@@ -22,6 +22,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import ray
 import torch
+from ray.exceptions import RayError
 
 from deebert.checkpoint import Checkpoint
 from deebert.encoder import PackedEncoder
@@ -165,13 +166,13 @@ class Replica:
     def _attempt(self, shard: Shard) -> ShardRecord | ShardFailure:
         """Run the shard as its history in this run demands: with others, alone, in pieces, or not at all."""
         name, board = part_name(shard, self._spec.identity.digest), self._spec.board
-        history: History = ray.get(board.history.remote(name))
+        history: History = _answer(board.history.remote(name))
         if (history.deaths or history.has_ended) and (record := self._spec.output.committed(name)):
             return record  # the commit was made, the word of it was lost
         if (reason := why_hopeless(history)) is not None:
             return _failure(shard, name, reason)
         with self._turns.alone() if history.deaths else self._turns.together():
-            ray.get(board.begin.remote(name))
+            _answer(board.begin.remote(name))
             try:
                 return self._run(shard, name, history)
             except (torch.AcceleratorError, torch.OutOfMemoryError, MemoryError):
@@ -187,7 +188,7 @@ class Replica:
                 log.exception("shard %s", name)
                 return _failure(shard, name, f"{type(error).__name__}: {error}", is_fatal=True)
             finally:
-                ray.get(board.end.remote(name))
+                _answer(board.end.remote(name))
 
     def _run(self, shard: Shard, name: str, history: History) -> ShardRecord:
         work = _Work(shard=shard)
@@ -249,9 +250,9 @@ class Replica:
             if piece.is_deadly:
                 work.bad.append(_deadly_row(rows))
                 continue
-            ray.get(board.trying.remote(name, (int(rows.rows[0]), int(rows.rows[-1]))))
+            _answer(board.trying.remote(name, (int(rows.rows[0]), int(rows.rows[-1]))))
             self._submit(work, rows).wait()
-        ray.get(board.trying.remote(name, None))
+        _answer(board.trying.remote(name, None))
 
     def _commit(self, work: _Work) -> ShardRecord:
         """Write the dead letters, then the part: its existence is the commit."""
@@ -307,6 +308,15 @@ class Replica:
             tokenize_seconds=work.tokenize_seconds,
             write_seconds=0.0,
         )
+
+
+def _answer(asked: Any) -> Any:
+    """What the board says; a process that does not hear from it is on a node that is being lost."""
+    try:
+        return ray.get(asked)
+    except RayError:
+        log.exception("the board of the run cannot be reached: this process ends, another takes over")
+        os._exit(1)
 
 
 def _failure(shard: Shard, part: str, reason: str, *, is_fatal: bool = False) -> ShardFailure:

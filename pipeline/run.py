@@ -109,6 +109,7 @@ def _seal(output: Output) -> None:
     sabotage.reach("run-recorded")
     output.mark_success()
     output.discard_aside()
+    output.sweep()  # what replicas were writing when they were killed
 
 
 class _Attempt:
@@ -170,7 +171,11 @@ class _Attempt:
     def _run_shards(self, shards: list[Shard]) -> None:
         # On the driver's node: what ends the board's node ends the run anyway.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-        board = ray.remote(Board).options(num_cpus=0, scheduling_strategy=here).remote()
+        board = (
+            ray.remote(Board)
+            .options(num_cpus=0, scheduling_strategy=here, max_restarts=-1, max_task_retries=-1)
+            .remote()
+        )
         records = self._output.record_log(f"{self._started_at.replace(':', '')}-{uuid.uuid4().hex[:6]}")
         try:
             with _showing_progress(board, self._run, self._totals):
@@ -352,8 +357,8 @@ def _showing_progress(board: Any, run: RunPlan, before: Totals) -> Iterator[None
         while not ended.wait(_POLL_SECONDS):
             try:
                 progress.update(sample())
-            except RayError:  # the cluster is going down; the main thread says why
-                return
+            except RayError:  # the board restarts, or the cluster goes down: the main thread says so
+                continue
 
     is_terminal = sys.stderr.isatty()
     with Progress(total_rows=run.estimated_rows, stream=sys.stderr, is_terminal=is_terminal) as progress:
@@ -368,9 +373,9 @@ def _showing_progress(board: Any, run: RunPlan, before: Totals) -> Iterator[None
 
 
 def _cause(error: BaseException) -> str:
-    """What Ray says of the end of a cluster or of an actor that cannot start: its first line."""
-    lines = str(error).strip().splitlines()
-    return lines[0].strip() if lines else type(error).__name__
+    """What Ray says of the end of a cluster or of an actor that cannot start: the last line, its hints aside."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return next((line for line in reversed(lines) if not line.startswith("To change retry")), repr(error))
 
 
 def _now() -> str:
