@@ -28,6 +28,8 @@ def execute(argv: Sequence[str], *, prog: str) -> int:
     from pipeline.run import classify
 
     quiet_libraries()
+    if sys.stderr.isatty():  # the bar says it; a line per shard is for collectors of logs
+        logging.getLogger("pipeline.shards_done").setLevel(logging.WARNING)
     with native_messages_aside():
         result = classify(config)
     totals = result.record.totals

@@ -61,6 +61,10 @@ class Board:
             case.is_open, case.trying = False, None
         return History(deaths=case.deaths, deadly=tuple(case.deadly), has_ended=case.has_ended)
 
+    def deaths(self) -> int:
+        """How often a replica died with a shard in hand, as far as its successor has asked."""
+        return sum(case.deaths for case in self._cases.values())
+
     def begin(self, part: str) -> None:
         """A replica begins to work on the shard of `part`."""
         self._cases[part].is_open = True

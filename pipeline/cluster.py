@@ -12,19 +12,26 @@ import signal
 import socket
 import tempfile
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import ray
+from ray._private import ray_constants
 
 from pipeline.config import Replicas
 from pipeline.errors import UsageError
 
+log = logging.getLogger(__name__)
+
 # Unix sockets have paths of at most 107 bytes, and Ray's are long below its temporary folder.
 _LONGEST_TEMP_DIR = 40
 _TEMP_PREFIX = "deebert-ray-"
+_CLUSTER_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+_LOGS_PREFIX = "deebert-logs-"
 _KNOCK_SECONDS = 10.0
 # A replica's process before its model: Python, Ray, torch and transformers, and room for micro-batches.
 _PROCESS_BYTES = 1 << 30
@@ -93,6 +100,7 @@ class RaySession:
         self._address = address or os.environ.get("RAY_ADDRESS")
         self._temp_dir: str | None = None
         self._mine = False
+        self._keeps_logs = False
 
     def __enter__(self) -> Self:
         # An existing cluster says before anything is planned whether there are GPUs; a local Ray, which
@@ -107,7 +115,13 @@ class RaySession:
         if self._mine:
             ray.shutdown()
         if self._temp_dir is not None:
+            if self._keeps_logs or (kind is not None and issubclass(kind, Exception)):
+                _save_logs(Path(self._temp_dir))
             shutil.rmtree(self._temp_dir, ignore_errors=True)
+
+    def keep_logs(self) -> None:
+        """Keep a local Ray's logs, whatever the end: there is something to read in them."""
+        self._keeps_logs = True
 
     def start(self) -> None:
         """Make sure that Ray runs."""
@@ -116,9 +130,8 @@ class RaySession:
         self._temp_dir = _make_temp_dir()
         # A local Ray is nobody else's: loopback only, no dashboard, and no token left in the home folder.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-        _init(
-            address="local", include_dashboard=False, _temp_dir=self._temp_dir, _node_ip_address="127.0.0.1"
-        )
+        with _loopback_only():
+            _init(address="local", include_dashboard=False, _temp_dir=self._temp_dir)
         self._mine = True
 
     def uses_gpus(self, device: str) -> bool:
@@ -171,6 +184,23 @@ def _init(**options: Any) -> None:
         signal.signal(signal.SIGTERM, handler)
 
 
+@contextmanager
+def _loopback_only() -> Iterator[None]:
+    """A Ray that starts in here listens on loopback alone: its own wish not to be a cluster.
+
+    An address of 127.0.0.1 is not enough: Ray turns it into one that other machines reach. The variable is for
+    the processes that Ray starts, the constant for this one, which has read the variable already.
+    """
+    constants: Any = ray_constants
+    before = constants.ENABLE_RAY_CLUSTER
+    os.environ[_CLUSTER_VARIABLE], constants.ENABLE_RAY_CLUSTER = "0", False
+    try:
+        yield
+    finally:
+        del os.environ[_CLUSTER_VARIABLE]
+        constants.ENABLE_RAY_CLUSTER = before
+
+
 def _make_temp_dir() -> str:
     """A folder for a local Ray's files, named after this process; those of dead processes are removed."""
     folder = Path(tempfile.gettempdir())
@@ -181,6 +211,18 @@ def _make_temp_dir() -> str:
         if owner.isdigit() and not _is_alive(int(owner)):
             shutil.rmtree(leftover, ignore_errors=True)
     return tempfile.mkdtemp(prefix=f"{_TEMP_PREFIX}{os.getpid()}-", dir=folder)
+
+
+def _save_logs(temp_dir: Path) -> None:
+    """What the replicas wrote, out of the folder that goes with Ray."""
+    logs = temp_dir / "session_latest" / "logs"
+    written = [path for path in logs.glob("worker-*") if path.stat().st_size]
+    if not written:
+        return
+    folder = tempfile.mkdtemp(prefix=_LOGS_PREFIX)
+    for path in written:
+        shutil.copy(path, folder)
+    log.warning("the replicas' logs are in %s", folder)
 
 
 def _is_alive(pid: int) -> bool:

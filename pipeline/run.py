@@ -151,7 +151,7 @@ class _Attempt:
         try:
             if whole:
                 session.start()
-                self._run_shards(whole)
+                self._run_shards(session, whole)
             self._finish()
         except KeyboardInterrupt:
             self._write("interrupted", "interrupted")
@@ -168,10 +168,10 @@ class _Attempt:
         """The run record as it stands in the output."""
         return self._record
 
-    def _run_shards(self, shards: list[Shard]) -> None:
+    def _run_shards(self, session: RaySession, shards: list[Shard]) -> None:
         # On the driver's node: what ends the board's node ends the run anyway.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-        board = (
+        board: Any = (
             ray.remote(Board)
             .options(num_cpus=0, scheduling_strategy=here, max_restarts=-1, max_task_retries=-1)
             .remote()
@@ -184,6 +184,9 @@ class _Attempt:
                         self._count(outcome, records)
                     else:
                         self._count_failure(outcome)
+            if deaths := ray.get(board.deaths.remote()):
+                log.warning("replicas died %d times with a shard in hand; others took over", deaths)
+                session.keep_logs()
         except RayError as error:
             raise RunFailedError(f"{self._missing()}: {_cause(error)}") from error
         finally:
