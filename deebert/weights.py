@@ -1,0 +1,82 @@
+"""Weights files: which of them a folder has, and that reading them runs no code.
+
+A pickle can run anything when it is read. Weights come from safetensors, unless a caller allows pickles; then
+only their tensors are read (`torch.load(weights_only=True)`). Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from deebert.errors import CheckpointError
+
+SAFETENSORS = "model.safetensors"
+PICKLE = "pytorch_model.bin"
+
+
+def is_folder_name(name_or_path: str) -> bool:
+    """Whether a name means a folder: a hub id has at most one slash and does not exist as one."""
+    return (
+        Path(name_or_path).exists()
+        or name_or_path.startswith((".", "~", os.sep))
+        or name_or_path.count("/") > 1
+    )
+
+
+def refuse_pickles(
+    name_or_path: str, *, allow_pickle: bool, remedy: str = "save the model again as safetensors"
+) -> None:
+    """Refuse a folder whose weights are all pickled, unless that is allowed; hub ids pass.
+
+    Args:
+        name_or_path: a model folder or hub id.
+        allow_pickle: whether pickled weights will do.
+        remedy: what the reader of the refusal should do.
+
+    Raises:
+        CheckpointError: there are pickled weights only.
+    """
+    folder = Path(name_or_path)
+    if allow_pickle or not folder.is_dir() or any(folder.glob("*.safetensors")):
+        return
+    if pickled := sorted(path.name for path in folder.glob("*.bin") if path.name != "training_args.bin"):
+        raise CheckpointError(
+            f"the weights of {name_or_path!r} are pickled ({pickled[0]}), and reading a pickle can run code: {remedy}"
+        )
+
+
+def read_weights(folder: Path, *, allow_pickle: bool) -> dict[str, Tensor]:
+    """All tensors of a folder's `model.safetensors`, else of its `pytorch_model.bin` where that is allowed.
+
+    Raises:
+        CheckpointError: no weights, pickled ones that are not allowed, or a file that cannot be read.
+    """
+    safe, pickled = folder / SAFETENSORS, folder / PICKLE
+    try:
+        if safe.is_file():
+            return load_file(safe)
+        if allow_pickle and pickled.is_file():
+            return _tensors(torch.load(pickled, map_location="cpu", weights_only=True), pickled)
+    except (OSError, SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        file = safe if safe.is_file() else pickled
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"cannot read the weights {str(file)!r}: {reason}") from error
+    refuse_pickles(
+        str(folder), allow_pickle=allow_pickle, remedy="give --allow-pickle if you trust where it comes from"
+    )
+    raise CheckpointError(f"the folder {str(folder)!r} has no weights ({SAFETENSORS}): give a complete one")
+
+
+def _tensors(content: object, file: Path) -> dict[str, Tensor]:
+    if isinstance(content, dict) and all(isinstance(value, Tensor) for value in content.values()):
+        return dict(content)
+    raise CheckpointError(
+        f"{str(file)!r} holds no plain set of weights: give a file that `torch.save` made of one"
+    )
