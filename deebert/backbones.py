@@ -158,6 +158,10 @@ def family_of(config: PreTrainedConfig) -> Family:
     """
     family = FAMILIES.get(config.model_type)
     if family is None or getattr(config, "is_decoder", False):
-        kind = f"{config.model_type} decoder" if family else config.model_type
-        raise BackboneError(f"a {kind!r} backbone cannot have off-ramps: use one of {', '.join(FAMILIES)}")
+        raise no_family(f"{config.model_type} decoder" if family else config.model_type)
     return family
+
+
+def no_family(kind: str) -> BackboneError:
+    """What to raise for a kind of model that is not among `FAMILIES`."""
+    return BackboneError(f"a {kind!r} backbone cannot have off-ramps: use one of {', '.join(FAMILIES)}")

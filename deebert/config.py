@@ -10,8 +10,7 @@ from typing import Any, Literal
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from deebert.backbones import FAMILIES, family_of
-from deebert.errors import BackboneError
+from deebert.backbones import family_of, no_family
 
 OffRampPooling = Literal["cls", "mean"]
 POOLINGS: tuple[OffRampPooling, ...] = ("cls", "mean")
@@ -101,4 +100,4 @@ def _as_config(value: PreTrainedConfig | dict[str, Any] | None) -> PreTrainedCon
     try:
         return AutoConfig.for_model(kind, **fields)
     except ValueError as error:
-        raise BackboneError(f"unknown backbone family {kind!r}: use one of {', '.join(FAMILIES)}") from error
+        raise no_family(kind) from error

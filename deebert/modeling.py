@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 from transformers.activations import ACT2FN
 from transformers.utils.generic import ModelOutput
 
-from deebert.backbones import family_of
+from deebert.backbones import FAMILIES, family_of, no_family
 from deebert.config import DeeBertConfig, OffRampPooling
 from deebert.errors import BackboneError, CheckpointError
 from deebert.weights import refuse_pickles
@@ -107,7 +107,7 @@ class DeeBertForSequenceClassification(PreTrainedModel):
             BackboneError: another family of models, or a decoder.
             CheckpointError: the backbone's weights are incomplete, or pickled.
         """
-        backbone_config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+        backbone_config = _backbone_config(name_or_path)
         family = family_of(backbone_config)
         pretrained, missing = _load(family.model, name_or_path, allow_pickle=allow_pickle)
         pooler = None if any(name.startswith("pooler.") for name in missing) else _pooler(pretrained)
@@ -147,18 +147,18 @@ class DeeBertForSequenceClassification(PreTrainedModel):
             BackboneError: another family of models, a decoder, or a head that gives no class probabilities.
             CheckpointError: its weights are incomplete (a bare encoder, or another task's head), or pickled.
         """
-        theirs = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+        theirs = _backbone_config(name_or_path)
         family = family_of(theirs)
         _refuse_other_tasks(name_or_path, theirs)
         pretrained, missing = _load(family.classifier, name_or_path, allow_pickle=allow_pickle)
         _refuse_incomplete(name_or_path, missing)
         model = cls(
             DeeBertConfig(
-                backbone_config=_without_labels(theirs),
+                backbone_config=theirs,
                 off_ramp_pooling="cls",
                 off_ramp_activation=family.head.activation,
                 id2label=theirs.id2label,
-                label2id={label: i for i, label in theirs.id2label.items()},
+                label2id=theirs.label2id,
                 **config,
             )
         )
@@ -221,6 +221,15 @@ class DeeBertForSequenceClassification(PreTrainedModel):
         return states
 
 
+def _backbone_config(name_or_path: str) -> PreTrainedConfig:
+    kind = PreTrainedConfig.get_config_dict(name_or_path)[0].get("model_type")
+    # Asked before the Auto class is, which for a kind that it does not know recommends to run the model's code.
+    if kind is not None and kind not in FAMILIES:
+        raise no_family(kind)
+    config: PreTrainedConfig = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+    return config
+
+
 def _load(
     model: type[PreTrainedModel], name_or_path: str, *, allow_pickle: bool
 ) -> tuple[PreTrainedModel, list[str]]:
@@ -261,14 +270,6 @@ def _refuse_other_tasks(name: str, config: PreTrainedConfig) -> None:
         f"{name!r} is a {task.replace('_', ' ')} model of {labels} outputs, whose answers have no entropy to exit "
         "by: give one that chooses one of several labels"
     )
-
-
-def _without_labels(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The encoder's configuration: labels and task belong to the DeeBERT model."""
-    fields = config.to_dict()
-    for name in ("id2label", "label2id", "problem_type", "architectures"):
-        fields.pop(name, None)
-    return type(config)(**fields)
 
 
 # What makes `AutoModelForSequenceClassification.from_pretrained` know our folders: idempotent, and the one

@@ -67,7 +67,9 @@ class TestConfig:
             DeeBertConfig(backbone_config=small(BertConfig), off_ramp_pooling="max")  # type: ignore[arg-type]
 
     def test_an_unknown_backbone_family_is_refused_by_name(self) -> None:
-        with pytest.raises(BackboneError, match="unknown backbone family 'perceptron'"):
+        with pytest.raises(
+            BackboneError, match="a 'perceptron' backbone cannot have off-ramps: use one of bert, roberta"
+        ):
             DeeBertConfig(backbone_config={"model_type": "perceptron"})
 
     def test_json_round_trip_keeps_everything(self) -> None:
