@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from deebert.backbones import family_of
@@ -21,7 +20,7 @@ from deebert.config import DeeBertConfig
 from deebert.errors import CheckpointError
 from deebert.exit_policy import FULL_DEPTH, EntropyThreshold, policy_from_dict
 from deebert.modeling import DeeBertForSequenceClassification
-from deebert.weights import is_folder_name, refuse_pickles
+from deebert.weights import UNREADABLE, is_folder_name, reason, refuse_pickles
 
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model")
 # What decides a backbone's answers and does not show in its weights' names and shapes; beside its activation.
@@ -87,15 +86,29 @@ def load_checkpoint(name_or_path: str, *, allow_pickle: bool = False) -> Checkpo
             weights_only=True,
         )
         model, loading = loaded
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"cannot load the model {name_or_path!r}: {first_line}") from error
+    except UNREADABLE as error:
+        raise CheckpointError(f"cannot load the model {name_or_path!r}: {reason(error)}") from error
     if missing := sorted(loading["missing_keys"]):
         raise CheckpointError(
             f"the model {name_or_path!r} lacks {len(missing)} weights, first {missing[0]!r}: save it again"
         )
+    tokenizer = read_tokenizer(name_or_path, AutoTokenizer, trust_remote_code=False)
     return Checkpoint(path=name_or_path, model=model.eval(), tokenizer=tokenizer)
+
+
+def read_tokenizer(name_or_path: str, kind: Any, **options: Any) -> PreTrainedTokenizerBase:
+    """A tokenizer of a class, or of whatever class an Auto class finds.
+
+    Raises:
+        CheckpointError: its files cannot be read.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = kind.from_pretrained(name_or_path, **options)
+    except Exception as error:  # of a broken file: KeyErrors, and bare exceptions of the Rust side
+        raise CheckpointError(
+            f"cannot read the tokenizer in {name_or_path!r} ({reason(error)}): save it again"
+        ) from error
+    return tokenizer
 
 
 def weights_digest(model: DeeBertForSequenceClassification) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import Tensor
 from transformers import (
     BertConfig,
@@ -25,12 +25,12 @@ from transformers import (
     RobertaTokenizer,
 )
 
-from deebert.checkpoint import Checkpoint
+from deebert.checkpoint import Checkpoint, read_tokenizer
 from deebert.config import DeeBertConfig
 from deebert.errors import CheckpointError
 from deebert.exit_policy import policy_from_dict
 from deebert.modeling import DeeBertForSequenceClassification
-from deebert.weights import PICKLE, SAFETENSORS, is_folder_name, read_weights
+from deebert.weights import PICKLE, SAFETENSORS, is_folder_name, read_weights, reason
 
 log = logging.getLogger(__name__)
 
@@ -120,10 +120,9 @@ def _folder(source: str, *, allow_pickle: bool) -> Path:
     wanted = ["config.json", SAFETENSORS, *_TOKENIZER_FILES, *([PICKLE] if allow_pickle else [])]
     try:
         folder = Path(snapshot_download(source, allow_patterns=wanted))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise CheckpointError(
-            f"cannot fetch {source!r}, which is no folder here, from the hub: {reason}"
+            f"cannot fetch {source!r}, which is no folder here, from the hub: {reason(error)}"
         ) from error
     if not allow_pickle and not (folder / SAFETENSORS).is_file():
         raise CheckpointError(
@@ -269,14 +268,9 @@ def _tokenizer(folder: Path, kind: _Kind, model: DeeBertForSequenceClassificatio
             f"the checkpoint {str(folder)!r} has no tokenizer (tokenizer.json, or "
             f"{' and '.join(kind.vocabulary)}): put the one that it was trained with into it"
         )
-    try:
-        tokenizer: PreTrainedTokenizerBase = kind.tokenizer.from_pretrained(
-            folder, model_max_length=model.config.backbone_config.max_position_embeddings
-        )
-    except Exception as error:  # the Rust side raises bare exceptions
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"cannot read the tokenizer in {str(folder)!r}: {reason}") from error
-    known = model.config.backbone_config.vocab_size
+    backbone = model.config.backbone_config
+    tokenizer = read_tokenizer(str(folder), kind.tokenizer, model_max_length=backbone.max_position_embeddings)
+    known = backbone.vocab_size
     if len(tokenizer) > known:
         raise CheckpointError(
             f"the tokenizer in {str(folder)!r} knows {len(tokenizer)} tokens, the model {known}: put the one that "

@@ -21,7 +21,7 @@ from transformers.utils.generic import ModelOutput
 from deebert.backbones import FAMILIES, family_of, no_family
 from deebert.config import DeeBertConfig, OffRampPooling
 from deebert.errors import BackboneError, CheckpointError
-from deebert.weights import refuse_pickles
+from deebert.weights import UNREADABLE, reason, refuse_pickles
 
 log = logging.getLogger(__name__)
 
@@ -236,13 +236,16 @@ def _load(
     """A pretrained model, and the names of its weights that were not there and are random now."""
     refuse_pickles(name_or_path, allow_pickle=allow_pickle)
     # float32 whatever the checkpoint's storage: optimizers need it, and float16 weights convert exactly.
-    loaded: Any = model.from_pretrained(
-        name_or_path,
-        dtype=torch.float32,
-        output_loading_info=True,
-        use_safetensors=None if allow_pickle else True,
-        weights_only=True,
-    )
+    try:
+        loaded: Any = model.from_pretrained(
+            name_or_path,
+            dtype=torch.float32,
+            output_loading_info=True,
+            use_safetensors=None if allow_pickle else True,
+            weights_only=True,
+        )
+    except UNREADABLE as error:
+        raise CheckpointError(f"cannot load the model {name_or_path!r}: {reason(error)}") from error
     pretrained, loading = loaded
     return pretrained, sorted(loading["missing_keys"])
 

@@ -19,6 +19,14 @@ from deebert.errors import CheckpointError
 
 SAFETENSORS = "model.safetensors"
 PICKLE = "pytorch_model.bin"
+UNREADABLE = (OSError, ValueError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError)
+"""What the libraries raise for weights and configurations that are broken or do not fit each other."""
+
+
+def reason(error: Exception) -> str:
+    """The first line of what a library says, to be quoted."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
 
 
 def is_folder_name(name_or_path: str) -> bool:
@@ -64,10 +72,9 @@ def read_weights(folder: Path, *, allow_pickle: bool) -> dict[str, Tensor]:
             return load_file(safe)
         if allow_pickle and pickled.is_file():
             return _tensors(torch.load(pickled, map_location="cpu", weights_only=True), pickled)
-    except (OSError, SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except UNREADABLE as error:
         file = safe if safe.is_file() else pickled
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"cannot read the weights {str(file)!r}: {reason}") from error
+        raise CheckpointError(f"cannot read the weights {str(file)!r}: {reason(error)}") from error
     refuse_pickles(
         str(folder), allow_pickle=allow_pickle, remedy="give --allow-pickle if you trust where it comes from"
     )

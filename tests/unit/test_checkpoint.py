@@ -137,6 +137,15 @@ class TestRefusals:
         with pytest.raises(CheckpointError, match=f"cannot load the model '{folder}'"):
             load_checkpoint(str(folder))
 
+    @pytest.mark.parametrize("content", ["", "{", '{"version": "1.0"}'])
+    def test_a_tokenizer_that_cannot_be_read(self, folder: Path, content: str) -> None:
+        (folder / "tokenizer.json").write_text(content)
+
+        with pytest.raises(
+            CheckpointError, match=rf"cannot read the tokenizer in '{folder}' \(.*\): save it"
+        ):
+            load_checkpoint(str(folder))
+
     def test_off_ramps_that_the_backbone_cannot_have(self, folder: Path) -> None:
         edit_config(folder, off_ramp_layers=[9])
 

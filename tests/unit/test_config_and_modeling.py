@@ -274,6 +274,15 @@ class TestFromBackbone:
             "'encoder.layer.1.output.LayerNorm.bias': give a complete model of that kind"
         )
 
+    @pytest.mark.parametrize("kept_bytes", [0, 5, 1000])
+    def test_weights_that_were_cut_short_are_refused(self, tmp_path: Path, kept_bytes: int) -> None:
+        folder = save_backbone(tmp_path, BertModel(small(BertConfig)))
+        weights = tmp_path / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:kept_bytes])
+
+        with pytest.raises(CheckpointError, match=f"cannot load the model '{folder}': "):
+            DeeBertForSequenceClassification.from_backbone(folder, labels=["no", "yes"])
+
     def test_poolers_are_copies_that_train_apart(self, tmp_path: Path) -> None:
         folder = save_backbone(tmp_path, BertModel(small(BertConfig)))
         model = DeeBertForSequenceClassification.from_backbone(folder, labels=["no", "yes"])

@@ -190,6 +190,15 @@ class TestRefusals:
             "give one that chooses one of several labels"
         )
 
+    def test_a_head_of_another_number_of_labels(self, tmp_path: Path) -> None:
+        folder = save(tmp_path, FAMILIES["bert"].classifier(config_of("bert")))
+        two = config_of("bert")
+        two.id2label, two.label2id = {0: "a", 1: "b"}, {"a": 0, "b": 1}
+        two.save_pretrained(folder)
+
+        with pytest.raises(CheckpointError, match=f"cannot load the model '{folder}': "):
+            DeeBertForSequenceClassification.from_classifier(folder)
+
     def test_other_families(self, tmp_path: Path) -> None:
         config = GPT2Config(vocab_size=10, n_positions=8, n_embd=8, n_layer=1, n_head=1)
         folder = save(tmp_path, GPT2ForSequenceClassification(config))

@@ -238,7 +238,7 @@ class TestTokenizer:
     def test_that_cannot_be_read_is_refused(self, source: Path) -> None:
         (source / "tokenizer.json").write_text("{")
 
-        assert refusal(source).startswith(f"cannot read the tokenizer in '{source}': ")
+        assert refusal(source).startswith(f"cannot read the tokenizer in '{source}' (")
 
 
 class TestIncompleteCheckpoints:
