@@ -10,9 +10,8 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from deebert.backbones import family_of
@@ -20,7 +19,7 @@ from deebert.config import DeeBertConfig
 from deebert.errors import CheckpointError
 from deebert.exit_policy import FULL_DEPTH, EntropyThreshold, policy_from_dict
 from deebert.modeling import DeeBertForSequenceClassification
-from deebert.weights import UNREADABLE, is_folder_name, reason, refuse_pickles
+from deebert.weights import is_folder_name, load_pretrained, reason, refuse_pickles
 
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model")
 # What decides a backbone's answers and does not show in its weights' names and shapes; beside its activation.
@@ -75,25 +74,20 @@ def load_checkpoint(name_or_path: str, *, allow_pickle: bool = False) -> Checkpo
         _check_folder(Path(name_or_path), allow_pickle=allow_pickle)
     try:
         config = DeeBertConfig.from_pretrained(name_or_path)
-        if config.model_type != "deebert":
-            raise CheckpointError(_not_deebert(name_or_path, config.model_type))
-        loaded: Any = DeeBertForSequenceClassification.from_pretrained(
-            name_or_path,
-            config=config,
-            dtype=torch.float32,
-            output_loading_info=True,
-            use_safetensors=None if allow_pickle else True,
-            weights_only=True,
-        )
-        model, loading = loaded
-    except UNREADABLE as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot load the model {name_or_path!r}: {reason(error)}") from error
-    if missing := sorted(loading["missing_keys"]):
+    if config.model_type != "deebert":
+        raise CheckpointError(_not_deebert(name_or_path, config.model_type))
+    loaded = load_pretrained(
+        DeeBertForSequenceClassification, name_or_path, allow_pickle=allow_pickle, config=config
+    )
+    model, missing = cast(tuple[DeeBertForSequenceClassification, list[str]], loaded)
+    if missing:
         raise CheckpointError(
             f"the model {name_or_path!r} lacks {len(missing)} weights, first {missing[0]!r}: save it again"
         )
     tokenizer = read_tokenizer(name_or_path, AutoTokenizer, trust_remote_code=False)
-    return Checkpoint(path=name_or_path, model=model.eval(), tokenizer=tokenizer)
+    return Checkpoint(path=name_or_path, model=model.train(False), tokenizer=tokenizer)
 
 
 def read_tokenizer(name_or_path: str, kind: Any, **options: Any) -> PreTrainedTokenizerBase:

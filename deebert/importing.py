@@ -30,7 +30,7 @@ from deebert.config import DeeBertConfig
 from deebert.errors import CheckpointError
 from deebert.exit_policy import policy_from_dict
 from deebert.modeling import DeeBertForSequenceClassification
-from deebert.weights import PICKLE, SAFETENSORS, is_folder_name, read_weights, reason
+from deebert.weights import PICKLE, SAFETENSORS, is_folder_name, misfit, read_weights, reason
 
 log = logging.getLogger(__name__)
 
@@ -228,10 +228,7 @@ def _fill(
         )
     for name, source in sources.items():
         if ours[name].shape != theirs[source].shape:
-            raise CheckpointError(
-                f"the weight {source!r} in {str(folder)!r} has shape {tuple(theirs[source].shape)}, its config.json "
-                f"makes it {tuple(ours[name].shape)}: give the configuration that belongs to the weights"
-            )
+            raise misfit(str(folder), source, theirs[source].shape, ours[name].shape)
     model.load_state_dict({name: theirs[source].to(torch.float32) for name, source in sources.items()})
     _name_the_rest(set(theirs) - set(sources.values()), f"{prefix}.", model.config.num_hidden_layers)
 

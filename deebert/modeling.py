@@ -21,7 +21,7 @@ from transformers.utils.generic import ModelOutput
 from deebert.backbones import FAMILIES, family_of, no_family
 from deebert.config import DeeBertConfig, OffRampPooling
 from deebert.errors import BackboneError, CheckpointError
-from deebert.weights import UNREADABLE, reason, refuse_pickles
+from deebert.weights import load_pretrained
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ class DeeBertForSequenceClassification(PreTrainedModel):
         """
         backbone_config = _backbone_config(name_or_path)
         family = family_of(backbone_config)
-        pretrained, missing = _load(family.model, name_or_path, allow_pickle=allow_pickle)
+        pretrained, missing = load_pretrained(family.model, name_or_path, allow_pickle=allow_pickle)
         pooler = None if any(name.startswith("pooler.") for name in missing) else _pooler(pretrained)
         _refuse_incomplete(name_or_path, [name for name in missing if not name.startswith("pooler.")])
         model = cls(
@@ -150,7 +150,7 @@ class DeeBertForSequenceClassification(PreTrainedModel):
         theirs = _backbone_config(name_or_path)
         family = family_of(theirs)
         _refuse_other_tasks(name_or_path, theirs)
-        pretrained, missing = _load(family.classifier, name_or_path, allow_pickle=allow_pickle)
+        pretrained, missing = load_pretrained(family.classifier, name_or_path, allow_pickle=allow_pickle)
         _refuse_incomplete(name_or_path, missing)
         model = cls(
             DeeBertConfig(
@@ -228,26 +228,6 @@ def _backbone_config(name_or_path: str) -> PreTrainedConfig:
         raise no_family(kind)
     config: PreTrainedConfig = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
     return config
-
-
-def _load(
-    model: type[PreTrainedModel], name_or_path: str, *, allow_pickle: bool
-) -> tuple[PreTrainedModel, list[str]]:
-    """A pretrained model, and the names of its weights that were not there and are random now."""
-    refuse_pickles(name_or_path, allow_pickle=allow_pickle)
-    # float32 whatever the checkpoint's storage: optimizers need it, and float16 weights convert exactly.
-    try:
-        loaded: Any = model.from_pretrained(
-            name_or_path,
-            dtype=torch.float32,
-            output_loading_info=True,
-            use_safetensors=None if allow_pickle else True,
-            weights_only=True,
-        )
-    except UNREADABLE as error:
-        raise CheckpointError(f"cannot load the model {name_or_path!r}: {reason(error)}") from error
-    pretrained, loading = loaded
-    return pretrained, sorted(loading["missing_keys"])
 
 
 def _pooler(pretrained: Any) -> nn.Module | None:

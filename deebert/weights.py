@@ -1,26 +1,29 @@
 """Weights files: which of them a folder has, and that reading them runs no code.
 
 A pickle can run anything when it is read. Weights come from safetensors, unless a caller allows pickles; then
-only their tensors are read (`torch.load(weights_only=True)`). Knows nothing of models.
+only their tensors are read (`torch.load(weights_only=True)`). Knows nothing of what the models are for.
 """
 
 from __future__ import annotations
 
 import os
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from deebert.errors import CheckpointError
 
 SAFETENSORS = "model.safetensors"
 PICKLE = "pytorch_model.bin"
 UNREADABLE = (OSError, ValueError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError)
-"""What the libraries raise for weights and configurations that are broken or do not fit each other."""
+"""What the libraries raise for weights and configurations that are broken."""
 
 
 def reason(error: Exception) -> str:
@@ -58,6 +61,51 @@ def refuse_pickles(
         raise CheckpointError(
             f"the weights of {name_or_path!r} are pickled ({pickled[0]}), and reading a pickle can run code: {remedy}"
         )
+
+
+def load_pretrained(
+    model: type[PreTrainedModel], name_or_path: str, *, allow_pickle: bool, **options: Any
+) -> tuple[PreTrainedModel, list[str]]:
+    """A pretrained model in float32, and the names of its weights that were not there and are random now.
+
+    float32 whatever the storage: optimizers need it, and narrower weights convert exactly.
+
+    Args:
+        model: its class.
+        name_or_path: folder or hub id.
+        allow_pickle: whether pickled weights will do where there are no others.
+        options: further arguments of `from_pretrained`.
+
+    Raises:
+        CheckpointError: pickled weights that are not allowed, or weights that are broken or do not fit the
+            configuration.
+    """
+    refuse_pickles(name_or_path, allow_pickle=allow_pickle)
+    try:
+        loaded: Any = model.from_pretrained(
+            name_or_path,
+            dtype=torch.float32,
+            use_safetensors=None if allow_pickle else True,
+            weights_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that the refusal can name one of them
+            **options,
+        )
+    except UNREADABLE as error:
+        raise CheckpointError(f"cannot load the model {name_or_path!r}: {reason(error)}") from error
+    pretrained, loading = loaded
+    if unfit := sorted(loading["mismatched_keys"]):
+        name, stored, expected = unfit[0]
+        raise misfit(name_or_path, name, stored, expected)
+    return pretrained, sorted(loading["missing_keys"])
+
+
+def misfit(model: str, weight: str, stored: Sequence[int], expected: Sequence[int]) -> CheckpointError:
+    """What to raise for a weight of another shape than the configuration gives it."""
+    return CheckpointError(
+        f"the weight {weight!r} of {model!r} has shape {tuple(stored)}, its config.json makes it {tuple(expected)}: "
+        "give the configuration that belongs to the weights"
+    )
 
 
 def read_weights(folder: Path, *, allow_pickle: bool) -> dict[str, Tensor]:

@@ -59,6 +59,7 @@ def their_logits(theirs: Any, rows: list[list[int]]) -> Tensor:
 @pytest.fixture
 def theirs(family: str) -> Any:
     """A fine-tuned classifier of each family: 3 layers, 3 labels."""
+    torch.manual_seed(0)  # fresh off-ramps and dropout
     return FAMILIES[family].classifier(config_of(family))
 
 
@@ -138,13 +139,13 @@ class TestWhatIsGained:
         labels = their_logits(theirs, rows).argmax(-1)
         data = LabelledSequences(tokens=tokens, labels=labels)
         before = (trace(PackedEncoder(model), tokens).logits.argmax(-1) == labels).float().mean(1)
-        stage = StageConfig(epochs=60, batch_size=20, learning_rate=5e-3)
+        stage = StageConfig(epochs=120, batch_size=20, learning_rate=5e-3)
 
         train_off_ramps(model, data, TwoStageConfig(stage_2=stage), show_progress=False)
 
         after = (trace(PackedEncoder(model), tokens).logits.argmax(-1) == labels).float().mean(1)
-        assert (after[:-1] > before[:-1]).all()
-        assert after.min() > 0.9
+        assert before[:-1].max() < 0.75
+        assert after.min() > 0.95
         ids, mask = padded(ROWS, theirs.config.pad_token_id)
         assert torch.equal(model(ids, mask).logits, their_logits(theirs, ROWS))
 
@@ -196,7 +197,10 @@ class TestRefusals:
         two.id2label, two.label2id = {0: "a", 1: "b"}, {"a": 0, "b": 1}
         two.save_pretrained(folder)
 
-        with pytest.raises(CheckpointError, match=f"cannot load the model '{folder}': "):
+        with pytest.raises(
+            CheckpointError,
+            match=r"'classifier.bias' of '.*' has shape \(3,\), its config.json makes it \(2,\)",
+        ):
             DeeBertForSequenceClassification.from_classifier(folder)
 
     def test_other_families(self, tmp_path: Path) -> None:
