@@ -19,7 +19,7 @@ from deebert.config import DeeBertConfig
 from deebert.errors import CheckpointError
 from deebert.exit_policy import FULL_DEPTH, EntropyThreshold, policy_from_dict
 from deebert.modeling import DeeBertForSequenceClassification
-from deebert.weights import is_folder_name, load_pretrained, reason, refuse_pickles
+from deebert.weights import UNREADABLE, is_folder_name, load_pretrained, reason, refuse_pickles
 
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model")
 # What decides a backbone's answers and does not show in its weights' names and shapes; beside its activation.
@@ -49,14 +49,19 @@ class Checkpoint:
     @property
     def longest_input(self) -> int:
         """Tokens that the position embeddings allow."""
-        backbone = self.model.config.backbone_config
-        reserved = backbone.pad_token_id + 1 if family_of(backbone).positions_follow_padding else 0
-        return int(backbone.max_position_embeddings) - reserved
+        return longest_input(self.model.config)
 
     @property
     def default_max_length(self) -> int:
         """What training truncated to, else the longest input."""
         return min(self.model.config.max_seq_length or self.longest_input, self.longest_input)
+
+
+def longest_input(config: DeeBertConfig) -> int:
+    """Tokens that a model's position embeddings allow."""
+    backbone = config.backbone_config
+    reserved = backbone.pad_token_id + 1 if family_of(backbone).positions_follow_padding else 0
+    return int(backbone.max_position_embeddings) - reserved
 
 
 def load_checkpoint(name_or_path: str, *, allow_pickle: bool = False) -> Checkpoint:
@@ -74,7 +79,7 @@ def load_checkpoint(name_or_path: str, *, allow_pickle: bool = False) -> Checkpo
         _check_folder(Path(name_or_path), allow_pickle=allow_pickle)
     try:
         config = DeeBertConfig.from_pretrained(name_or_path)
-    except (OSError, ValueError) as error:
+    except UNREADABLE as error:
         raise CheckpointError(f"cannot load the model {name_or_path!r}: {reason(error)}") from error
     if config.model_type != "deebert":
         raise CheckpointError(_not_deebert(name_or_path, config.model_type))

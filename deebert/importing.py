@@ -25,12 +25,12 @@ from transformers import (
     RobertaTokenizer,
 )
 
-from deebert.checkpoint import Checkpoint, read_tokenizer
+from deebert.checkpoint import Checkpoint, longest_input, read_tokenizer
 from deebert.config import DeeBertConfig
 from deebert.errors import CheckpointError
 from deebert.exit_policy import policy_from_dict
 from deebert.modeling import DeeBertForSequenceClassification
-from deebert.weights import PICKLE, SAFETENSORS, is_folder_name, misfit, read_weights, reason
+from deebert.weights import PICKLE, SAFETENSORS, UNREADABLE, is_folder_name, misfit, read_weights, reason
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +104,10 @@ def import_checkpoint(
     theirs = read_weights(folder, allow_pickle=allow_pickle)
     prefix = _prefix(folder, theirs)
     config = _config(folder, document, theirs, prefix, labels)
-    model = DeeBertForSequenceClassification(config)
+    try:
+        model = DeeBertForSequenceClassification(config)
+    except UNREADABLE as error:
+        raise CheckpointError(_no_model(folder, error)) from error
     _fill(model, theirs, prefix, folder)
     tokenizer = _tokenizer(folder, _KINDS[prefix], model)
     return Checkpoint(path=source, model=model.train(False), tokenizer=tokenizer)
@@ -172,13 +175,21 @@ def _config(
     names = _labels(folder, document, theirs, labels)
     if (policy := document.get("exit_policy")) is not None:
         policy_from_dict(policy)
+    try:
+        backbone = kind.config(**fields, pad_token_id=kind.pad_token_id)
+    except UNREADABLE as error:
+        raise CheckpointError(_no_model(folder, error)) from error
     return DeeBertConfig(
-        backbone_config=kind.config(**fields, pad_token_id=kind.pad_token_id),
+        backbone_config=backbone,
         off_ramp_pooling="cls",
         exit_policy=policy,
         id2label=dict(enumerate(names)),
         label2id={name: i for i, name in enumerate(names)},
     )
+
+
+def _no_model(folder: Path, error: Exception) -> str:
+    return f"the config.json in {str(folder)!r} describes no model ({reason(error)}): give a complete folder"
 
 
 def _labels(
@@ -220,7 +231,12 @@ def _fill(
     model: DeeBertForSequenceClassification, theirs: Mapping[str, Tensor], prefix: str, folder: Path
 ) -> None:
     """Give the model their weights; missing ones are refused, surplus ones named."""
-    ours = model.state_dict()
+    ours, layers = model.state_dict(), model.config.num_hidden_layers
+    if any(name.startswith(f"{prefix}.encoder.layer.{layers}.") for name in theirs):
+        raise CheckpointError(
+            f"the checkpoint {str(folder)!r} has more layers than the {layers} of its config.json: give the "
+            "configuration that belongs to the weights"
+        )
     sources = {name: _their_name(name, prefix) for name in ours}
     if missing := sorted(source for source in sources.values() if source not in theirs):
         raise CheckpointError(
@@ -230,7 +246,7 @@ def _fill(
         if ours[name].shape != theirs[source].shape:
             raise misfit(str(folder), source, theirs[source].shape, ours[name].shape)
     model.load_state_dict({name: theirs[source].to(torch.float32) for name, source in sources.items()})
-    _name_the_rest(set(theirs) - set(sources.values()), f"{prefix}.", model.config.num_hidden_layers)
+    _name_the_rest(set(theirs) - set(sources.values()), f"{prefix}.", layers)
 
 
 def _their_name(ours: str, prefix: str) -> str:
@@ -265,9 +281,8 @@ def _tokenizer(folder: Path, kind: _Kind, model: DeeBertForSequenceClassificatio
             f"the checkpoint {str(folder)!r} has no tokenizer (tokenizer.json, or "
             f"{' and '.join(kind.vocabulary)}): put the one that it was trained with into it"
         )
-    backbone = model.config.backbone_config
-    tokenizer = read_tokenizer(str(folder), kind.tokenizer, model_max_length=backbone.max_position_embeddings)
-    known = backbone.vocab_size
+    tokenizer = read_tokenizer(str(folder), kind.tokenizer, model_max_length=longest_input(model.config))
+    known = model.config.backbone_config.vocab_size
     if len(tokenizer) > known:
         raise CheckpointError(
             f"the tokenizer in {str(folder)!r} knows {len(tokenizer)} tokens, the model {known}: put the one that "

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -22,14 +23,25 @@ from deebert.errors import CheckpointError
 
 SAFETENSORS = "model.safetensors"
 PICKLE = "pytorch_model.bin"
-UNREADABLE = (OSError, ValueError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError)
+UNREADABLE = (
+    OSError,
+    TypeError,
+    ValueError,
+    RuntimeError,
+    EOFError,
+    SafetensorError,
+    StrictDataclassError,
+    pickle.UnpicklingError,
+)
 """What the libraries raise for weights and configurations that are broken."""
 
 
 def reason(error: Exception) -> str:
-    """The first line of what a library says, to be quoted."""
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    """The first line of what a library says, to be quoted; with the next, where it only announces that."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
 
 
 def is_folder_name(name_or_path: str) -> bool:

@@ -141,6 +141,15 @@ class TestRefusals:
         with pytest.raises(CheckpointError, match=f"cannot load the model '{folder}'"):
             load_checkpoint(str(folder))
 
+    def test_a_configuration_of_the_wrong_types(self, folder: Path) -> None:
+        edit_config(folder, backbone_config={"model_type": "bert", "hidden_size": "wide"})
+
+        with pytest.raises(CheckpointError) as caught:
+            load_checkpoint(str(folder))
+        assert str(caught.value).startswith(
+            f"cannot load the model '{folder}': Validation error for field 'hidden_size': TypeError: "
+        )
+
     @pytest.mark.parametrize("content", ["", "{", '{"version": "1.0"}'])
     def test_a_tokenizer_that_cannot_be_read(self, folder: Path, content: str) -> None:
         (folder / "tokenizer.json").write_text(content)

@@ -202,6 +202,7 @@ class TestTokenizer:
         expected = ["<s>", "the", "Ġg", "ood", "Ġthe", "</s>"]
         assert ("oo", "d") in MERGES
         assert made.is_fast
+        assert made.model_max_length == 64
         assert made("the good the").input_ids == [BYTE_VOCABULARY.index(token) for token in expected]
         assert made("the", "the").tokens() == ["<s>", "the", "</s>", "</s>", "the", "</s>"]
 
@@ -305,6 +306,24 @@ class TestIncompleteCheckpoints:
 
         assert "has shape (48" in message
         assert "its config.json makes it (40" in message
+
+    def test_more_layers_than_the_configuration_says(self, source: Path) -> None:
+        document = json.loads((source / "config.json").read_text())
+        write_json(source / "config.json", {**document, "num_hidden_layers": 2})
+
+        assert refusal(source) == (
+            f"the checkpoint '{source}' has more layers than the 2 of its config.json: "
+            "give the configuration that belongs to the weights"
+        )
+
+    @pytest.mark.parametrize(
+        "fields", [{"num_attention_heads": 5}, {"hidden_size": "wide"}, {"num_hidden_layers": None}]
+    )
+    def test_a_configuration_that_describes_no_model(self, source: Path, fields: dict[str, Any]) -> None:
+        document = json.loads((source / "config.json").read_text())
+        write_json(source / "config.json", {**document, **fields})
+
+        assert refusal(source).startswith(f"the config.json in '{source}' describes no model (")
 
     @pytest.mark.parametrize("kept_bytes", [0, 5, 1000])
     def test_weights_that_were_cut_short(self, source: Path, kept_bytes: int) -> None:
