@@ -8,23 +8,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import torch
-from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from deebert.backbones import family_of
 from deebert.config import DeeBertConfig
 from deebert.errors import CheckpointError
 from deebert.exit_policy import FULL_DEPTH, EntropyThreshold, policy_from_dict
 from deebert.modeling import DeeBertForSequenceClassification
+from deebert.weights import UNREADABLE, is_folder_name, load_pretrained, reason, refuse_pickles
 
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model")
-# What decides a backbone's answers and does not show in its weights' names and shapes.
-_DECISIVE_FIELDS = ("model_type", "hidden_act", "num_attention_heads", "layer_norm_eps", "pad_token_id")
+# What decides a backbone's answers and does not show in its weights' names and shapes; beside its activation.
+_DECISIVE_FIELDS = ("model_type", "num_attention_heads", "layer_norm_eps", "pad_token_id")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -50,10 +49,7 @@ class Checkpoint:
     @property
     def longest_input(self) -> int:
         """Tokens that the position embeddings allow."""
-        backbone = self.model.config.backbone_config
-        # RoBERTa's positions start behind its padding id.
-        reserved = backbone.pad_token_id + 1 if backbone.model_type == "roberta" else 0
-        return int(backbone.max_position_embeddings) - reserved
+        return longest_input(self.model.config)
 
     @property
     def default_max_length(self) -> int:
@@ -61,31 +57,57 @@ class Checkpoint:
         return min(self.model.config.max_seq_length or self.longest_input, self.longest_input)
 
 
-def load_checkpoint(name_or_path: str) -> Checkpoint:
-    """Load a model folder or hub id, float32, in eval mode.
+def longest_input(config: DeeBertConfig) -> int:
+    """Tokens that a model's position embeddings allow."""
+    backbone = config.backbone_config
+    reserved = backbone.pad_token_id + 1 if family_of(backbone).positions_follow_padding else 0
+    return int(backbone.max_position_embeddings) - reserved
+
+
+def load_checkpoint(name_or_path: str, *, allow_pickle: bool = False) -> Checkpoint:
+    """Load a model folder or hub id, float32, in eval mode. Code that comes with it is never run.
+
+    Args:
+        name_or_path: what `deebert train` or `deebert import` wrote.
+        allow_pickle: whether weights may be read from `pytorch_model.bin` (tensors only).
 
     Raises:
-        CheckpointError: no such folder, or weights, configuration or tokenizer are missing or do not fit.
+        CheckpointError: no such folder, or weights, configuration or tokenizer are missing or do not fit, or
+            the weights are pickled.
     """
-    if _is_folder_name(name_or_path):
-        _check_folder(Path(name_or_path))
+    if is_folder_name(name_or_path):
+        _check_folder(Path(name_or_path), allow_pickle=allow_pickle)
     try:
         config = DeeBertConfig.from_pretrained(name_or_path)
-        if config.model_type != "deebert":
-            raise CheckpointError(_not_deebert(name_or_path, config.model_type))
-        loaded: Any = DeeBertForSequenceClassification.from_pretrained(
-            name_or_path, config=config, dtype=torch.float32, output_loading_info=True
-        )
-        model, loading = loaded
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"cannot load the model {name_or_path!r}: {first_line}") from error
-    if missing := sorted(loading["missing_keys"]):
+    except UNREADABLE as error:
+        raise CheckpointError(f"cannot load the model {name_or_path!r}: {reason(error)}") from error
+    if config.model_type != "deebert":
+        raise CheckpointError(_not_deebert(name_or_path, config.model_type))
+    loaded = load_pretrained(
+        DeeBertForSequenceClassification, name_or_path, allow_pickle=allow_pickle, config=config
+    )
+    model, missing = cast(tuple[DeeBertForSequenceClassification, list[str]], loaded)
+    if missing:
         raise CheckpointError(
             f"the model {name_or_path!r} lacks {len(missing)} weights, first {missing[0]!r}: save it again"
         )
-    return Checkpoint(path=name_or_path, model=model.eval(), tokenizer=tokenizer)
+    tokenizer = read_tokenizer(name_or_path, AutoTokenizer, trust_remote_code=False)
+    return Checkpoint(path=name_or_path, model=model.train(False), tokenizer=tokenizer)
+
+
+def read_tokenizer(name_or_path: str, kind: Any, **options: Any) -> PreTrainedTokenizerBase:
+    """A tokenizer of a class, or of whatever class an Auto class finds.
+
+    Raises:
+        CheckpointError: its files cannot be read.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = kind.from_pretrained(name_or_path, **options)
+    except Exception as error:  # of a broken file: KeyErrors, and bare exceptions of the Rust side
+        raise CheckpointError(
+            f"cannot read the tokenizer in {name_or_path!r} ({reason(error)}): save it again"
+        ) from error
+    return tokenizer
 
 
 def weights_digest(model: DeeBertForSequenceClassification) -> str:
@@ -95,10 +117,12 @@ def weights_digest(model: DeeBertForSequenceClassification) -> str:
     the storage format or the library's version: an upgrade must not make another model of the same one.
     """
     config, backbone = model.config, model.config.backbone_config
+    fields = {name: getattr(backbone, name, None) for name in _DECISIVE_FIELDS}
     shape = {
-        "backbone": {name: getattr(backbone, name, None) for name in _DECISIVE_FIELDS},
+        "backbone": {**fields, "hidden_act": getattr(backbone, family_of(backbone).activation)},
         "off_ramp_layers": config.off_ramp_layers,
         "off_ramp_pooling": config.off_ramp_pooling,
+        "off_ramp_activation": config.off_ramp_activation,
     }
     digest = hashlib.sha256(json.dumps(shape, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
@@ -107,16 +131,7 @@ def weights_digest(model: DeeBertForSequenceClassification) -> str:
     return digest.hexdigest()
 
 
-def _is_folder_name(name_or_path: str) -> bool:
-    """A hub id has at most one slash and does not exist as a folder; everything else is a path."""
-    return (
-        Path(name_or_path).exists()
-        or name_or_path.startswith((".", "~", os.sep))
-        or name_or_path.count("/") > 1
-    )
-
-
-def _check_folder(folder: Path) -> None:
+def _check_folder(folder: Path, *, allow_pickle: bool) -> None:
     if not folder.is_dir():
         raise CheckpointError(f"no such model folder: {str(folder)!r}; train one with `deebert train`")
     config = folder / "config.json"
@@ -129,7 +144,8 @@ def _check_folder(folder: Path) -> None:
     kind = document.get("model_type") if isinstance(document, dict) else None
     if kind != "deebert":
         raise CheckpointError(_not_deebert(str(folder), kind))
-    if not any(folder.glob("*.safetensors")):
+    refuse_pickles(str(folder), allow_pickle=allow_pickle)
+    if not any(folder.glob("*.safetensors")) and not (allow_pickle and any(folder.glob("*.bin"))):
         raise CheckpointError(
             f"the model folder {str(folder)!r} has no weights (model.safetensors): save the model again"
         )

@@ -10,20 +10,23 @@ from typing import Any, Literal
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from deebert.errors import BackboneError
+from deebert.backbones import family_of, no_family
 
 OffRampPooling = Literal["cls", "mean"]
 POOLINGS: tuple[OffRampPooling, ...] = ("cls", "mean")
+ACTIVATIONS = ("tanh", "relu", "gelu")
 
 
 class DeeBertConfig(PreTrainedConfig):
     """Configuration of `DeeBertForSequenceClassification`.
 
     Args:
-        backbone_config: configuration of a BERT or RoBERTa encoder, or its dictionary.
+        backbone_config: configuration of an encoder of one of `deebert.backbones.FAMILIES`, or its dictionary.
         off_ramp_layers: 1-based layers that carry an off-ramp; all but the last by default.
         off_ramp_pooling: what off-ramps and the final classifier read: the layer's [CLS] state (``cls``, the
             paper's) or the mean of its token states (``mean``).
+        off_ramp_activation: what follows the pooler's product: ``tanh`` (the paper's), or what the head of an
+            already fine-tuned classifier has (``relu``, ``gelu``).
         exit_policy: JSON form of the operating point, e.g. ``{"type": "entropy", "thresholds": 0.2}``; None
             runs at full depth.
         max_seq_length: tokens that training truncated to, None where unknown.
@@ -39,16 +42,22 @@ class DeeBertConfig(PreTrainedConfig):
         off_ramp_pooling: OffRampPooling = "mean",
         exit_policy: dict[str, Any] | None = None,
         max_seq_length: int | None = None,
+        off_ramp_activation: str = "tanh",
         **kwargs: Any,
     ) -> None:
         self.backbone_config = _as_config(backbone_config)
         layers = self.backbone_config.num_hidden_layers
         self.off_ramp_layers = list(range(1, layers) if off_ramp_layers is None else off_ramp_layers)
         self.off_ramp_pooling = off_ramp_pooling
+        self.off_ramp_activation = off_ramp_activation
         self.exit_policy = exit_policy
         self.max_seq_length = max_seq_length
         if off_ramp_pooling not in POOLINGS:
             raise ValueError(f"off_ramp_pooling is {off_ramp_pooling!r}: choose one of {', '.join(POOLINGS)}")
+        if off_ramp_activation not in ACTIVATIONS:
+            raise ValueError(
+                f"off_ramp_activation is {off_ramp_activation!r}: choose one of {', '.join(ACTIVATIONS)}"
+            )
         if sorted(set(self.off_ramp_layers)) != self.off_ramp_layers or not all(
             1 <= i < layers for i in self.off_ramp_layers
         ):
@@ -67,6 +76,21 @@ class DeeBertConfig(PreTrainedConfig):
         """Width of the backbone's token states."""
         return int(self.backbone_config.hidden_size)
 
+    @property
+    def intermediate_size(self) -> int:
+        """Width of the feed-forward blocks."""
+        return int(getattr(self.backbone_config, family_of(self.backbone_config).intermediate_size))
+
+    @property
+    def has_token_types(self) -> bool:
+        """Whether the backbone tells the segments of a pair apart."""
+        return int(getattr(self.backbone_config, "type_vocab_size", 1)) > 1
+
+    @property
+    def initializer_range(self) -> float:
+        """Standard deviation of fresh weights: the backbone's."""
+        return float(getattr(self.backbone_config, "initializer_range", 0.02))
+
 
 def _as_config(value: PreTrainedConfig | dict[str, Any] | None) -> PreTrainedConfig:
     if isinstance(value, PreTrainedConfig):
@@ -76,4 +100,4 @@ def _as_config(value: PreTrainedConfig | dict[str, Any] | None) -> PreTrainedCon
     try:
         return AutoConfig.for_model(kind, **fields)
     except ValueError as error:
-        raise BackboneError(f"unknown backbone family {kind!r}: use a BERT or RoBERTa backbone") from error
+        raise no_family(kind) from error

@@ -6,16 +6,18 @@ regroup sequences as it likes. No padding anywhere. Knows nothing of policies, s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from deebert.attention import varlen_attention
+from deebert.backbones import Family, family_of
 from deebert.modeling import DeeBertForSequenceClassification
 from deebert.packing import PackedTokens, SequenceLayout
 
@@ -59,18 +61,20 @@ class _Layer:
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _OffRamp:
     dense: _Linear
+    activation: Callable[[Tensor], Tensor]
     classifier: _Linear
 
     def __call__(self, pooled: Tensor) -> Tensor:
-        return self.classifier(torch.tanh(self.dense(pooled))).float()
+        return self.classifier(self.activation(self.dense(pooled))).float()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Embeddings:
-    word: Tensor  # (V, H)
-    position: Tensor  # (P, H)
-    token_type: Tensor  # (S, H)
+    word: Tensor  # (V, E); E is H but where there is a projection
+    position: Tensor  # (P, E)
+    token_type: Tensor | None  # (S, E)
     norm: _Norm
+    projection: _Linear | None  # E -> H
     padding_id: int | None
     """RoBERTa's convention (positions count from ``padding_id + 1``, padding stays at it), or None."""
 
@@ -93,12 +97,12 @@ class PackedEncoder:
         self.num_labels = len(model.final_classifier.classifier.weight)
         self.hidden_size: int = config.hidden_size
         self.pooling = config.off_ramp_pooling
-        self.has_token_types = int(getattr(backbone, "type_vocab_size", 1)) > 1
+        self.has_token_types = config.has_token_types
         self._heads: int = backbone.num_attention_heads
-        self._activation = ACT2FN[backbone.hidden_act]
-        cast = _Cast(self.device, dtype)
+        cast = _Cast(self.device, dtype, family := family_of(backbone))
+        self._activation = ACT2FN[getattr(backbone, family.activation)]
         self._embeddings = cast.embeddings(model)
-        self._layers = [cast.layer(layer) for layer in model.backbone.encoder.layer]
+        self._layers = [cast.layer(layer) for layer in family.layers_of(model.backbone)]
         self._off_ramps = {
             layer: cast.off_ramp(ramp)
             for layer, ramp in zip(config.off_ramp_layers, model.off_ramps, strict=True)
@@ -115,12 +119,14 @@ class PackedEncoder:
         """Token ids on this device -> (total_tokens, H) states."""
         e = self._embeddings
         states = F.embedding(packed.input_ids, e.word)
-        if packed.token_type_ids is None:
-            states += e.token_type[0]
-        else:
-            states += F.embedding(packed.token_type_ids, e.token_type)
+        if e.token_type is not None:
+            if packed.token_type_ids is None or not self.has_token_types:
+                states += e.token_type[0]
+            else:
+                states += F.embedding(packed.token_type_ids, e.token_type)
         states += F.embedding(self._positions(packed), e.position)
-        return e.norm(states)
+        states = e.norm(states)
+        return states if e.projection is None else e.projection(states)
 
     @torch.inference_mode()
     def layer(self, index: int, states: Tensor, layout: SequenceLayout) -> Tensor:
@@ -177,10 +183,11 @@ def _mean_by_run(states: Tensor, layout: SequenceLayout) -> Tensor:
 
 @dataclass(frozen=True)
 class _Cast:
-    """Copies modules' weights to a device and dtype; knows the names that BERT and RoBERTa share."""
+    """Copies modules' weights to a device and dtype."""
 
     device: torch.device
     dtype: torch.dtype
+    family: Family
 
     def tensor(self, value: Tensor) -> Tensor:
         return value.detach().to(self.device, self.dtype, copy=True).contiguous()
@@ -203,27 +210,32 @@ class _Cast:
     def norm(self, module: Any) -> _Norm:
         return _Norm(weight=self.tensor(module.weight), bias=self.tensor(module.bias), eps=module.eps)
 
-    def layer(self, module: Any) -> _Layer:
-        attention = module.attention
+    def layer(self, module: nn.Module) -> _Layer:
+        names, at = self.family, module.get_submodule
         return _Layer(
-            qkv=self.linear(attention.self.query, attention.self.key, attention.self.value),
-            attention_output=self.linear(attention.output.dense),
-            attention_norm=self.norm(attention.output.LayerNorm),
-            intermediate=self.linear(module.intermediate.dense),
-            output=self.linear(module.output.dense),
-            output_norm=self.norm(module.output.LayerNorm),
+            qkv=self.linear(at(names.query), at(names.key), at(names.value)),
+            attention_output=self.linear(at(names.attention_output)),
+            attention_norm=self.norm(at(names.attention_norm)),
+            intermediate=self.linear(at(names.intermediate)),
+            output=self.linear(at(names.output)),
+            output_norm=self.norm(at(names.output_norm)),
         )
 
     def off_ramp(self, module: Any) -> _OffRamp:
-        return _OffRamp(dense=self.linear(module.dense), classifier=self.linear(module.classifier))
+        return _OffRamp(
+            dense=self.linear(module.dense),
+            activation=module.activation,
+            classifier=self.linear(module.classifier),
+        )
 
     def embeddings(self, model: DeeBertForSequenceClassification) -> _Embeddings:
-        module = model.backbone.embeddings
-        roberta = model.config.backbone_config.model_type == "roberta"
+        module, family = model.backbone.embeddings, self.family
+        projection = family.projection_of(model.backbone)
         return _Embeddings(
             word=self.tensor(module.word_embeddings.weight),
             position=self.tensor(module.position_embeddings.weight),
-            token_type=self.tensor(module.token_type_embeddings.weight),
+            token_type=self.tensor(module.token_type_embeddings.weight) if family.has_token_types else None,
             norm=self.norm(module.LayerNorm),
-            padding_id=model.config.backbone_config.pad_token_id if roberta else None,
+            projection=None if projection is None else self.linear(projection),
+            padding_id=model.config.backbone_config.pad_token_id if family.positions_follow_padding else None,
         )

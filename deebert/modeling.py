@@ -1,50 +1,46 @@
 """DeeBERT as a Hugging Face model: the training form.
 
-A backbone of the BERT or RoBERTa family, an off-ramp after chosen layers, and a final classifier of the
-same shape after the last one. Padded, differentiable, and saved or loaded like any `PreTrainedModel`.
+A backbone of one of `deebert.backbones.FAMILIES`, an off-ramp after chosen layers, and a final classifier of
+the same shape after the last one. Padded, differentiable, and saved or loaded like any `PreTrainedModel`.
 Nothing leaves early here: inference runs on the packed form, `deebert.encoder`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    BertModel,
-    PreTrainedConfig,
-    PreTrainedModel,
-    RobertaModel,
-)
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
+from transformers.activations import ACT2FN
 from transformers.utils.generic import ModelOutput
 
+from deebert.backbones import FAMILIES, family_of, no_family
 from deebert.config import DeeBertConfig, OffRampPooling
-from deebert.errors import BackboneError
+from deebert.errors import BackboneError, CheckpointError
+from deebert.weights import load_pretrained
 
-BACKBONES: Mapping[str, type[BertModel] | type[RobertaModel]] = {"bert": BertModel, "roberta": RobertaModel}
-"""Backbone families by `model_type`; both have ``embeddings`` and ``encoder.layer`` of the same shape."""
+log = logging.getLogger(__name__)
 
 
 class OffRamp(nn.Module):
-    """Pooler (dense + tanh) and classifier on a layer's pooled state; the final classifier is one too."""
+    """Pooler (dense + activation) and classifier on a layer's pooled state; the final classifier is one too."""
 
     def __init__(self, config: DeeBertConfig) -> None:
         super().__init__()
-        backbone = config.backbone_config
-        dropout = getattr(backbone, "classifier_dropout", None)
+        backbone, family = config.backbone_config, family_of(config.backbone_config)
+        dropout = getattr(backbone, family.classifier_dropout, None)
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.dropout = nn.Dropout(backbone.hidden_dropout_prob if dropout is None else dropout)
+        self.activation = ACT2FN[config.off_ramp_activation]
+        self.dropout = nn.Dropout(getattr(backbone, family.dropout) if dropout is None else dropout)
         self.classifier = nn.Linear(config.hidden_size, int(config.num_labels or 0))
 
     def forward(self, pooled: Tensor) -> Tensor:
         """(N, H) pooled states -> (N, C) logits."""
-        logits: Tensor = self.classifier(self.dropout(torch.tanh(self.dense(pooled))))
+        logits: Tensor = self.classifier(self.dropout(self.activation(self.dense(pooled))))
         return logits
 
 
@@ -69,7 +65,7 @@ class DeeBertOutput(ModelOutput):
 
 
 class DeeBertForSequenceClassification(PreTrainedModel):
-    """A BERT or RoBERTa encoder with off-ramps (Xin et al., ACL 2020), in its training form."""
+    """A transformer encoder with off-ramps (Xin et al., ACL 2020), in its training form."""
 
     config_class = DeeBertConfig
     config: DeeBertConfig
@@ -81,31 +77,41 @@ class DeeBertForSequenceClassification(PreTrainedModel):
 
     def __init__(self, config: DeeBertConfig) -> None:
         super().__init__(config)
-        family = backbone_class(config.backbone_config)
-        self.backbone: Any = family(config.backbone_config, add_pooling_layer=False)  # type: ignore[arg-type]
+        self.backbone: Any = family_of(config.backbone_config).build(config.backbone_config)
         self.off_ramps = nn.ModuleList(OffRamp(config) for _ in config.off_ramp_layers)
         self.final_classifier = OffRamp(config)
         self.post_init()  # type: ignore[no-untyped-call]
 
     @classmethod
     def from_backbone(
-        cls, name_or_path: str, *, labels: list[str], off_ramp_pooling: OffRampPooling = "mean", **config: Any
+        cls,
+        name_or_path: str,
+        *,
+        labels: list[str],
+        off_ramp_pooling: OffRampPooling = "mean",
+        allow_pickle: bool = False,
+        **config: Any,
     ) -> DeeBertForSequenceClassification:
         """A new model on a pretrained backbone; every pooler starts as the pretrained one (as in the paper).
 
+        Where there is no pretrained pooler, the poolers start from random weights, and the log says so.
+
         Args:
-            name_or_path: folder or hub id of a BERT or RoBERTa encoder.
+            name_or_path: folder or hub id of an encoder of one of `deebert.backbones.FAMILIES`.
             labels: label names, in the order of their ids.
             off_ramp_pooling: ``cls`` or ``mean``.
+            allow_pickle: whether weights may be read from `pytorch_model.bin` (tensors only).
             config: further arguments of `DeeBertConfig`.
 
         Raises:
             BackboneError: another family of models, or a decoder.
+            CheckpointError: the backbone's weights are incomplete, or pickled.
         """
-        backbone_config = AutoConfig.from_pretrained(name_or_path)
-        family = backbone_class(backbone_config)
-        # float32 whatever the checkpoint's storage: optimizers need it, and float16 weights convert exactly.
-        pretrained: Any = family.from_pretrained(name_or_path, add_pooling_layer=True, dtype=torch.float32)
+        backbone_config = _backbone_config(name_or_path)
+        family = family_of(backbone_config)
+        pretrained, missing = load_pretrained(family.model, name_or_path, allow_pickle=allow_pickle)
+        pooler = None if any(name.startswith("pooler.") for name in missing) else _pooler(pretrained)
+        _refuse_incomplete(name_or_path, [name for name in missing if not name.startswith("pooler.")])
         model = cls(
             DeeBertConfig(
                 backbone_config=backbone_config,
@@ -115,12 +121,62 @@ class DeeBertForSequenceClassification(PreTrainedModel):
                 **config,
             )
         )
-        pooler = pretrained.pooler
-        pretrained.pooler = None
-        model.backbone.load_state_dict(pretrained.state_dict())
-        for ramp in (*model.off_ramps, model.final_classifier):
-            ramp.dense.load_state_dict(pooler.dense.state_dict())
+        model._take_backbone(pretrained)
+        if pooler is None:
+            log.warning("%s has no pretrained pooler: the off-ramps' start from random weights", name_or_path)
+        else:
+            model._start_poolers_from(pooler)
         return model
+
+    @classmethod
+    def from_classifier(
+        cls, name_or_path: str, *, allow_pickle: bool = False, **config: Any
+    ) -> DeeBertForSequenceClassification:
+        """An already fine-tuned Hugging Face sequence classifier, with off-ramps that are yet to be trained.
+
+        Its backbone and head stay bit for bit, so that the final logits are its own: stage 2 alone
+        (`deebert.training.train_off_ramps`) makes a DeeBERT model of it. All such heads read [CLS], and so do
+        the off-ramps, whose poolers start as the head's. The labels are those of its configuration.
+
+        Args:
+            name_or_path: folder or hub id of a sequence classifier of one of `deebert.backbones.FAMILIES`.
+            allow_pickle: whether weights may be read from `pytorch_model.bin` (tensors only).
+            config: further arguments of `DeeBertConfig`: `off_ramp_layers`, `max_seq_length`.
+
+        Raises:
+            BackboneError: another family of models, a decoder, or a head that gives no class probabilities.
+            CheckpointError: its weights are incomplete (a bare encoder, or another task's head), or pickled.
+        """
+        theirs = _backbone_config(name_or_path)
+        family = family_of(theirs)
+        _refuse_other_tasks(name_or_path, theirs)
+        pretrained, missing = load_pretrained(family.classifier, name_or_path, allow_pickle=allow_pickle)
+        _refuse_incomplete(name_or_path, missing)
+        model = cls(
+            DeeBertConfig(
+                backbone_config=theirs,
+                off_ramp_pooling="cls",
+                off_ramp_activation=family.head.activation,
+                id2label=theirs.id2label,
+                label2id=theirs.label2id,
+                **config,
+            )
+        )
+        dense = pretrained.get_submodule(family.head.dense)
+        final = model.final_classifier
+        final.classifier.load_state_dict(pretrained.get_submodule(family.head.out).state_dict())
+        model._start_poolers_from(dense)
+        model._take_backbone(pretrained.base_model)
+        return model
+
+    def _take_backbone(self, pretrained: Any) -> None:
+        """Copy a pretrained encoder's weights, its pooler aside."""
+        weights = pretrained.state_dict()
+        self.backbone.load_state_dict({k: v for k, v in weights.items() if not k.startswith("pooler.")})
+
+    def _start_poolers_from(self, dense: nn.Module) -> None:
+        for ramp in (*self.off_ramps, self.final_classifier):
+            ramp.dense.load_state_dict(dense.state_dict())
 
     def forward(
         self,
@@ -157,27 +213,46 @@ class DeeBertForSequenceClassification(PreTrainedModel):
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None
     ) -> tuple[Tensor, ...]:
         """Embeddings and each layer's output: n + 1 tensors (N, L, H)."""
+        types = {"token_type_ids": token_type_ids} if self.config.has_token_types else {}
         output = self.backbone(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            output_hidden_states=True,
+            input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True, **types
         )
         states: tuple[Tensor, ...] = output.hidden_states
         return states
 
 
-def backbone_class(config: PreTrainedConfig) -> type[BertModel] | type[RobertaModel]:
-    """The encoder class of a backbone configuration.
+def _backbone_config(name_or_path: str) -> PreTrainedConfig:
+    kind = PreTrainedConfig.get_config_dict(name_or_path)[0].get("model_type")
+    # Asked before the Auto class is, which for a kind that it does not know recommends to run the model's code.
+    if kind is not None and kind not in FAMILIES:
+        raise no_family(kind)
+    config: PreTrainedConfig = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+    return config
 
-    Raises:
-        BackboneError: no off-ramps are implemented for it.
-    """
-    family = BACKBONES.get(config.model_type)
-    if family is None or getattr(config, "is_decoder", False):
-        kind = f"{config.model_type} decoder" if family else config.model_type
-        raise BackboneError(f"a {kind!r} backbone cannot have off-ramps: use one of {', '.join(BACKBONES)}")
-    return family
+
+def _pooler(pretrained: Any) -> nn.Module | None:
+    pooler = getattr(pretrained, "pooler", None)
+    return None if pooler is None else pooler.dense
+
+
+def _refuse_incomplete(name: str, missing: list[str]) -> None:
+    if missing:
+        raise CheckpointError(
+            f"{name!r} lacks {len(missing)} of the weights that it should have, first {missing[0]!r}: give a "
+            "complete model of that kind"
+        )
+
+
+def _refuse_other_tasks(name: str, config: PreTrainedConfig) -> None:
+    """Entropy says how sure a softmax over several classes is, and of nothing else."""
+    labels = int(config.num_labels or 0)
+    if config.problem_type in (None, "single_label_classification") and labels > 1:
+        return
+    task = config.problem_type or "regression"
+    raise BackboneError(
+        f"{name!r} is a {task.replace('_', ' ')} model of {labels} outputs, whose answers have no entropy to exit "
+        "by: give one that chooses one of several labels"
+    )
 
 
 # What makes `AutoModelForSequenceClassification.from_pretrained` know our folders: idempotent, and the one

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from deebert.backbones import family_of
 from deebert.modeling import DeeBertForSequenceClassification
 
 
@@ -45,11 +46,11 @@ def classify_one(
         thresholds: one per layer before the last, nats; None or negative never fires.
         token_type_ids: segment ids, zeros when None.
     """
-    config, backbone = model.config, model.backbone
+    config, backbone, family = model.config, model.backbone, family_of(model.config.backbone_config)
     types = None if token_type_ids is None else torch.tensor([list(token_type_ids)])
-    hidden = backbone.embeddings(input_ids=torch.tensor([list(input_ids)]), token_type_ids=types)
+    hidden = family.embed(backbone, torch.tensor([list(input_ids)]), types)
     margin = math.inf
-    for layer, module in enumerate(backbone.encoder.layer, start=1):
+    for layer, module in enumerate(family.layers_of(backbone), start=1):
         hidden = module(hidden, None)
         pooled = hidden[:, 0] if config.off_ramp_pooling == "cls" else hidden.mean(dim=1)
         if layer == config.num_hidden_layers:

@@ -251,7 +251,7 @@ class _OffRampStack(nn.Module):
     def __init__(self, model: DeeBertForSequenceClassification) -> None:
         super().__init__()
         ramps = cast(list[OffRamp], list(model.off_ramps))
-        self.dropout = nn.Dropout(ramps[0].dropout.p)
+        self.activation, self.dropout = ramps[0].activation, nn.Dropout(ramps[0].dropout.p)
         self.dense = nn.Parameter(torch.stack([r.dense.weight.detach().T for r in ramps]))  # (R, H, H)
         self.dense_bias = nn.Parameter(torch.stack([r.dense.bias.detach()[None] for r in ramps]))  # (R, 1, H)
         self.classifier = nn.Parameter(torch.stack([r.classifier.weight.detach().T for r in ramps]))
@@ -259,7 +259,7 @@ class _OffRampStack(nn.Module):
 
     def forward(self, pooled: Tensor) -> Tensor:
         """(R, N, H) -> (R, N, C)."""
-        inner = self.dropout(torch.tanh(torch.baddbmm(self.dense_bias, pooled, self.dense)))
+        inner = self.dropout(self.activation(torch.baddbmm(self.dense_bias, pooled, self.dense)))
         return torch.baddbmm(self.classifier_bias, inner, self.classifier)
 
     @torch.no_grad()

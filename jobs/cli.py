@@ -16,6 +16,7 @@ from pipeline.errors import UsageError
 
 VERBS = {
     "train": "fine-tune a DeeBERT model from a backbone",
+    "import": "turn an original DeeBERT checkpoint into a model folder",
     "evaluate": "score every off-ramp and sweep thresholds on a labelled set",
     "classify": "classify a corpus on Ray into Parquet",
     "stream": "classify stdin to stdout, each sample the moment it exits",

@@ -238,7 +238,7 @@ def _model_record(checkpoint: Checkpoint) -> ModelRecord:
         path=checkpoint.path,
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
-        intermediate_size=int(config.backbone_config.intermediate_size),
+        intermediate_size=config.intermediate_size,
         labels=checkpoint.labels,
         off_ramp_layers=tuple(config.off_ramp_layers),
         off_ramp_pooling=config.off_ramp_pooling,

@@ -14,8 +14,9 @@ import hypothesis
 import pytest
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import BertConfig, PreTrainedTokenizerFast, RobertaConfig
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
+from deebert.backbones import FAMILIES
 from deebert.config import DeeBertConfig
 from deebert.modeling import DeeBertForSequenceClassification
 
@@ -32,7 +33,7 @@ VOCABULARY = (*SPECIAL_TOKENS, *LETTERS, *(f"##{x}" for x in LETTERS), *".,!?'-"
 LONGEST = 64
 """Tokens that the tiny models' positions allow."""
 
-_SPREAD = {"word_embeddings": 1.0, "classifier": 0.6}
+_SPREAD = {"word_embeddings": 1.0, "embeddings_project": 0.2, "classifier": 0.6}
 """Standard deviations of matrices, by the module that holds them; 0.3 elsewhere."""
 
 ModelFactory = Callable[..., DeeBertForSequenceClassification]
@@ -48,23 +49,10 @@ def make_model(
     **config: object,
 ) -> DeeBertForSequenceClassification:
     """A random model of 5 layers and width 32 whose off-ramps disagree and whose entropies spread."""
-    shape = {
-        "vocab_size": len(VOCABULARY),
-        "hidden_size": 32,
-        "num_hidden_layers": num_layers,
-        "num_attention_heads": 4,
-        "intermediate_size": 48,
-        "type_vocab_size": 2 if family == "bert" else 1,
-    }
-    backbone = (
-        BertConfig(**shape, max_position_embeddings=LONGEST, pad_token_id=0)
-        if family == "bert"
-        else RobertaConfig(**shape, max_position_embeddings=LONGEST + 2, pad_token_id=1)
-    )
     names = ("negative", "neutral", "positive", "other")[:num_labels]
     model = DeeBertForSequenceClassification(
         DeeBertConfig(
-            backbone_config=backbone,
+            backbone_config=make_backbone_config(family, num_layers=num_layers),
             off_ramp_pooling=pooling,
             id2label=dict(enumerate(names)),
             label2id={name: i for i, name in enumerate(names)},
@@ -73,6 +61,25 @@ def make_model(
     )
     randomize(model, seed)
     return model.eval()
+
+
+def make_backbone_config(family: str, *, num_layers: int = 5) -> PreTrainedConfig:
+    """A family's configuration at width 32 and 64 tokens; ELECTRA's embeddings are narrower, as its small ones' are."""
+    shape: dict[str, object] = {
+        "vocab_size": len(VOCABULARY),
+        "hidden_size": 32,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": 4,
+        "max_position_embeddings": LONGEST,
+        "pad_token_id": 0,
+    }
+    if family == "distilbert":
+        return AutoConfig.for_model(family, **shape, hidden_dim=48)
+    if FAMILIES[family].positions_follow_padding:
+        shape |= {"max_position_embeddings": LONGEST + 2, "pad_token_id": 1, "type_vocab_size": 1}
+    if family == "electra":
+        shape["embedding_size"] = 20
+    return AutoConfig.for_model(family, **shape, intermediate_size=48)
 
 
 def randomize(model: torch.nn.Module, seed: int) -> None:
@@ -93,7 +100,7 @@ def tiny_model() -> ModelFactory:
     return make_model
 
 
-@pytest.fixture(params=["bert", "roberta"])
+@pytest.fixture(params=list(FAMILIES))
 def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

@@ -8,14 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModel, AutoTokenizer, BertModel
+from transformers import AutoConfig, AutoModel, AutoTokenizer, BertModel
 
+from deebert.backbones import FAMILIES
+from deebert.config import DeeBertConfig
 from deebert.encoder import PackedEncoder
 from deebert.evaluation import trace
 from deebert.modeling import DeeBertForSequenceClassification
 from deebert.packing import PackedTokens
 from pipeline.tokenization import TextTokenizer
-from tests.conftest import LONGEST, ModelFactory
+from tests.conftest import LONGEST, ModelFactory, randomize
 
 TOLERANCE = {"atol": 1e-4, "rtol": 0.0}
 ROBERTA_PAD, ROBERTA_MASK = 1, 4
@@ -48,6 +50,61 @@ def training_form(
 ALL_LENGTHS = list(range(1, LONGEST + 1))
 
 
+@torch.no_grad()
+def assert_states_are_transformers_own(model: DeeBertForSequenceClassification) -> None:
+    """Embeddings and every layer, token by token."""
+    rows = random_ids([*ALL_LENGTHS, 7, 7])
+    tokens = PackedTokens.pack(rows)
+    ids, mask = padded(rows, model.config.backbone_config.pad_token_id)
+    theirs = model.backbone(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
+    encoder = PackedEncoder(model)
+
+    assert len(theirs) == encoder.num_layers + 1
+    states = encoder.embed(tokens)
+    for layer, expected in enumerate(theirs):
+        torch.testing.assert_close(states, expected[mask.bool()], **TOLERANCE)
+        if layer < encoder.num_layers:
+            states = encoder.layer(layer, states, tokens.layout)
+
+
+def test_every_layers_states_are_transformers_own(tiny_model: ModelFactory, family: str) -> None:
+    assert type(tiny_model(family).backbone) is FAMILIES[family].model
+    assert_states_are_transformers_own(tiny_model(family))
+
+
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [
+        ("electra", {"embedding_size": 32}),  # as wide as the layers: no projection
+        ("bert", {"hidden_act": "relu", "layer_norm_eps": 1e-2}),
+        ("distilbert", {"activation": "relu"}),
+        ("xlm-roberta", {"pad_token_id": 5, "max_position_embeddings": LONGEST + 6}),
+    ],
+)
+def test_what_a_configuration_may_change(
+    tiny_model: ModelFactory, family: str, fields: dict[str, object]
+) -> None:
+    usual = tiny_model(family).config.backbone_config.to_dict()
+    config = AutoConfig.for_model(**{**usual, **fields})
+    model = DeeBertForSequenceClassification(DeeBertConfig(backbone_config=config))
+    randomize(model, seed=3)
+
+    assert_states_are_transformers_own(model.eval())
+
+
+@pytest.mark.parametrize("activation", ["tanh", "relu", "gelu"])
+def test_every_activation_of_the_off_ramps(tiny_model: ModelFactory, activation: str) -> None:
+    model = tiny_model(off_ramp_activation=activation)
+    rows = random_ids([3, 9, 9, 20])
+
+    packed = trace(PackedEncoder(model), PackedTokens.pack(rows)).logits
+
+    torch.testing.assert_close(packed, training_form(model, rows), **TOLERANCE)
+    others = {"tanh", "relu", "gelu"} - {activation}
+    for other in others:
+        assert (packed - training_form(tiny_model(off_ramp_activation=other), rows)).abs().max() > 0.01
+
+
 @pytest.mark.parametrize("layers", [None, [2], [1, 4], []])
 def test_every_off_ramp_equals_the_training_forms(
     tiny_model: ModelFactory, family: str, pooling: str, layers: list[int] | None
@@ -61,8 +118,11 @@ def test_every_off_ramp_equals_the_training_forms(
     torch.testing.assert_close(packed.logits, training_form(model, rows), **TOLERANCE)
 
 
-def test_pairs_with_token_types_equal_the_training_forms(tiny_model: ModelFactory, pooling: str) -> None:
-    model = tiny_model("bert", pooling)
+@pytest.mark.parametrize("family", ["bert", "electra"])
+def test_pairs_with_token_types_equal_the_training_forms(
+    tiny_model: ModelFactory, family: str, pooling: str
+) -> None:
+    model = tiny_model(family, pooling)
     rows = random_ids([3, 9, 9, 20, 41])
     types = [[0] * (len(row) // 2) + [1] * (len(row) - len(row) // 2) for row in rows]
 
@@ -72,8 +132,25 @@ def test_pairs_with_token_types_equal_the_training_forms(tiny_model: ModelFactor
     assert (packed.logits - training_form(model, rows)).abs().max() > 0.01  # the segments matter
 
 
-def test_robertas_positions_skip_a_literal_pad_token(tiny_model: ModelFactory, pooling: str) -> None:
-    model = tiny_model("roberta", pooling)
+@pytest.mark.parametrize("family", ["roberta", "xlm-roberta", "camembert", "distilbert"])
+def test_families_without_segments_take_no_notice_of_token_types(
+    tiny_model: ModelFactory, family: str
+) -> None:
+    model = tiny_model(family)
+    rows = random_ids([3, 9, 20])
+    types = [[0] * 2 + [1] * (len(row) - 2) for row in rows]
+
+    packed = trace(PackedEncoder(model), PackedTokens.pack(rows, types))
+
+    assert torch.equal(packed.logits, trace(PackedEncoder(model), PackedTokens.pack(rows)).logits)
+    torch.testing.assert_close(packed.logits, training_form(model, rows, types), **TOLERANCE)
+
+
+@pytest.mark.parametrize("family", ["roberta", "xlm-roberta", "camembert"])
+def test_robertas_positions_skip_a_literal_pad_token(
+    tiny_model: ModelFactory, family: str, pooling: str
+) -> None:
+    model = tiny_model(family, pooling)
     rows = random_ids([6, 6, 12, 3])
     rows[1][2] = rows[1][3] = rows[2][0] = rows[3][2] = ROBERTA_PAD
     other = [[ROBERTA_MASK if token == ROBERTA_PAD else token for token in row] for row in rows]

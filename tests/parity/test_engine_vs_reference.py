@@ -17,6 +17,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from deebert.backbones import FAMILIES as BACKBONES
 from deebert.encoder import PackedEncoder
 from deebert.evaluation import trace
 from deebert.exit_policy import EntropyThreshold, entropy
@@ -216,6 +217,17 @@ def test_models_with_off_ramps_at_some_layers(family: str, pooling: str, layers:
     answers = run_engine(model, TEXTS, 0.5, micro_batch_tokens=150, piece=9, steps_between=1)
 
     assert {a.exit_layer for a in answers} <= {*layers, DEPTH}
+    assert_one_truth(answers, expected)
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+@pytest.mark.parametrize("family", sorted(set(BACKBONES) - {family for family, _ in FAMILIES}))
+def test_the_other_families(family: str, pooling: str) -> None:
+    expected = reference(tiny(family, pooling), TEXTS, 0.45)
+
+    answers = run_engine(tiny(family, pooling), TEXTS, 0.45, micro_batch_tokens=150, piece=9, steps_between=1)
+
+    assert len({e.exit_layer for e in expected}) >= 3
     assert_one_truth(answers, expected)
 
 

@@ -126,8 +126,12 @@ class TestRefusals:
         tiny_model(num_labels=2).save_pretrained(folder)
         edit_config(folder, id2label={"0": "a", "1": "b", "2": "c"}, label2id={"a": 0, "b": 1, "c": 2})
 
-        with pytest.raises(CheckpointError, match=f"cannot load the model '{folder}'"):
+        with pytest.raises(CheckpointError) as caught:
             load_checkpoint(str(folder))
+        assert str(caught.value) == (
+            f"the weight 'final_classifier.classifier.bias' of '{folder}' has shape (2,), its config.json makes it "
+            "(3,): give the configuration that belongs to the weights"
+        )
 
     @pytest.mark.parametrize("kept_bytes", [0, 5, 1000])
     def test_a_weights_file_that_was_cut_short(self, folder: Path, kept_bytes: int) -> None:
@@ -135,6 +139,24 @@ class TestRefusals:
         weights.write_bytes(weights.read_bytes()[:kept_bytes])
 
         with pytest.raises(CheckpointError, match=f"cannot load the model '{folder}'"):
+            load_checkpoint(str(folder))
+
+    def test_a_configuration_of_the_wrong_types(self, folder: Path) -> None:
+        edit_config(folder, backbone_config={"model_type": "bert", "hidden_size": "wide"})
+
+        with pytest.raises(CheckpointError) as caught:
+            load_checkpoint(str(folder))
+        assert str(caught.value).startswith(
+            f"cannot load the model '{folder}': Validation error for field 'hidden_size': TypeError: "
+        )
+
+    @pytest.mark.parametrize("content", ["", "{", '{"version": "1.0"}'])
+    def test_a_tokenizer_that_cannot_be_read(self, folder: Path, content: str) -> None:
+        (folder / "tokenizer.json").write_text(content)
+
+        with pytest.raises(
+            CheckpointError, match=rf"cannot read the tokenizer in '{folder}' \(.*\): save it"
+        ):
             load_checkpoint(str(folder))
 
     def test_off_ramps_that_the_backbone_cannot_have(self, folder: Path) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -15,13 +18,13 @@ from transformers import (
     GPT2Model,
     PreTrainedModel,
     RobertaConfig,
-    RobertaModel,
 )
 
+from deebert.backbones import FAMILIES
 from deebert.config import DeeBertConfig
-from deebert.errors import BackboneError
+from deebert.errors import BackboneError, CheckpointError
 from deebert.modeling import DeeBertForSequenceClassification, pool
-from tests.conftest import ModelFactory, randomize
+from tests.conftest import ModelFactory, make_backbone_config, randomize
 
 IDS = torch.tensor([[2, 40, 50, 60, 3], [2, 41, 3, 0, 0]])
 MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
@@ -47,6 +50,14 @@ def save_backbone(folder: Path, model: PreTrainedModel) -> str:
     return str(folder)
 
 
+def assert_fresh_and_unlike(ramps: list[Any], *, spread: float) -> None:
+    """Poolers drawn from a normal distribution of this standard deviation, each for itself."""
+    weights = torch.stack([ramp.dense.weight.detach() for ramp in ramps])
+    assert weights.std().item() == pytest.approx(spread, rel=0.15)
+    assert all(not torch.equal(a, b) for a, b in itertools.combinations(weights, 2))
+    assert all(ramp.dense.bias.abs().max() == 0 for ramp in ramps)
+
+
 class TestConfig:
     def test_every_layer_but_the_last_has_an_off_ramp_by_default(self) -> None:
         config = DeeBertConfig(backbone_config=small(BertConfig))
@@ -67,7 +78,9 @@ class TestConfig:
             DeeBertConfig(backbone_config=small(BertConfig), off_ramp_pooling="max")  # type: ignore[arg-type]
 
     def test_an_unknown_backbone_family_is_refused_by_name(self) -> None:
-        with pytest.raises(BackboneError, match="unknown backbone family 'perceptron'"):
+        with pytest.raises(
+            BackboneError, match="a 'perceptron' backbone cannot have off-ramps: use one of bert, roberta"
+        ):
             DeeBertConfig(backbone_config={"model_type": "perceptron"})
 
     def test_json_round_trip_keeps_everything(self) -> None:
@@ -91,6 +104,20 @@ class TestConfig:
         assert again.max_seq_length == 12
         assert again.id2label == {0: "no", 1: "yes"}
         assert again.num_labels == 2
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_names_what_families_call_differently(self, family: str) -> None:
+        config = DeeBertConfig(backbone_config=make_backbone_config(family, num_layers=4))
+
+        assert (config.num_hidden_layers, config.hidden_size, config.intermediate_size) == (4, 32, 48)
+        assert config.has_token_types == (family in ("bert", "electra"))
+        assert DeeBertConfig(**config.to_dict()).intermediate_size == 48
+
+    def test_an_unknown_activation_is_refused(self) -> None:
+        with pytest.raises(
+            ValueError, match="off_ramp_activation is 'swish': choose one of tanh, relu, gelu"
+        ):
+            DeeBertConfig(backbone_config=small(BertConfig), off_ramp_activation="swish")
 
 
 class TestSavedModel:
@@ -173,14 +200,11 @@ class TestPooling:
 
 
 class TestFromBackbone:
-    @pytest.mark.parametrize(
-        "backbone",
-        [BertModel(small(BertConfig)), RobertaModel(small(RobertaConfig))],
-        ids=["bert", "roberta"],
-    )
+    @pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.has_pooler])
     def test_keeps_the_backbone_bit_for_bit_and_starts_every_pooler_as_the_pretrained_one(
-        self, tmp_path: Path, backbone: BertModel | RobertaModel, pooling: str
+        self, tmp_path: Path, family: str, pooling: str
     ) -> None:
+        backbone: Any = FAMILIES[family].model(make_backbone_config(family, num_layers=3))
         folder = save_backbone(tmp_path, backbone)
 
         model = DeeBertForSequenceClassification.from_backbone(
@@ -198,6 +222,66 @@ class TestFromBackbone:
         assert model.config.off_ramp_pooling == pooling
         assert model.config.id2label == {0: "no", 1: "yes", 2: "maybe"}
         assert model.config.label2id == {"no": 0, "yes": 1, "maybe": 2}
+
+    @pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if not family.has_pooler])
+    def test_families_without_a_pooler_start_from_random_ones_and_say_so(
+        self, tmp_path: Path, family: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        config = make_backbone_config(family, num_layers=3)
+        config.initializer_range = 0.1
+        backbone: Any = FAMILIES[family].model(config)
+        folder = save_backbone(tmp_path, backbone)
+
+        model = DeeBertForSequenceClassification.from_backbone(folder, labels=["no", "yes"])
+
+        assert (
+            f"{folder} has no pretrained pooler: the off-ramps' start from random weights" in caplog.messages
+        )
+        expected, actual = backbone.state_dict(), model.backbone.state_dict()
+        assert actual.keys() == expected.keys()
+        assert all(torch.equal(actual[name], expected[name]) for name in expected)
+        assert_fresh_and_unlike([*model.off_ramps, model.final_classifier], spread=0.1)
+
+    def test_a_checkpoint_saved_without_its_pooler_is_treated_the_same(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        folder = save_backbone(tmp_path, BertModel(small(BertConfig), add_pooling_layer=False))
+
+        model = DeeBertForSequenceClassification.from_backbone(folder, labels=["no", "yes"])
+
+        assert "has no pretrained pooler" in caplog.text
+        assert_fresh_and_unlike([*model.off_ramps, model.final_classifier], spread=0.02)
+
+    def test_a_pretrained_pooler_is_nothing_to_speak_of(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        DeeBertForSequenceClassification.from_backbone(
+            save_backbone(tmp_path, BertModel(small(BertConfig))), labels=["no", "yes"]
+        )
+
+        assert "pooler" not in caplog.text
+
+    def test_a_backbone_that_lacks_weights_is_refused(self, tmp_path: Path) -> None:
+        folder = save_backbone(tmp_path, BertModel(small(BertConfig)))
+        weights = load_file(tmp_path / "model.safetensors")
+        kept = {name: value for name, value in weights.items() if "encoder.layer.1.output" not in name}
+        save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+
+        with pytest.raises(CheckpointError) as caught:
+            DeeBertForSequenceClassification.from_backbone(folder, labels=["no", "yes"])
+        assert str(caught.value) == (
+            f"'{folder}' lacks 4 of the weights that it should have, first "
+            "'encoder.layer.1.output.LayerNorm.bias': give a complete model of that kind"
+        )
+
+    @pytest.mark.parametrize("kept_bytes", [0, 5, 1000])
+    def test_weights_that_were_cut_short_are_refused(self, tmp_path: Path, kept_bytes: int) -> None:
+        folder = save_backbone(tmp_path, BertModel(small(BertConfig)))
+        weights = tmp_path / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:kept_bytes])
+
+        with pytest.raises(CheckpointError, match=f"cannot load the model '{folder}': "):
+            DeeBertForSequenceClassification.from_backbone(folder, labels=["no", "yes"])
 
     def test_poolers_are_copies_that_train_apart(self, tmp_path: Path) -> None:
         folder = save_backbone(tmp_path, BertModel(small(BertConfig)))
@@ -235,7 +319,9 @@ class TestFromBackbone:
         folder = save_backbone(tmp_path, gpt2)
 
         with pytest.raises(
-            BackboneError, match="a 'gpt2' backbone cannot have off-ramps: use one of bert, roberta"
+            BackboneError,
+            match="a 'gpt2' backbone cannot have off-ramps: "
+            "use one of bert, roberta, xlm-roberta, camembert, electra, distilbert",
         ):
             DeeBertForSequenceClassification.from_backbone(folder, labels=["no", "yes"])
 
