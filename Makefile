@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: setup check format test demo clean
+.PHONY: setup check format test test-faults test-bad-input test-thorough fuzz soak demo clean
 
 setup: $(VENV)/.ready
 
@@ -26,6 +26,25 @@ format: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# 200 random kills (an hour); FAULTS.jsonl gets a line per seed.
+test-faults: setup
+	DEEBERT_FAULT_SEEDS=40 DEEBERT_FAULT_REPORT=FAULTS.jsonl $(BIN)/python -m pytest -q tests/faults/test_random_kills.py
+
+# Every kind of bad input, as a table.
+test-bad-input: setup
+	$(BIN)/python -m tests.faults.bad_input > tests/faults/BAD_INPUT.md.new
+	mv tests/faults/BAD_INPUT.md.new tests/faults/BAD_INPUT.md
+
+# 10,000 cases for each property of the engine, 3,000 for the planner's.
+test-thorough: setup
+	DEEBERT_EXAMPLES=50 $(BIN)/python -m pytest -q --timeout 3600 tests/unit/test_engine_properties.py tests/unit/test_shards.py
+
+fuzz: setup
+	$(BIN)/python -m tests.faults.fuzz_readers 10
+
+soak: setup
+	$(BIN)/python -m tests.faults.soak 30
 
 demo: setup
 	$(BIN)/python -m jobs.demo

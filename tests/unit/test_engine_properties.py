@@ -22,6 +22,7 @@ from deebert.exit_policy import FULL_DEPTH, EntropyThreshold
 from deebert.packing import PackedTokens, SequenceLayout
 from pipeline.engine import Engine, EngineConfig, Exits
 from pipeline.errors import InvariantError
+from tests.examples import examples
 
 NUM_LABELS = 3
 SURE, UNSURE = 20.0, 0.1
@@ -174,7 +175,7 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
-many = settings(max_examples=200)
+many = settings(max_examples=examples(200))
 
 
 @many

@@ -21,6 +21,7 @@ from pipeline.errors import InputError, UsageError
 from pipeline.input_schema import check_columns
 from pipeline.inputs import InputFile, discover
 from pipeline.shards import Shard, parse_part_name, part_name, plan, source_key
+from tests.examples import examples
 
 
 def write(path: Path, content: str | bytes) -> str:
@@ -305,7 +306,9 @@ class TestPlan:
             plan([], shard_rows=0)
 
     @given(group_sizes=st.lists(st.integers(1, 30), min_size=1, max_size=6), shard_rows=st.integers(1, 40))
-    @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @settings(
+        max_examples=examples(60), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    )
     def test_shards_partition_the_rows_of_a_file(self, tmp_path, group_sizes, shard_rows):
         path = write_parquet(tmp_path / "a.parquet", {"text": ["x"] * sum(group_sizes)}, group_sizes)
         shards = plan(discover([path]), shard_rows=shard_rows)

@@ -24,9 +24,10 @@ from pipeline.input_schema import InputSchema, check_columns
 from pipeline.inputs import discover
 from pipeline.shards import plan
 from pipeline.source import SourceBatch, read_shard
+from tests.examples import examples
 
 in_place = settings(
-    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=examples(80), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
