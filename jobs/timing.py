@@ -1,0 +1,133 @@
+"""Seconds that contenders take for the same samples: one sample at a time, and through the engine.
+
+One at a time is how the paper measures. Contenders run in turn, round after round, so that all see the same
+machine in the same minutes; their order is reversed in every other round, and the median round counts. Knows
+nothing of texts, labels or scores.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import numpy as np
+import torch
+
+from deebert.cost import mean_exit_layer
+from deebert.encoder import PackedEncoder
+from deebert.exit_policy import ExitPolicy, entropy
+from deebert.packing import IntArray, PackedTokens
+from pipeline.engine import Engine, EngineConfig
+
+WARM_UP_SAMPLES = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """A model and when its samples leave."""
+
+    name: str
+    encoder: PackedEncoder
+    policy: ExitPolicy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """What one contender took."""
+
+    name: str
+    samples: int
+    rounds: int
+    alone_seconds: float
+    """All samples, one after the other; the median round."""
+    engine_seconds: float
+    """All samples through the engine; the median round."""
+    mean_exit_layer: float
+    """Of these very samples."""
+
+
+def choose_samples(tokens: PackedTokens, most: int) -> PackedTokens:
+    """At most `most` samples, drawn evenly from all, in their order."""
+    if len(tokens) <= most:
+        return tokens
+    return tokens.take(np.linspace(0, len(tokens) - 1, most).round().astype(np.int64))
+
+
+def measure(
+    contenders: Sequence[Contender],
+    tokens: PackedTokens,
+    *,
+    rounds: int,
+    micro_batch_tokens: int = 2048,
+) -> tuple[Timing, ...]:
+    """Run every contender `rounds` times, in turn, after a short warm-up.
+
+    Args:
+        contenders: names differ.
+        tokens: samples on the host.
+        rounds: at least 1.
+        micro_batch_tokens: of the engine; raised to the longest sample.
+    """
+    budget = max(micro_batch_tokens, tokens.max_seqlen)
+    for contender in contenders:
+        _alone(contender, tokens.slice(0, min(WARM_UP_SAMPLES, len(tokens))))
+        _through_engine(contender, tokens.slice(0, min(WARM_UP_SAMPLES, len(tokens))), budget)
+    alone: dict[str, list[float]] = {c.name: [] for c in contenders}
+    engine: dict[str, list[float]] = {c.name: [] for c in contenders}
+    layers: dict[str, IntArray] = {}
+    for number in range(rounds):
+        for c in contenders if number % 2 == 0 else reversed(contenders):
+            seconds, layers[c.name] = _timed(lambda c=c: _alone(c, tokens))  # type: ignore[misc]
+            alone[c.name].append(seconds)
+            engine[c.name].append(_timed(lambda c=c: _through_engine(c, tokens, budget))[0])  # type: ignore[misc]
+    return tuple(
+        Timing(
+            name=c.name,
+            samples=len(tokens),
+            rounds=rounds,
+            alone_seconds=median(alone[c.name]),
+            engine_seconds=median(engine[c.name]),
+            mean_exit_layer=mean_exit_layer(np.bincount(layers[c.name] - 1).tolist()),
+        )
+        for c in contenders
+    )
+
+
+def _timed(work: Callable[[], IntArray]) -> tuple[float, IntArray]:
+    started = time.perf_counter()
+    result = work()
+    return time.perf_counter() - started, result
+
+
+@torch.inference_mode()
+def _alone(contender: Contender, tokens: PackedTokens) -> IntArray:
+    """Exit layers (N,), 1-based."""
+    samples = [tokens.sequence(i) for i in range(len(tokens))]
+    return np.array([_exit_layer(contender.encoder, contender.policy, one) for one in samples], np.int64)
+
+
+def _exit_layer(encoder: PackedEncoder, policy: ExitPolicy, sample: PackedTokens) -> int:
+    sample = sample.to(encoder.device)
+    states = encoder.embed(sample)
+    for layer in range(1, encoder.num_layers):
+        states = encoder.layer(layer - 1, states, sample.layout)
+        if layer in encoder.off_ramp_layers and policy.can_fire(layer):
+            logits = encoder.off_ramp(layer - 1, states, sample.layout)
+            if bool(policy.fires(layer, logits, entropy(logits))):
+                return layer
+    last = encoder.num_layers
+    states = encoder.layer(last - 1, states, sample.layout)
+    encoder.off_ramp(last - 1, states, sample.layout).argmax(-1).item()
+    return last
+
+
+def _through_engine(contender: Contender, tokens: PackedTokens, micro_batch_tokens: int) -> IntArray:
+    """Exit layers (N,), 1-based."""
+    engine = Engine(contender.encoder, contender.policy, EngineConfig(micro_batch_tokens=micro_batch_tokens))
+    engine.submit(np.arange(len(tokens)), tokens)
+    layers = np.zeros(len(tokens), np.int64)
+    for exits in engine.drain():
+        layers[exits.sample_ids] = exits.exit_layer
+    return layers

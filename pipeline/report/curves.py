@@ -1,0 +1,197 @@
+"""The paper's figures of one evaluated set, each a function from numbers to a matplotlib figure.
+
+Quality against time and saving, expected against measured saving, quality per off-ramp, and samples per exit
+layer (Xin et al., 2020, figures 2 to 5). Knows nothing of files or pages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from pipeline.report.evaluated import EvaluatedPoint, EvaluatedSet, file_stem
+from pipeline.report.svg import (
+    EXECUTED,
+    FULL_DEPTH,
+    FULL_WIDTH_INCHES,
+    HALF_WIDTH_INCHES,
+    INK,
+    LINE,
+    MARK,
+    MUTED,
+    SAVED,
+    SMALL_TEXT_POINTS,
+    new_axes,
+    strip,
+)
+
+MAX_HISTOGRAMS = 4
+_CURVE_HEIGHT_INCHES = 3.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """A figure and what is said of it."""
+
+    stem: str
+    """Of its files; unique in the evaluation."""
+    title: str
+    figure: Figure
+    keys: tuple[tuple[str, str], ...] = ()
+    """(colour, what it means)."""
+
+
+def draw(found: EvaluatedSet) -> tuple[Picture, ...]:
+    """The figures of one set; expected against measured only where time was measured."""
+    pictures = [quality_against_saving(found), *expected_against_measured(found)]
+    return (*pictures, quality_per_off_ramp(found), samples_per_exit_layer(found))
+
+
+def quality_against_saving(found: EvaluatedSet) -> Picture:
+    """The score over the share of work saved: expected, and measured where it was."""
+    figure, axes = new_axes(HALF_WIDTH_INCHES, _CURVE_HEIGHT_INCHES)
+    curve = (found.full, *found.thresholds)
+    _line(axes, [p.saving for p in curve], curve, EXECUTED, "o")
+    keys = [(EXECUTED, "layers saved, expected")]
+    if measured := [p for p in curve if p.measured]:
+        _line(axes, [p.measured.alone_saving for p in measured if p.measured], measured, FULL_DEPTH, "s")
+        keys.append((FULL_DEPTH, "time saved, measured"))
+    for point in found.statics:
+        axes.plot(100 * point.saving, 100 * point.scores[0], marker="D", markersize=6, color=MARK)
+        _label(axes, (100 * point.saving, 100 * point.scores[0]), f"{point.mean_exit_layer:.0f} layers")
+    if found.statics:
+        keys.append((MARK, "static, fewer layers"))
+    for point in found.thresholds:
+        _label(axes, (100 * point.saving, 100 * point.scores[0]), point.name)
+    _graph(axes, "saved, %", f"{found.metrics[0]}, %")
+    return Picture(
+        stem=file_stem(found, "quality_saving"),
+        title="Quality against saving",
+        figure=figure,
+        keys=tuple(keys),
+    )
+
+
+def expected_against_measured(found: EvaluatedSet) -> tuple[Picture, ...]:
+    """Time saved over the saving that Eq. 2 expects of the same samples; none where nothing was measured."""
+    measured = [p.measured for p in (found.full, *found.thresholds) if p.measured]
+    if not measured:
+        return ()
+    figure, axes = new_axes(HALF_WIDTH_INCHES, _CURVE_HEIGHT_INCHES)
+    expected = [100 * m.expected_saving for m in measured]
+    axes.plot([0, 100], [0, 100], color=LINE, linewidth=1)
+    axes.plot(expected, [100 * m.alone_saving for m in measured], marker="o", markersize=5, color=EXECUTED)
+    axes.plot(expected, [100 * m.engine_saving for m in measured], marker="s", markersize=5, color=MARK)
+    both = [*expected, *(100 * m.alone_saving for m in measured), *(100 * m.engine_saving for m in measured)]
+    low, high = min(0.0, *both), max(10.0, *both)
+    margin = 0.06 * (high - low)
+    axes.set_xlim(low - margin, high + margin)
+    axes.set_ylim(low - margin, high + margin)
+    _graph(axes, "expected saving of layer work, %", "time saved, %")
+    return (
+        Picture(
+            stem=file_stem(found, "expected_measured"),
+            title="Expected against measured saving",
+            figure=figure,
+            keys=((EXECUTED, "one at a time"), (MARK, "through the engine")),
+        ),
+    )
+
+
+def quality_per_off_ramp(found: EvaluatedSet) -> Picture:
+    """The score of each off-ramp when it alone answers."""
+    figure, axes = new_axes(HALF_WIDTH_INCHES, _CURVE_HEIGHT_INCHES)
+    layers = [layer for layer, _ in found.off_ramps]
+    scores = [100 * scores[0] for _, scores in found.off_ramps]
+    axes.axhline(scores[-1], color=FULL_DEPTH, linewidth=1, linestyle=(0, (4, 3)))
+    axes.plot(layers, scores, marker="o", markersize=5, color=EXECUTED)
+    for layer, score in zip(layers, scores, strict=True):
+        _label(axes, (layer, score), f"{score:.1f}")
+    for static in found.statics:
+        axes.plot(static.mean_exit_layer, 100 * static.scores[0], marker="D", markersize=6, color=MARK)
+    axes.set_xticks(range(1, layers[-1] + 1))
+    _graph(axes, "layer", f"{found.metrics[0]}, %")
+    keys = [(EXECUTED, "off-ramp"), (FULL_DEPTH, "full depth")]
+    if found.statics:
+        keys.append((MARK, "static, trained to this depth"))
+    return Picture(
+        stem=file_stem(found, "off_ramps"),
+        title="Quality per off-ramp",
+        figure=figure,
+        keys=tuple(keys),
+    )
+
+
+def samples_per_exit_layer(found: EvaluatedSet) -> Picture:
+    """Share of samples that leave after each layer, for a few thresholds side by side."""
+    chosen = _spread([p for p in found.thresholds if p.exit_histogram], MAX_HISTOGRAMS) or [found.full]
+    figure, first = new_axes(FULL_WIDTH_INCHES, 2.6)
+    first.remove()
+    panels = figure.subplots(1, len(chosen), sharey=True, squeeze=False)[0]
+    for axes, point in zip(panels, chosen, strict=True):
+        strip(axes)
+        _exit_bars(axes, point)
+    panels[0].set_ylabel("% of samples", size=SMALL_TEXT_POINTS)
+    return Picture(
+        stem=file_stem(found, "exit_layers"),
+        title="Samples per exit layer",
+        figure=figure,
+        keys=((EXECUTED, "left at an off-ramp"), (SAVED, "at the end"), (MARK, "mean")),
+    )
+
+
+def _exit_bars(axes: Axes, point: EvaluatedPoint) -> None:
+    total = sum(point.exit_histogram)
+    shares = [100 * n / total for n in point.exit_histogram]
+    colours = [*[EXECUTED] * (len(shares) - 1), SAVED]
+    axes.bar(range(1, len(shares) + 1), shares, width=0.75, color=colours)
+    axes.plot(
+        point.mean_exit_layer,
+        0.97,
+        marker="v",
+        markersize=6,
+        color=MARK,
+        transform=axes.get_xaxis_transform(),
+    )
+    axes.set_ylim(0, 1.2 * max(shares))
+    axes.set_title(
+        f"{point.name}: {100 * point.scores[0]:.1f} %, mean {point.mean_exit_layer:.2f}",
+        size=SMALL_TEXT_POINTS,
+        color=INK,
+    )
+    step = 1 if len(shares) <= 12 else 2
+    axes.set_xticks(range(1, len(shares) + 1, step))
+    axes.tick_params(labelsize=7)
+    axes.set_xlabel("exit layer", size=SMALL_TEXT_POINTS)
+
+
+def _spread(points: Sequence[EvaluatedPoint], most: int) -> list[EvaluatedPoint]:
+    """At most `most` of them, evenly spread, first and last included."""
+    if len(points) <= most:
+        return list(points)
+    return [points[round(i * (len(points) - 1) / (most - 1))] for i in range(most)]
+
+
+def _line(
+    axes: Axes, savings: Sequence[float], points: Sequence[EvaluatedPoint], colour: str, marker: str
+) -> None:
+    scores = [100 * point.scores[0] for point in points]
+    axes.plot([100 * s for s in savings], scores, marker=marker, markersize=5, color=colour)
+
+
+def _label(axes: Axes, xy: tuple[float, float], text: str) -> None:
+    axes.annotate(
+        text, xy, (0, 5), textcoords="offset points", ha="center", size=SMALL_TEXT_POINTS, color=MUTED
+    )
+
+
+def _graph(axes: Axes, x: str, y: str) -> None:
+    axes.spines["left"].set(visible=True, color=LINE)
+    axes.grid(color=LINE, linewidth=0.4)
+    axes.set_axisbelow(True)
+    axes.margins(0.08, 0.14)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
