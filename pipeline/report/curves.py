@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -29,6 +30,8 @@ from pipeline.report.svg import (
 )
 
 MAX_HISTOGRAMS = 4
+MIN_NAME_DISTANCE = 0.04
+"""Of the saved share, between the names of neighbouring thresholds."""
 _CURVE_HEIGHT_INCHES = 3.0
 
 
@@ -40,8 +43,6 @@ class Picture:
     """Of its files; unique in the evaluation."""
     title: str
     figure: Figure
-    keys: tuple[tuple[str, str], ...] = ()
-    """(colour, what it means)."""
 
 
 def draw(found: EvaluatedSet) -> tuple[Picture, ...]:
@@ -51,28 +52,17 @@ def draw(found: EvaluatedSet) -> tuple[Picture, ...]:
 
 
 def quality_against_saving(found: EvaluatedSet) -> Picture:
-    """The score over the share of work saved: expected, and measured where it was."""
+    """The score over the share saved: of layer work, and of time where it was measured."""
     figure, axes = new_axes(HALF_WIDTH_INCHES, _CURVE_HEIGHT_INCHES)
     curve = (found.full, *found.thresholds)
-    _line(axes, [p.saving for p in curve], curve, EXECUTED, "o")
-    keys = [(EXECUTED, "layers saved, expected")]
-    if measured := [p for p in curve if p.measured]:
-        _line(axes, [p.measured.alone_saving for p in measured if p.measured], measured, FULL_DEPTH, "s")
-        keys.append((FULL_DEPTH, "time saved, measured"))
-    for point in found.statics:
-        axes.plot(100 * point.saving, 100 * point.scores[0], marker="D", markersize=6, color=MARK)
-        _label(axes, (100 * point.saving, 100 * point.scores[0]), f"{point.mean_exit_layer:.0f} layers")
-    if found.statics:
-        keys.append((MARK, "static, fewer layers"))
-    for point in found.thresholds:
-        _label(axes, (100 * point.saving, 100 * point.scores[0]), point.name)
+    timed = [(point, point.measured.alone_saving) for point in curve if point.measured]
+    if timed:
+        _line(axes, [x for _, x in timed], [p for p, _ in timed], FULL_DEPTH, "s", "time, measured alone")
+    _line(axes, [p.saving for p in curve], curve, EXECUTED, "o", "layer work, expected")
+    _static_marks(axes, [100 * point.saving for point in found.statics], found.statics)
+    _name_thresholds(axes, found.thresholds)
     _graph(axes, "saved, %", f"{found.metrics[0]}, %")
-    return Picture(
-        stem=file_stem(found, "quality_saving"),
-        title="Quality against saving",
-        figure=figure,
-        keys=tuple(keys),
-    )
+    return Picture(stem=file_stem(found, "quality_saving"), title="Quality against saving", figure=figure)
 
 
 def expected_against_measured(found: EvaluatedSet) -> tuple[Picture, ...]:
@@ -82,23 +72,18 @@ def expected_against_measured(found: EvaluatedSet) -> tuple[Picture, ...]:
         return ()
     figure, axes = new_axes(HALF_WIDTH_INCHES, _CURVE_HEIGHT_INCHES)
     expected = [100 * m.expected_saving for m in measured]
-    axes.plot([0, 100], [0, 100], color=LINE, linewidth=1)
-    axes.plot(expected, [100 * m.alone_saving for m in measured], marker="o", markersize=5, color=EXECUTED)
-    axes.plot(expected, [100 * m.engine_saving for m in measured], marker="s", markersize=5, color=MARK)
-    both = [*expected, *(100 * m.alone_saving for m in measured), *(100 * m.engine_saving for m in measured)]
-    low, high = min(0.0, *both), max(10.0, *both)
-    margin = 0.06 * (high - low)
-    axes.set_xlim(low - margin, high + margin)
-    axes.set_ylim(low - margin, high + margin)
+    alone, engine = [100 * m.alone_saving for m in measured], [100 * m.engine_saving for m in measured]
+    low, high = min([0.0, *alone, *engine]), max([10.0, *expected, *alone, *engine])
+    axes.plot([low, high], [low, high], color=LINE, linewidth=1)
+    axes.plot(expected, alone, marker="o", markersize=5, color=EXECUTED, label="one sample at a time")
+    axes.plot(expected, engine, marker="s", markersize=5, color=MARK, label="through the engine")
     _graph(axes, "expected saving of layer work, %", "time saved, %")
-    return (
-        Picture(
-            stem=file_stem(found, "expected_measured"),
-            title="Expected against measured saving",
-            figure=figure,
-            keys=((EXECUTED, "one at a time"), (MARK, "through the engine")),
-        ),
+    picture = Picture(
+        stem=file_stem(found, "expected_measured"),
+        title="Expected against measured saving",
+        figure=figure,
     )
+    return (picture,)
 
 
 def quality_per_off_ramp(found: EvaluatedSet) -> Picture:
@@ -106,41 +91,29 @@ def quality_per_off_ramp(found: EvaluatedSet) -> Picture:
     figure, axes = new_axes(HALF_WIDTH_INCHES, _CURVE_HEIGHT_INCHES)
     layers = [layer for layer, _ in found.off_ramps]
     scores = [100 * scores[0] for _, scores in found.off_ramps]
-    axes.axhline(scores[-1], color=FULL_DEPTH, linewidth=1, linestyle=(0, (4, 3)))
-    axes.plot(layers, scores, marker="o", markersize=5, color=EXECUTED)
+    axes.axhline(scores[-1], color=FULL_DEPTH, linewidth=1, linestyle=(0, (4, 3)), label="full depth")
+    axes.plot(layers, scores, marker="o", markersize=5, color=EXECUTED, label="off-ramp")
     for layer, score in zip(layers, scores, strict=True):
         _label(axes, (layer, score), f"{score:.1f}")
-    for static in found.statics:
-        axes.plot(static.mean_exit_layer, 100 * static.scores[0], marker="D", markersize=6, color=MARK)
+    _static_marks(axes, [point.mean_exit_layer for point in found.statics], found.statics)
     axes.set_xticks(range(1, layers[-1] + 1))
     _graph(axes, "layer", f"{found.metrics[0]}, %")
-    keys = [(EXECUTED, "off-ramp"), (FULL_DEPTH, "full depth")]
-    if found.statics:
-        keys.append((MARK, "static, trained to this depth"))
-    return Picture(
-        stem=file_stem(found, "off_ramps"),
-        title="Quality per off-ramp",
-        figure=figure,
-        keys=tuple(keys),
-    )
+    return Picture(stem=file_stem(found, "off_ramps"), title="Quality per off-ramp", figure=figure)
 
 
 def samples_per_exit_layer(found: EvaluatedSet) -> Picture:
     """Share of samples that leave after each layer, for a few thresholds side by side."""
-    chosen = _spread([p for p in found.thresholds if p.exit_histogram], MAX_HISTOGRAMS) or [found.full]
+    chosen = _spread(found.thresholds, MAX_HISTOGRAMS) or [found.full]
     figure, first = new_axes(FULL_WIDTH_INCHES, 2.6)
     first.remove()
     panels = figure.subplots(1, len(chosen), sharey=True, squeeze=False)[0]
     for axes, point in zip(panels, chosen, strict=True):
         strip(axes)
         _exit_bars(axes, point)
+    most = max(max(point.exit_histogram) / sum(point.exit_histogram) for point in chosen)
+    panels[0].set_ylim(0, 115 * most)
     panels[0].set_ylabel("% of samples", size=SMALL_TEXT_POINTS)
-    return Picture(
-        stem=file_stem(found, "exit_layers"),
-        title="Samples per exit layer",
-        figure=figure,
-        keys=((EXECUTED, "left at an off-ramp"), (SAVED, "at the end"), (MARK, "mean")),
-    )
+    return Picture(stem=file_stem(found, "exit_layers"), title="Samples per exit layer", figure=figure)
 
 
 def _exit_bars(axes: Axes, point: EvaluatedPoint) -> None:
@@ -156,7 +129,6 @@ def _exit_bars(axes: Axes, point: EvaluatedPoint) -> None:
         color=MARK,
         transform=axes.get_xaxis_transform(),
     )
-    axes.set_ylim(0, 1.2 * max(shares))
     axes.set_title(
         f"{point.name}: {100 * point.scores[0]:.1f} %, mean {point.mean_exit_layer:.2f}",
         size=SMALL_TEXT_POINTS,
@@ -176,16 +148,39 @@ def _spread(points: Sequence[EvaluatedPoint], most: int) -> list[EvaluatedPoint]
 
 
 def _line(
-    axes: Axes, savings: Sequence[float], points: Sequence[EvaluatedPoint], colour: str, marker: str
+    axes: Axes,
+    savings: Sequence[float],
+    points: Sequence[EvaluatedPoint],
+    colour: str,
+    marker: str,
+    label: str,
 ) -> None:
     scores = [100 * point.scores[0] for point in points]
-    axes.plot([100 * s for s in savings], scores, marker=marker, markersize=5, color=colour)
+    axes.plot([100 * s for s in savings], scores, marker=marker, markersize=5, color=colour, label=label)
 
 
-def _label(axes: Axes, xy: tuple[float, float], text: str) -> None:
-    axes.annotate(
-        text, xy, (0, 5), textcoords="offset points", ha="center", size=SMALL_TEXT_POINTS, color=MUTED
-    )
+def _static_marks(axes: Axes, xs: Sequence[float], statics: Sequence[EvaluatedPoint]) -> None:
+    """Diamonds, each with its depth below."""
+    if not statics:
+        return
+    ys = [100 * point.scores[0] for point in statics]
+    axes.scatter(xs, ys, marker="D", s=36, color=MARK, zorder=3, label="static, fewer layers")
+    for x, y, point in zip(xs, ys, statics, strict=True):
+        _label(axes, (x, y), f"{point.mean_exit_layer:.0f} layers", offset_points=-13)
+
+
+def _name_thresholds(axes: Axes, points: Sequence[EvaluatedPoint]) -> None:
+    """Each threshold above its mark, unless its name would cover the one before."""
+    last = -1.0
+    for point in sorted(points, key=lambda point: point.saving):
+        if point.saving - last >= MIN_NAME_DISTANCE:
+            _label(axes, (100 * point.saving, 100 * point.scores[0]), point.name)
+            last = point.saving
+
+
+def _label(axes: Axes, xy: tuple[float, float], text: str, offset_points: float = 6) -> None:
+    style: dict[str, Any] = {"ha": "center", "size": SMALL_TEXT_POINTS, "color": MUTED}
+    axes.annotate(text, xy, (0, offset_points), textcoords="offset points", **style)
 
 
 def _graph(axes: Axes, x: str, y: str) -> None:
@@ -195,3 +190,4 @@ def _graph(axes: Axes, x: str, y: str) -> None:
     axes.margins(0.08, 0.14)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
+    axes.legend(frameon=False, fontsize=SMALL_TEXT_POINTS, labelcolor=MUTED, loc="best")

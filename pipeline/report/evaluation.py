@@ -14,14 +14,13 @@ from deebert.version import __version__
 from pipeline.report.curves import Picture, draw
 from pipeline.report.evaluated import EvaluatedSet, state_evaluation, to_csv, to_markdown
 from pipeline.report.ledger import Table
-from pipeline.report.svg import CSS_VARIABLES, FULL_WIDTH_INCHES, to_png, to_svg
+from pipeline.report.svg import FULL_WIDTH_INCHES, to_png, to_svg
 from pipeline.report.templates import render
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Shown:
     title: str
-    keys: tuple[tuple[str, str], ...]
     svg: Markup
     is_wide: bool
 
@@ -68,7 +67,6 @@ def evaluation_files(
 def _shown(picture: Picture, svg: str) -> _Shown:
     return _Shown(
         title=picture.title,
-        keys=tuple((f"var(--{CSS_VARIABLES[colour]})", meaning) for colour, meaning in picture.keys),
         svg=Markup(svg),
         is_wide=picture.figure.get_size_inches()[0] == FULL_WIDTH_INCHES,
     )
