@@ -51,7 +51,7 @@ class TestTsvFolders:
 
     def test_mrpc_has_a_byte_order_mark_and_lone_quotes(self, tmp_path: Path) -> None:
         header = "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String"
-        lines = ('1\t1\t2\t" He said so .\tHe said " so', "0\t3\t4\tIt 's \"late\t\"\"No")
+        lines = ('1\t1\t2\t" He said so .\tHe said " so', '0\t3\t4\tIt \'s "late\t""No')
         write(tmp_path, "MRPC/dev.tsv", header, *lines, start=BOM)
 
         texts = only(glue(tmp_path, "mrpc").evaluation_texts())
@@ -82,7 +82,12 @@ class TestTsvFolders:
         self, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         header = "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate"
-        lines = ("0\t1\t2\tWhy?\tWhy not?\t0", "7\t8\tHow is it that", "1\t3\t4\tHow?\tHow come?\t1", "2\t2\t")
+        lines = (
+            "0\t1\t2\tWhy?\tWhy not?\t0",
+            "7\t8\tHow is it that",
+            "1\t3\t4\tHow?\tHow come?\t1",
+            "2\t2\t",
+        )
         write(tmp_path, "QQP/train.tsv", header, *lines)
 
         with caplog.at_level(logging.WARNING):
