@@ -73,10 +73,9 @@ class EvaluateJob:
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     timing_rows: int = flag(
-        "samples to measure time on, alone and through the engine; 0 measures nothing",
-        default=100,
-        parse=_count,
+        "samples to measure time on, one at a time; 0 measures nothing", default=100, parse=_count
     )
+    engine_rows: int = flag("and through the engine", default=1000, parse=positive)
     timing_rounds: int = flag("rounds of measuring; the median counts", default=3, parse=positive)
     static_depths: tuple[int, ...] = flag(
         "baselines: train the backbone cut to so many layers",

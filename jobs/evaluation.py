@@ -1,46 +1,38 @@
-"""An evaluation, step by step: data, trace, static baselines, timings, scores.
+"""An evaluation, step by step: trace, static baselines, seconds, scores.
 
-Each step takes what the one before found; a step whose result the trace file holds already is not repeated.
-Knows nothing of flags' spelling, pages or pictures.
+Each step takes what the one before found; what the trace file holds already is not done again. Knows nothing
+of flags' spelling, pages or pictures.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from deebert.baselines import kept_layers
-from deebert.checkpoint import Checkpoint, load_checkpoint, weights_digest
-from deebert.cost import ModelShape
-from deebert.encoder import PackedEncoder
-from deebert.evaluation import (
-    LabelledSequences,
-    exits,
-    flop_saving,
-    off_ramp_scores,
-    score,
-    static_flop_saving,
-    trace,
-)
+from deebert.baselines import StaticStyle, kept_layers
+from deebert.evaluation import LabelledSequences, trace
 from deebert.exit_policy import FULL_DEPTH, EntropyThreshold
-from deebert.modeling import DeeBertForSequenceClassification
-from deebert.precision import DTYPES, Precision, resolve_precision
+from deebert.precision import resolve_precision
 from deebert.training import StageConfig, TwoStageConfig
-from jobs.glue import find_task
 from jobs.labelled import LabelledSource, sample
-from jobs.metrics import NamedMetric, metrics_of
+from jobs.scoring import evaluated
 from jobs.static import StaticBaseline, train_static
-from jobs.timing import Contender, Timing, choose_samples, measure
-from jobs.traces import TracedSet, TraceFile, TraceOrigin, data_digest, read_traces, write_traces
+from jobs.subject import Subject, load_subject, origin_of, packed_encoder
+from jobs.timing import Contender, choose_samples, measure
+from jobs.traces import (
+    StaticRecord,
+    TracedSet,
+    TraceFile,
+    TraceOrigin,
+    data_digest,
+    read_traces,
+    write_traces,
+)
 from pipeline.errors import UsageError
-from pipeline.report.evaluated import FULL_DEPTH_NAME, EvaluatedPoint, EvaluatedSet, Measured
-from pipeline.tokenization import TextTokenizer
+from pipeline.report.evaluated import FULL_DEPTH_NAME, EvaluatedSet
 
 if TYPE_CHECKING:
     from jobs.evaluate import EvaluateJob
@@ -59,118 +51,50 @@ class Evaluation:
     sets: tuple[EvaluatedSet, ...]
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Subject:
-    """The model under evaluation, ready to run, and its labelled data where they were given."""
-
-    checkpoint: Checkpoint
-    encoder: PackedEncoder
-    labels: tuple[str, ...]
-    precision: Precision
-    tokenizer: TextTokenizer
-    task: str | None
-    data: Mapping[str, LabelledSequences]
-
-
 def run(job: EvaluateJob) -> Evaluation:
     """The whole evaluation; writes the trace and nothing else."""
-    subject = None if job.model is None else _subject(job, job.model)
+    subject = None if job.model is None else load_subject(job, job.model)
     file = _traced(job, subject)
-    statics = () if subject is None else _train_statics(job, subject)
-    file = _timed(job, subject, file, statics)
-    answers = (
-        {}
-        if subject is None
-        else {name: _static_answers(data, subject.precision, statics) for name, data in subject.data.items()}
-    )
+    statics = file.statics
+    if subject is not None and subject.data:
+        fresh: tuple[StaticBaseline, ...] = ()
+        if job.static_depths:
+            statics, fresh = _static_baselines(job, subject, file)
+            file = _with_answers(job, subject, file, fresh)
+        file = _timed(job, subject, file, fresh)
     return Evaluation(
         model=file.origin.model,
         task=file.origin.task,
         origin=f"{file.origin.precision}, texts cut to {file.origin.max_length} tokens",
-        sets=tuple(_evaluated(name, file, job.thresholds, answers.get(name, ())) for name in file.sets),
+        sets=tuple(evaluated(name, file, job.thresholds, statics) for name in file.sets),
     )
 
 
-def _subject(job: EvaluateJob, model: str) -> _Subject:
-    checkpoint = load_checkpoint(model)
-    labels = job.labels or checkpoint.labels
-    if len(labels) != len(checkpoint.labels):
-        raise UsageError(f"--labels names {len(labels)} labels but the model has {len(checkpoint.labels)}")
-    tokenizer = TextTokenizer(
-        checkpoint.tokenizer, max_length=job.max_length or checkpoint.default_max_length
-    )
-    precision = resolve_precision(job.precision)
-    source = _source(job)
-    texts = {} if source is None else source.evaluation_texts(labels)
-    task = None if source is None else source.glue_task
-    return _Subject(
-        checkpoint=checkpoint,
-        encoder=_encoder(checkpoint.model, precision),
-        labels=labels,
-        precision=precision,
-        tokenizer=tokenizer,
-        task=task.name if task else None,
-        data={name: one.tokenized(tokenizer) for name, one in texts.items()},
-    )
-
-
-def _encoder(model: DeeBertForSequenceClassification, precision: Precision) -> PackedEncoder:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return PackedEncoder(model, device=device, dtype=DTYPES[precision])
-
-
-def _source(job: EvaluateJob) -> LabelledSource | None:
-    if job.data is None and job.glue_dir is None:
-        return None
-    return LabelledSource(
-        data=job.data, glue_dir=job.glue_dir, task=job.task, columns=job.columns, split=job.split
-    )
-
-
-def _traced(job: EvaluateJob, subject: _Subject | None) -> TraceFile:
-    """The trace file's content, read where it is there, else made and, where a name was given, written."""
-    path = None if job.trace is None else Path(job.trace)
-    if path is not None and path.exists():
-        file = read_traces(path)
+def _traced(job: EvaluateJob, subject: Subject | None) -> TraceFile:
+    """The trace file's content, read where it is there, else made."""
+    if job.trace is not None and Path(job.trace).exists():
+        file = read_traces(Path(job.trace))
         if subject is not None:
             _check_origin(job, file.origin, subject)
         return file
     assert subject is not None  # as `evaluate` checked
-    file = TraceFile(
-        origin=_origin(subject),
-        sets={
-            name: TracedSet(trace=trace(subject.encoder, data.tokens), labels=data.labels)
-            for name, data in subject.data.items()
-        },
-        timings={},
-    )
-    if path is not None:
-        write_traces(path, file)
+    sets = {
+        name: TracedSet(trace=trace(subject.encoder, data.tokens), labels=data.labels)
+        for name, data in subject.data.items()
+    }
+    return _kept(job, TraceFile(origin=origin_of(subject), sets=sets))
+
+
+def _kept(job: EvaluateJob, file: TraceFile) -> TraceFile:
+    """The same, written where a name was given."""
+    if job.trace is not None:
+        write_traces(Path(job.trace), file)
     return file
 
 
-def _origin(subject: _Subject) -> TraceOrigin:
-    backbone = subject.checkpoint.model.config.backbone_config
-    return TraceOrigin(
-        model=subject.checkpoint.path,
-        model_digest=weights_digest(subject.checkpoint.model),
-        data_digest=data_digest(subject.data),
-        task=subject.task,
-        labels=subject.labels,
-        precision=subject.precision,
-        max_length=subject.tokenizer.max_length,
-        shape=ModelShape(
-            num_layers=backbone.num_hidden_layers,
-            hidden_size=backbone.hidden_size,
-            intermediate_size=backbone.intermediate_size,
-            num_labels=len(subject.labels),
-        ),
-    )
-
-
-def _check_origin(job: EvaluateJob, origin: TraceOrigin, subject: _Subject) -> None:
+def _check_origin(job: EvaluateJob, origin: TraceOrigin, subject: Subject) -> None:
     """A trace of another model or of other data would be silently wrong."""
-    given = _origin(subject)
+    given = origin_of(subject)
     checks: list[tuple[str, object, object]] = [
         ("another model", origin.model_digest, given.model_digest),
         ("another precision", origin.precision, given.precision),
@@ -194,167 +118,100 @@ def _short(value: object) -> str:
     return text if len(text) <= 40 else f"{text[:12]}…"
 
 
-def _train_statics(job: EvaluateJob, subject: _Subject) -> tuple[StaticBaseline, ...]:
-    if not job.static_depths:
-        return ()
+def _static_baselines(
+    job: EvaluateJob, subject: Subject, file: TraceFile
+) -> tuple[tuple[StaticRecord, ...], tuple[StaticBaseline, ...]]:
+    """The baselines asked for, and those of them that the file lacks, trained now."""
     depth_of_all = subject.checkpoint.model.config.num_hidden_layers
+    style: StaticStyle = job.static_style  # type: ignore[assignment]  # one of the flag's choices
     for depth in job.static_depths:  # before any is trained
-        kept_layers(depth_of_all, depth, job.static_style)  # type: ignore[arg-type]  # one of the choices
+        kept_layers(depth_of_all, depth, style)
+    data = _training_data(job, subject)
+    recipe = {
+        "backbone": job.backbone,
+        "data_digest": data_digest({"train": data}),
+        "epochs": job.epochs,
+        "batch_size": job.batch_size,
+        "learning_rate": job.learning_rate,
+        "seed": job.seed,
+    }
+    wanted = tuple(StaticRecord(depth=k, style=style, recipe=recipe) for k in job.static_depths)
+    lacking = [record for record in wanted if record not in file.statics]
+    fresh = (
+        train_static(record, like=subject.checkpoint, data=data, recipe=_recipe(job)) for record in lacking
+    )
+    return wanted, tuple(fresh)
+
+
+def _training_data(job: EvaluateJob, subject: Subject) -> LabelledSequences:
     source = LabelledSource(
         data=job.train_data or job.data,
         glue_dir=None if job.train_data else job.glue_dir,
         task=job.task,
         columns=job.columns,
     )
+    if job.train_data is None and source.is_one_set:
+        raise UsageError(
+            "--static-depths would train on the very rows that it is scored on: give --train-data"
+        )
     everything = source.training_texts(subject.labels).tokenized(subject.tokenizer)
-    data = sample(everything, job.max_train_rows, seed=job.seed)
-    recipe = TwoStageConfig(
+    return sample(everything, job.max_train_rows, seed=job.seed)
+
+
+def _recipe(job: EvaluateJob) -> TwoStageConfig:
+    return TwoStageConfig(
         stage_1=StageConfig(epochs=job.epochs, batch_size=job.batch_size, learning_rate=job.learning_rate),
         seed=job.seed,
         bf16=resolve_precision("auto") == "bfloat16",
     )
-    return tuple(
-        train_static(
-            str(job.backbone),
-            depth,
-            job.static_style,  # type: ignore[arg-type]  # one of the choices
-            like=subject.checkpoint,
-            data=data,
-            recipe=recipe,
-        )
-        for depth in job.static_depths
-    )
+
+
+def _with_answers(
+    job: EvaluateJob, subject: Subject, file: TraceFile, fresh: Sequence[StaticBaseline]
+) -> TraceFile:
+    """The file with what new baselines say of every set; each replaces an older one of its name."""
+    if not fresh:
+        return file
+    sets = dict(file.sets)
+    for name, data in subject.data.items():
+        answers = dict(sets[name].static_predictions)
+        for static in fresh:
+            encoder = packed_encoder(static.model, subject.precision)
+            answers[static.record.name] = trace(encoder, data.tokens).logits[-1].argmax(-1)
+        sets[name] = replace(sets[name], static_predictions=answers)
+    records = {record.name: record for record in (*file.statics, *(static.record for static in fresh))}
+    return _kept(job, replace(file, sets=sets, statics=tuple(records.values())))
 
 
 def _timed(
-    job: EvaluateJob, subject: _Subject | None, file: TraceFile, statics: Sequence[StaticBaseline]
+    job: EvaluateJob, subject: Subject, file: TraceFile, statics: Sequence[StaticBaseline]
 ) -> TraceFile:
-    """The file with seconds for everything that is evaluated, measured now where it lacks some and can be."""
-    if job.timing_rows == 0 or subject is None or not subject.data:
-        return file
+    """The file with the seconds that it lacks, measured now."""
     contenders = _contenders(job.thresholds, subject, statics)
-    wanted = {c.name for c in contenders}
+    wanted = {contender.name for contender in contenders}
     timings = dict(file.timings)
     for name, data in subject.data.items():
-        if wanted <= {t.name for t in timings.get(name, ())}:
+        if job.timing_rows == 0 or wanted <= {timing.name for timing in timings.get(name, ())}:
             continue
         log.info("measuring %d contenders in turn, %d rounds", len(contenders), job.timing_rounds)
-        samples = choose_samples(data.tokens, job.timing_rows)
-        timings[name] = measure(contenders, samples, rounds=job.timing_rounds)
-    if timings == file.timings:
-        return file
-    file = replace(file, timings=timings)
-    if job.trace is not None:
-        write_traces(Path(job.trace), file)
-    return file
+        alone, engine = (choose_samples(data.tokens, n) for n in (job.timing_rows, job.engine_rows))
+        timings[name] = measure(contenders, alone, engine, rounds=job.timing_rounds)
+    return file if timings == file.timings else _kept(job, replace(file, timings=timings))
 
 
 def _contenders(
-    thresholds: Sequence[float], subject: _Subject, statics: Sequence[StaticBaseline]
+    thresholds: Sequence[float], subject: Subject, statics: Sequence[StaticBaseline]
 ) -> tuple[Contender, ...]:
     full = Contender(name=FULL_DEPTH_NAME, encoder=subject.encoder, policy=FULL_DEPTH)
     early = (
         Contender(name=f"{t:g}", encoder=subject.encoder, policy=EntropyThreshold(t)) for t in thresholds
     )
     shallow = (
-        Contender(name=s.name, encoder=_encoder(s.model, subject.precision), policy=FULL_DEPTH)
-        for s in statics
-    )
-    return (full, *early, *shallow)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _SetScorer:
-    """One traced set and what it is scored by."""
-
-    traced: TracedSet
-    shape: ModelShape
-    metrics: tuple[NamedMetric, ...]
-    timings: Mapping[str, Timing]
-    """By contender; empty where nothing was measured."""
-
-    def off_ramps(self) -> tuple[tuple[int, tuple[float, ...]], ...]:
-        """(layer, score by each metric)."""
-        trace, labels = self.traced.trace, self.traced.labels
-        by_metric = [off_ramp_scores(trace, labels, metric.compute) for metric in self.metrics]
-        return tuple(zip(trace.layers, zip(*by_metric, strict=True), strict=True))
-
-    def point(self, name: str, policy: EntropyThreshold) -> EvaluatedPoint:
-        trace, labels = self.traced.trace, self.traced.labels
-        found = score(trace, labels, policy)
-        _, predictions = exits(trace, policy)
-        return EvaluatedPoint(
-            name=name,
-            scores=self._scores(predictions),
-            mean_exit_layer=found.mean_exit_layer,
-            speed_up=found.speed_up,
-            saving=found.saving,
-            flop_saving=flop_saving(trace, policy, self.shape),
-            exit_histogram=found.exit_histogram,
-            measured=self._measured(name),
+        Contender(
+            name=static.record.name,
+            encoder=packed_encoder(static.model, subject.precision),
+            policy=FULL_DEPTH,
         )
-
-    def static_point(self, static: StaticBaseline, predictions: Tensor) -> EvaluatedPoint:
-        depth, num_layers = static.depth, self.shape.num_layers
-        return EvaluatedPoint(
-            name=static.name,
-            scores=self._scores(predictions),
-            mean_exit_layer=float(depth),
-            speed_up=num_layers / depth,
-            saving=1.0 - depth / num_layers,
-            flop_saving=static_flop_saving(self.traced.trace, depth, self.shape),
-            exit_histogram=(),
-            measured=self._measured(static.name),
-        )
-
-    def _scores(self, predictions: Tensor) -> tuple[float, ...]:
-        return tuple(metric.compute(self.traced.labels, predictions) for metric in self.metrics)
-
-    def _measured(self, name: str) -> Measured | None:
-        timing, full = self.timings.get(name), self.timings.get(FULL_DEPTH_NAME)
-        if timing is None or full is None:
-            return None
-        return Measured(
-            samples=timing.samples,
-            rounds=timing.rounds,
-            alone_seconds=timing.alone_seconds,
-            alone_saving=1.0 - timing.alone_seconds / full.alone_seconds,
-            engine_seconds=timing.engine_seconds,
-            engine_saving=1.0 - timing.engine_seconds / full.engine_seconds,
-            expected_saving=1.0 - timing.mean_exit_layer / self.shape.num_layers,
-        )
-
-
-def _evaluated(
-    name: str,
-    file: TraceFile,
-    thresholds: Sequence[float],
-    statics: Sequence[tuple[StaticBaseline, Tensor]],
-) -> EvaluatedSet:
-    """The scores of one set; `statics` are the baselines with their predictions on it."""
-    task = file.origin.task
-    scorer = _SetScorer(
-        traced=file.sets[name],
-        shape=file.origin.shape,
-        metrics=metrics_of(find_task(task) if task else None, file.origin.labels),
-        timings={timing.name: timing for timing in file.timings.get(name, ())},
-    )
-    return EvaluatedSet(
-        name=name,
-        samples=len(scorer.traced.labels),
-        metrics=tuple(metric.name for metric in scorer.metrics),
-        off_ramps=scorer.off_ramps(),
-        full=scorer.point(FULL_DEPTH_NAME, FULL_DEPTH),
-        thresholds=tuple(scorer.point(f"{t:g}", EntropyThreshold(t)) for t in thresholds),
-        statics=tuple(scorer.static_point(static, answers) for static, answers in statics),
-    )
-
-
-def _static_answers(
-    data: LabelledSequences, precision: Precision, statics: Sequence[StaticBaseline]
-) -> tuple[tuple[StaticBaseline, Tensor], ...]:
-    """Each baseline and its predictions (N,)."""
-    return tuple(
-        (static, trace(_encoder(static.model, precision), data.tokens).logits[-1].argmax(-1))
         for static in statics
     )
+    return (full, *early, *shallow)

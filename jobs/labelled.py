@@ -90,7 +90,7 @@ class LabelledSource:
         if self.split is not None:
             return {"": self._load(self.split, names)}
         task = self.glue_task
-        if task is None or self._is_one_set():
+        if task is None or self.is_one_set:
             return {"": self._load("validation", names)}
         splits = task.dev_splits("dev" if self.glue_dir is not None else "validation")
         return {
@@ -98,7 +98,8 @@ class LabelledSource:
             for suffix, split in zip(task.evaluation_sets, splits, strict=True)
         }
 
-    def _is_one_set(self) -> bool:
+    @property
+    def is_one_set(self) -> bool:
         """Whether the data are a file or a saved `Dataset`, which have no splits."""
         return self.data is not None and (
             Path(self.data).is_file() or (Path(self.data) / "state.json").is_file()

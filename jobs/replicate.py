@@ -78,7 +78,8 @@ class ReplicateJob:
         parse=lambda text: tuple(positive(part) for part in comma_list(text)),
     )
     rows: int | None = flag("train on a random sample of this many rows", default=None, parse=positive)
-    timing_rows: int = flag("samples to measure time on", default=200, parse=positive)
+    timing_rows: int = flag("samples to measure time on, one at a time", default=100, parse=positive)
+    engine_rows: int = flag("and through the engine", default=1000, parse=positive)
     work: str = flag("folder for models and traces, used again where they are there", default=".replicate")
     output: str = flag("folder for the results", default="jobs/bench_results")
 
@@ -173,6 +174,7 @@ def _evaluation(job: ReplicateJob, experiment: Experiment, training: TrainJob, t
         trace=str(trace),
         thresholds=experiment.thresholds,
         timing_rows=job.timing_rows,
+        engine_rows=job.engine_rows,
         static_depths=job.static_depths,
         backbone=training.backbone,
         max_train_rows=job.rows,

@@ -13,11 +13,12 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, set_seed
 
-from deebert.baselines import StaticStyle, cut, kept_layers
+from deebert.baselines import cut, kept_layers
 from deebert.checkpoint import Checkpoint
 from deebert.evaluation import LabelledSequences
 from deebert.modeling import DeeBertForSequenceClassification
 from deebert.training import TwoStageConfig, check_labels, train_backbone
+from jobs.traces import StaticRecord
 from pipeline.errors import UsageError
 
 
@@ -25,40 +26,27 @@ from pipeline.errors import UsageError
 class StaticBaseline:
     """A trained static baseline."""
 
-    depth: int
-    style: StaticStyle
+    record: StaticRecord
     model: DeeBertForSequenceClassification
-
-    @property
-    def name(self) -> str:
-        """As tables call it."""
-        return f"static {self.depth} ({self.style})"
 
 
 def train_static(
-    backbone: str,
-    depth: int,
-    style: StaticStyle,
-    *,
-    like: Checkpoint,
-    data: LabelledSequences,
-    recipe: TwoStageConfig,
+    record: StaticRecord, *, like: Checkpoint, data: LabelledSequences, recipe: TwoStageConfig
 ) -> StaticBaseline:
     """Cut and fine-tune.
 
     Args:
-        backbone: folder or hub id of the encoder that `like` was trained from.
-        depth: layers to keep.
-        style: which.
+        record: depth, style, and the backbone that `like` was trained from.
         like: gives labels, pooling and length.
         data: training samples.
         recipe: its stage 1 is the budget.
 
     Raises:
         UsageError: the backbone cannot be loaded.
-        BackboneError: it does not have `depth` layers.
+        BackboneError: it does not have so many layers.
         DataError: labels that the model does not have.
     """
+    backbone = str(record.recipe["backbone"])
     config = like.model.config
     check_labels(data, len(like.labels))
     set_seed(recipe.seed)
@@ -73,8 +61,8 @@ def train_static(
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UsageError(f"cannot load the backbone {backbone!r}: {reason}") from error
-    model = cut(whole, kept_layers(whole.config.num_hidden_layers, depth, style))
+    model = cut(whole, kept_layers(whole.config.num_hidden_layers, record.depth, record.style))
     # The Trainer prints its summary on stdout, which belongs to the tables.
     with tempfile.TemporaryDirectory() as work, redirect_stdout(sys.stderr):
         train_backbone(model, tokenizer, data, recipe, Path(work))
-    return StaticBaseline(depth=depth, style=style, model=model)
+    return StaticBaseline(record=record, model=model)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 
 import numpy as np
@@ -34,18 +35,26 @@ class Contender:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Measure:
+    """Seconds of one way of running."""
+
+    samples: int
+    seconds: float
+    """All samples; the median round."""
+    mean_exit_layer: float
+    """Of these very samples."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Timing:
     """What one contender took."""
 
     name: str
-    samples: int
     rounds: int
-    alone_seconds: float
-    """All samples, one after the other; the median round."""
-    engine_seconds: float
-    """All samples through the engine; the median round."""
-    mean_exit_layer: float
-    """Of these very samples."""
+    alone: Measure
+    """One sample after the other."""
+    engine: Measure
+    """All samples handed to the engine at once."""
 
 
 def choose_samples(tokens: PackedTokens, most: int) -> PackedTokens:
@@ -57,7 +66,8 @@ def choose_samples(tokens: PackedTokens, most: int) -> PackedTokens:
 
 def measure(
     contenders: Sequence[Contender],
-    tokens: PackedTokens,
+    alone: PackedTokens,
+    engine: PackedTokens,
     *,
     rounds: int,
     micro_batch_tokens: int = 2048,
@@ -66,39 +76,35 @@ def measure(
 
     Args:
         contenders: names differ.
-        tokens: samples on the host.
+        alone: samples to run one by one, on the host.
+        engine: samples for the engine: many micro-batches of them, or it has nobody to regroup.
         rounds: at least 1.
         micro_batch_tokens: of the engine; raised to the longest sample.
     """
-    budget = max(micro_batch_tokens, tokens.max_seqlen)
-    for contender in contenders:
-        _alone(contender, tokens.slice(0, min(WARM_UP_SAMPLES, len(tokens))))
-        _through_engine(contender, tokens.slice(0, min(WARM_UP_SAMPLES, len(tokens))), budget)
-    alone: dict[str, list[float]] = {c.name: [] for c in contenders}
-    engine: dict[str, list[float]] = {c.name: [] for c in contenders}
-    layers: dict[str, IntArray] = {}
+    budget = max(micro_batch_tokens, engine.max_seqlen)
+    runs: dict[tuple[str, str], Callable[[], IntArray]] = {}
+    for c in contenders:
+        _alone(c, alone.slice(0, min(WARM_UP_SAMPLES, len(alone))))
+        _through_engine(c, engine.slice(0, min(WARM_UP_SAMPLES, len(engine))), budget)
+        runs[c.name, "alone"] = partial(_alone, c, alone)
+        runs[c.name, "engine"] = partial(_through_engine, c, engine, budget)
+    seconds: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
+    layers: dict[tuple[str, str], IntArray] = {}
     for number in range(rounds):
-        for c in contenders if number % 2 == 0 else reversed(contenders):
-            seconds, layers[c.name] = _timed(lambda c=c: _alone(c, tokens))  # type: ignore[misc]
-            alone[c.name].append(seconds)
-            engine[c.name].append(_timed(lambda c=c: _through_engine(c, tokens, budget))[0])  # type: ignore[misc]
+        for key in runs if number % 2 == 0 else reversed(runs):
+            started = time.perf_counter()
+            layers[key] = runs[key]()
+            seconds[key].append(time.perf_counter() - started)
+    found = {key: _measure(layers[key], seconds[key]) for key in runs}
     return tuple(
-        Timing(
-            name=c.name,
-            samples=len(tokens),
-            rounds=rounds,
-            alone_seconds=median(alone[c.name]),
-            engine_seconds=median(engine[c.name]),
-            mean_exit_layer=mean_exit_layer(np.bincount(layers[c.name] - 1).tolist()),
-        )
+        Timing(name=c.name, rounds=rounds, alone=found[c.name, "alone"], engine=found[c.name, "engine"])
         for c in contenders
     )
 
 
-def _timed(work: Callable[[], IntArray]) -> tuple[float, IntArray]:
-    started = time.perf_counter()
-    result = work()
-    return time.perf_counter() - started, result
+def _measure(layers: IntArray, seconds: Sequence[float]) -> Measure:
+    mean = mean_exit_layer(np.bincount(layers - 1).tolist())
+    return Measure(samples=len(layers), seconds=median(seconds), mean_exit_layer=mean)
 
 
 @torch.inference_mode()

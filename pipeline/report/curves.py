@@ -13,7 +13,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pipeline.report.evaluated import EvaluatedPoint, EvaluatedSet, file_stem
+from pipeline.report.evaluated import EvaluatedPoint, EvaluatedSet, Measured, file_stem
 from pipeline.report.svg import (
     EXECUTED,
     FULL_DEPTH,
@@ -55,7 +55,7 @@ def quality_against_saving(found: EvaluatedSet) -> Picture:
     """The score over the share saved: of layer work, and of time where it was measured."""
     figure, axes = new_axes(HALF_WIDTH_INCHES, _CURVE_HEIGHT_INCHES)
     curve = (found.full, *found.thresholds)
-    timed = [(point, point.measured.alone_saving) for point in curve if point.measured]
+    timed = [(point, point.alone.saving) for point in curve if point.alone]
     if timed:
         _line(axes, [x for _, x in timed], [p for p, _ in timed], FULL_DEPTH, "s", "time, measured alone")
     _line(axes, [p.saving for p in curve], curve, EXECUTED, "o", "layer work, expected")
@@ -67,16 +67,15 @@ def quality_against_saving(found: EvaluatedSet) -> Picture:
 
 def expected_against_measured(found: EvaluatedSet) -> tuple[Picture, ...]:
     """Time saved over the saving that Eq. 2 expects of the same samples; none where nothing was measured."""
-    measured = [p.measured for p in (found.full, *found.thresholds) if p.measured]
-    if not measured:
+    curve = (found.full, *found.thresholds)
+    alone, engine = [p.alone for p in curve if p.alone], [p.engine for p in curve if p.engine]
+    if not alone:
         return ()
     figure, axes = new_axes(HALF_WIDTH_INCHES, _CURVE_HEIGHT_INCHES)
-    expected = [100 * m.expected_saving for m in measured]
-    alone, engine = [100 * m.alone_saving for m in measured], [100 * m.engine_saving for m in measured]
-    low, high = min([0.0, *alone, *engine]), max([10.0, *expected, *alone, *engine])
-    axes.plot([low, high], [low, high], color=LINE, linewidth=1)
-    axes.plot(expected, alone, marker="o", markersize=5, color=EXECUTED, label="one sample at a time")
-    axes.plot(expected, engine, marker="s", markersize=5, color=MARK, label="through the engine")
+    values = [100 * x for m in (*alone, *engine) for x in (m.saving, m.expected_saving)]
+    axes.plot([min(0.0, *values), max(values)], [min(0.0, *values), max(values)], color=LINE, linewidth=1)
+    _measured_line(axes, alone, EXECUTED, "o", "one sample at a time")
+    _measured_line(axes, engine, MARK, "s", "through the engine")
     _graph(axes, "expected saving of layer work, %", "time saved, %")
     picture = Picture(
         stem=file_stem(found, "expected_measured"),
@@ -157,6 +156,11 @@ def _line(
 ) -> None:
     scores = [100 * point.scores[0] for point in points]
     axes.plot([100 * s for s in savings], scores, marker=marker, markersize=5, color=colour, label=label)
+
+
+def _measured_line(axes: Axes, measured: Sequence[Measured], colour: str, marker: str, label: str) -> None:
+    expected, saved = [100 * m.expected_saving for m in measured], [100 * m.saving for m in measured]
+    axes.plot(expected, saved, marker=marker, markersize=5, color=colour, label=label)
 
 
 def _static_marks(axes: Axes, xs: Sequence[float], statics: Sequence[EvaluatedPoint]) -> None:

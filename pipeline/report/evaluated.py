@@ -18,17 +18,15 @@ _UNKNOWN = "–"
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """Seconds of one point on the timed samples; savings are against full depth in the same rounds."""
+    """One point's time on some samples, against full depth's on the same in the same rounds."""
 
     samples: int
     rounds: int
-    alone_seconds: float
-    alone_saving: float
-    """Share of time saved, one sample at a time: the paper's measure."""
-    engine_seconds: float
-    engine_saving: float
+    seconds: float
+    saving: float
+    """Share of full depth's time saved."""
     expected_saving: float
-    """Eq. 2 on the timed samples themselves."""
+    """Eq. 2 on these very samples."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +43,10 @@ class EvaluatedPoint:
     flop_saving: float
     exit_histogram: tuple[int, ...]
     """Empty for a static baseline, where nobody exits."""
-    measured: Measured | None = None
+    alone: Measured | None = None
+    """One sample at a time: the paper's measure. None where nothing was measured."""
+    engine: Measured | None = None
+    """Through the engine."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +78,7 @@ def file_stem(found: EvaluatedSet, what: str) -> str:
 def state_evaluation(found: EvaluatedSet) -> dict[str, Table]:
     """The tables of one set by file stem."""
     tables = {"off_ramps": _off_ramp_table(found), "thresholds": _threshold_table(found)}
-    if any(point.measured for point in found.points):
+    if any(point.alone for point in found.points):
         tables["timings"] = _timing_table(found)
     return {file_stem(found, what): table for what, table in tables.items()}
 
@@ -133,7 +134,6 @@ def _threshold_table(found: EvaluatedSet) -> Table:
 
 
 def _threshold_row(point: EvaluatedPoint, full: EvaluatedPoint) -> tuple[str, ...]:
-    measured = point.measured
     return (
         point.name,
         *map(_percent2, point.scores),
@@ -142,31 +142,28 @@ def _threshold_row(point: EvaluatedPoint, full: EvaluatedPoint) -> tuple[str, ..
         f"{point.speed_up:.2f}",
         _percent1(point.saving),
         _percent1(point.flop_saving),
-        _UNKNOWN if measured is None else _percent1(measured.alone_saving),
-        _UNKNOWN if measured is None else _percent1(measured.engine_saving),
+        _UNKNOWN if point.alone is None else _percent1(point.alone.saving),
+        _UNKNOWN if point.engine is None else _percent1(point.engine.saving),
     )
 
 
 def _timing_table(found: EvaluatedSet) -> Table:
-    timed = [(point, point.measured) for point in found.points if point.measured is not None]
-    first = timed[0][1]
+    timed = [(p.name, p.alone, p.engine) for p in found.points if p.alone and p.engine]
+    _, alone, engine = timed[0]
+    ways = ("expected saving, {} %", "ms a sample, {}", "time saved, {} %")
     return Table(
         title=_title(found, "Measured time"),
-        columns=("threshold", "expected saving %", "alone ms", "saved %", "engine ms", "saved %"),
-        rows=tuple(
-            (
-                point.name,
-                _percent1(m.expected_saving),
-                f"{1000 * m.alone_seconds / m.samples:.3f}",
-                _percent1(m.alone_saving),
-                f"{1000 * m.engine_seconds / m.samples:.3f}",
-                _percent1(m.engine_saving),
-            )
-            for point, m in timed
-        ),
-        note=f"Milliseconds a sample, {first.samples:,} samples, median of {first.rounds} rounds in which all "
-        "took their turn. Alone: one sample at a time, as in the paper. Expected: Eq. 2 on these samples.",
+        columns=("threshold", *(way.format(which) for which in ("alone", "engine") for way in ways)),
+        rows=tuple((name, *_time_cells(a), *_time_cells(e)) for name, a, e in timed),
+        note=f"Alone: {alone.samples:,} samples, one at a time, as in the paper. Engine: {engine.samples:,} samples "
+        f"handed over at once. The median of {alone.rounds} rounds in which all took their turn. Expected: Eq. 2 on "
+        "the samples timed.",
     )
+
+
+def _time_cells(measured: Measured) -> tuple[str, ...]:
+    milliseconds = 1000 * measured.seconds / measured.samples
+    return _percent1(measured.expected_saving), f"{milliseconds:.3f}", _percent1(measured.saving)
 
 
 def _percent2(value: float) -> str:

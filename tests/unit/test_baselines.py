@@ -16,6 +16,7 @@ from deebert.evaluation import LabelledSequences, accuracy, trace
 from deebert.packing import PackedTokens
 from deebert.training import StageConfig, TwoStageConfig
 from jobs.static import train_static
+from jobs.traces import StaticRecord
 from tests.conftest import ModelFactory
 
 TOKENS = PackedTokens.pack([[2, 45, 46, 3], [2, 47, 3], [2, 48, 49, 50, 51, 3]])
@@ -88,15 +89,21 @@ class TestTraining:
     def test_a_baseline_learns(self, backbone: str, saved_model: Path) -> None:
         data, like = self.data([0, 1, 2] * 40), load_checkpoint(str(saved_model))
 
-        static = train_static(backbone, 2, "every-other", like=like, data=data, recipe=self.RECIPE)
+        static = train_static(
+            StaticRecord(depth=2, style="every-other", recipe={"backbone": backbone}),
+            like=like,
+            data=data,
+            recipe=self.RECIPE,
+        )
 
         predictions = trace(PackedEncoder(static.model), data.tokens).logits[-1].argmax(-1)
         assert accuracy(data.labels, predictions) > 0.9
-        assert static.name == "static 2 (every-other)"
+        assert static.record.name == "static 2 (every-other)"
         assert not static.model.training
 
     def test_labels_that_the_model_does_not_have_are_refused(self, backbone: str, saved_model: Path) -> None:
         like = load_checkpoint(str(saved_model))
+        record = StaticRecord(depth=2, style="first", recipe={"backbone": backbone})
 
         with pytest.raises(DataError, match="the labels run from 0 to 3 but the model has 3"):
-            train_static(backbone, 2, "first", like=like, data=self.data([0, 3]), recipe=self.RECIPE)
+            train_static(record, like=like, data=self.data([0, 3]), recipe=self.RECIPE)

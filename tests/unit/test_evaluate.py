@@ -316,9 +316,44 @@ class TestStaticBaselines:
         assert rows["static 2 (first)"]["mean exit layer"] == "2.00"
         assert rows["static 2 (first)"]["saved %"] == "60.0"
         assert rows["static 4 (first)"]["layer speed-up"] == "1.25"
-        assert float(rows["static 2 (first)"]["time saved, alone %"]) > 0
+        assert {"–"} & set(rows["static 2 (first)"].values()) == set()
         assert "2 layers" in (tmp_path / "quality_saving.svg").read_text()
         assert "train_runtime" not in out
+
+    def test_they_are_trained_once_and_stay_in_the_trace(
+        self,
+        pair_model: Path,
+        backbone: Path,
+        glue: Path,
+        run: Run,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        data = ("--model", pair_model, "--glue-dir", glue, "--task", "mrpc")
+        kept = ("--trace", tmp_path / "t.parquet", "--timing-rows", 4, *flags())
+        static = ("--static-depths", "2", "--static-style", "every-other", "--backbone", backbone)
+        budget = ("--max-train-rows", 16, "--epochs", 1)
+        first = run(*data, *kept, *static, *budget)
+
+        def refuse(*args: object, **kwargs: object) -> None:
+            raise AssertionError("trained again")
+
+        monkeypatch.setattr(evaluation, "train_static", refuse)
+
+        assert "static 2 (every-other)" in first
+        assert run(*data, *kept, *static, *budget) == first
+        assert run(*kept) == first
+        with pytest.raises(AssertionError, match="trained again"):
+            run(*data, *kept, *static, "--max-train-rows", 17, "--epochs", 1)
+
+    def test_they_are_not_trained_on_the_rows_that_score_them(
+        self, pair_model: Path, backbone: Path, glue: Path, refusal: Run
+    ) -> None:
+        data = ("--model", pair_model, "--data", glue / "MRPC" / "dev.tsv", "--task", "mrpc")
+
+        said = refusal(*data, "--static-depths", "2", "--backbone", backbone)
+
+        assert said.endswith("would train on the very rows that it is scored on: give --train-data")
 
     @pytest.mark.parametrize(
         ("words", "says"),

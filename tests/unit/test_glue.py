@@ -9,6 +9,7 @@ import datasets
 import pytest
 
 from deebert.errors import DataError
+from jobs import cli
 from jobs.glue import TASKS, Columns, find_task, task_of_hub_id
 from jobs.labelled import LabelledSource, LabelledTexts, load_labelled
 from pipeline.errors import UsageError
@@ -274,6 +275,12 @@ class TestTasks:
     def test_a_source_is_data_or_a_task_of_a_folder(self, given: dict[str, str], says: str) -> None:
         with pytest.raises(UsageError, match=says):
             LabelledSource(**{"data": None, "columns": PLAIN, **given})  # type: ignore[arg-type]
+
+
+def test_train_needs_labelled_texts(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "--backbone", "b", "--output", "nowhere"]) == 2
+    said = "deebert train: give the labelled texts as --data, or as --glue-dir with --task\n"
+    assert capsys.readouterr().err == said
 
 
 class TestOtherData:

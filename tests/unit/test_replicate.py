@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import BertModel, PreTrainedTokenizerFast
 
-from jobs import cli, replicate
+from jobs import cli, evaluation, replicate
 from pipeline.report.evaluated import EvaluatedPoint, EvaluatedSet
 from tests.conftest import make_model
 
@@ -38,7 +38,9 @@ def assets_in_small(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrai
 
 def run(assets: Path, folder: Path, *words: str) -> int:
     folders = ("--assets", assets, "--work", folder / "work", "--output", folder / "results")
-    return cli.run("replicate", [*map(str, folders), "--rows", "16", "--timing-rows", "2", *words])
+    return cli.run(
+        "replicate", [*map(str, folders), "--rows", "16", "--timing-rows", "2", "--engine-rows", "4", *words]
+    )
 
 
 def test_one_command_trains_evaluates_and_writes(
@@ -64,6 +66,8 @@ def test_one_command_trains_evaluates_and_writes(
         names = {path.name for path in (results / f"{day}-{task}-mean").iterdir()}
         assert {"report.html", "thresholds.csv", "thresholds.md", "timings.csv", "run.json"} <= names
         assert {"quality_saving.svg", "expected_measured.png", "off_ramps.svg", "exit_layers.png"} <= names
+    config = json.loads((tmp_path / "work" / "mrpc-mean" / "model" / "config.json").read_text())
+    assert config["id2label"] == {"0": "not_equivalent", "1": "equivalent"}
     document = json.loads((results / f"{day}-ag-news-mean" / "run.json").read_text())
     assert document["training"]["backbone"] == "ASSETS/e5-small"
     assert str(tmp_path) not in json.dumps(document)
@@ -73,15 +77,16 @@ def test_one_command_trains_evaluates_and_writes(
 def test_a_second_run_trains_nothing(
     assets_in_small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = ("--tasks", "sst-2", "--poolings", "cls", "--static-depths", "")
+    words = ("--tasks", "sst-2", "--poolings", "cls", "--static-depths", "1")
     assert run(assets_in_small, tmp_path, *words) == 0
     (thresholds,) = (tmp_path / "results").glob("*/thresholds.csv")
     before = thresholds.read_bytes()
 
-    def refuse(*args: object) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("trained again")
 
     monkeypatch.setattr(replicate, "train", refuse)
+    monkeypatch.setattr(evaluation, "train_static", refuse)
 
     assert run(assets_in_small, tmp_path, *words) == 0
     assert thresholds.read_bytes() == before

@@ -13,8 +13,16 @@ from deebert.cost import ModelShape
 from deebert.errors import DataError
 from deebert.evaluation import LabelledSequences, Trace
 from deebert.packing import PackedTokens
-from jobs.timing import Timing
-from jobs.traces import TracedSet, TraceFile, TraceOrigin, data_digest, read_traces, write_traces
+from jobs.timing import Measure, Timing
+from jobs.traces import (
+    StaticRecord,
+    TracedSet,
+    TraceFile,
+    TraceOrigin,
+    data_digest,
+    read_traces,
+    write_traces,
+)
 from pipeline.errors import UsageError
 
 ORIGIN = TraceOrigin(
@@ -27,7 +35,13 @@ ORIGIN = TraceOrigin(
     max_length=64,
     shape=ModelShape(num_layers=5, hidden_size=32, intermediate_size=48, num_labels=3),
 )
-TIMING = Timing(name="0.2", samples=3, rounds=3, alone_seconds=0.1, engine_seconds=1 / 3, mean_exit_layer=2.5)
+STATIC = StaticRecord(depth=2, style="first", recipe={"backbone": "b", "learning_rate": 2e-5})
+TIMING = Timing(
+    name="0.2",
+    rounds=3,
+    alone=Measure(samples=3, seconds=0.1, mean_exit_layer=2.5),
+    engine=Measure(samples=7, seconds=1 / 3, mean_exit_layer=2.25),
+)
 
 
 def traced(seed: int, rows: int) -> TracedSet:
@@ -35,13 +49,15 @@ def traced(seed: int, rows: int) -> TracedSet:
     logits = torch.randn(3, rows, 3, generator=generator)
     logits[0, 0] = torch.tensor([float("inf"), -0.0, 1e-42])  # a denormal and a signed zero
     trace = Trace(layers=(2, 4, 5), logits=logits, lengths=np.arange(3, 3 + rows, dtype=np.int64))
-    return TracedSet(trace=trace, labels=torch.arange(rows) % 3)
+    answers = {STATIC.name: torch.arange(rows) % 2}
+    return TracedSet(trace=trace, labels=torch.arange(rows) % 3, static_predictions=answers)
 
 
 FILE = TraceFile(
     origin=ORIGIN,
     sets={"matched": traced(0, 7), "mismatched": traced(1, 4)},
     timings={"matched": (TIMING,)},
+    statics=(STATIC,),
 )
 
 
@@ -51,6 +67,7 @@ def test_a_trace_comes_back_bit_for_bit(tmp_path: Path) -> None:
 
     assert back.origin == ORIGIN
     assert back.timings == FILE.timings
+    assert back.statics == (STATIC,)
     assert list(back.sets) == ["matched", "mismatched"]
     for name, before in FILE.sets.items():
         after = back.sets[name]
@@ -58,6 +75,8 @@ def test_a_trace_comes_back_bit_for_bit(tmp_path: Path) -> None:
         assert torch.equal(after.trace.logits.view(torch.int32), before.trace.logits.view(torch.int32))
         assert after.trace.lengths.tolist() == before.trace.lengths.tolist()
         assert after.labels.tolist() == before.labels.tolist()
+        assert after.static_predictions.keys() == {"static 2 (first)"}
+        assert torch.equal(after.static_predictions[STATIC.name], before.static_predictions[STATIC.name])
         assert after.trace.lengths.dtype == np.int64
         assert after.labels.dtype == torch.long
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["t.parquet"]
