@@ -53,9 +53,10 @@ def draw(found: EvaluatedSet) -> tuple[Picture, ...]:
 
 def quality_against_saving(found: EvaluatedSet) -> Picture:
     """The score over the share saved: of layer work, and of time where it was measured."""
-    figure, axes = new_axes(HALF_WIDTH_INCHES, _CURVE_HEIGHT_INCHES)
     curve = (found.full, *found.thresholds)
     timed = [(point, point.alone.saving) for point in curve if point.alone]
+    # Beside it stand two half-width figures where time was measured, else one.
+    figure, axes = new_axes(FULL_WIDTH_INCHES if timed else HALF_WIDTH_INCHES, _CURVE_HEIGHT_INCHES)
     if timed:
         _line(axes, [x for _, x in timed], [p for p, _ in timed], FULL_DEPTH, "s", "time, measured alone")
     _line(axes, [p.saving for p in curve], curve, EXECUTED, "o", "layer work, expected")
