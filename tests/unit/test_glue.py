@@ -369,3 +369,19 @@ class TestOtherData:
     def test_a_file_that_is_not_there(self) -> None:
         with pytest.raises(DataError, match=r"no such file: 'nowhere\.tsv'"):
             self.load(Path("nowhere.tsv"))
+
+
+@pytest.mark.assets
+@pytest.mark.parametrize(
+    ("task", "train", "train_positive", "dev", "dev_positive"),
+    [("sst-2", 67_349, 37_569, 872, 444), ("mrpc", 3_668, 2_474, 408, 279)],
+)
+def test_the_real_files_have_every_row(
+    assets: Path, task: str, train: int, train_positive: int, dev: int, dev_positive: int
+) -> None:
+    source = glue(assets / "glue", task)
+
+    texts, held_out = source.training_texts(), only(source.evaluation_texts())
+
+    assert (len(texts), sum(texts.labels)) == (train, train_positive)
+    assert (len(held_out), sum(held_out.labels)) == (dev, dev_positive)
