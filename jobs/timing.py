@@ -1,16 +1,15 @@
 """Seconds that contenders take for the same samples: one sample at a time, and through the engine.
 
-One at a time is how the paper measures. Contenders run in turn, round after round, so that all see the same
-machine in the same minutes; their order is reversed in every other round, and the median round counts. Knows
-nothing of texts, labels or scores.
+One at a time is how the paper measures. Contenders run in turn, so that all see the same machine in the same
+minutes: sample by sample one at a time, pass by pass through the engine. Their order is reversed in every
+other round, and the median round counts. Knows nothing of texts, labels or scores.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from statistics import median
 
 import numpy as np
@@ -82,36 +81,56 @@ def measure(
         micro_batch_tokens: of the engine; raised to the longest sample.
     """
     budget = max(micro_batch_tokens, engine.max_seqlen)
-    runs: dict[tuple[str, str], Callable[[], IntArray]] = {}
     for c in contenders:
-        _alone(c, alone.slice(0, min(WARM_UP_SAMPLES, len(alone))))
+        _alone((c,), alone.slice(0, min(WARM_UP_SAMPLES, len(alone))))
         _through_engine(c, engine.slice(0, min(WARM_UP_SAMPLES, len(engine))), budget)
-        runs[c.name, "alone"] = partial(_alone, c, alone)
-        runs[c.name, "engine"] = partial(_through_engine, c, engine, budget)
-    seconds: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
-    layers: dict[tuple[str, str], IntArray] = {}
+    one_by_one: dict[str, list[_Run]] = {c.name: [] for c in contenders}
+    together: dict[str, list[_Run]] = {c.name: [] for c in contenders}
     for number in range(rounds):
-        for key in runs if number % 2 == 0 else reversed(runs):
-            started = time.perf_counter()
-            layers[key] = runs[key]()
-            seconds[key].append(time.perf_counter() - started)
-    found = {key: _measure(layers[key], seconds[key]) for key in runs}
+        order = tuple(contenders) if number % 2 == 0 else tuple(reversed(contenders))
+        for name, run in _alone(order, alone).items():
+            one_by_one[name].append(run)
+        for c in order:
+            together[c.name].append(_through_engine(c, engine, budget))
     return tuple(
-        Timing(name=c.name, rounds=rounds, alone=found[c.name, "alone"], engine=found[c.name, "engine"])
+        Timing(
+            name=c.name,
+            rounds=rounds,
+            alone=_measure(one_by_one[c.name]),
+            engine=_measure(together[c.name]),
+        )
         for c in contenders
     )
 
 
-def _measure(layers: IntArray, seconds: Sequence[float]) -> Measure:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Run:
+    seconds: float
+    exit_layers: IntArray
+    """(N,), 1-based."""
+
+
+def _measure(runs: Sequence[_Run]) -> Measure:
+    layers = runs[0].exit_layers
     mean = mean_exit_layer(np.bincount(layers - 1).tolist())
-    return Measure(samples=len(layers), seconds=median(seconds), mean_exit_layer=mean)
+    return Measure(samples=len(layers), seconds=median(run.seconds for run in runs), mean_exit_layer=mean)
 
 
 @torch.inference_mode()
-def _alone(contender: Contender, tokens: PackedTokens) -> IntArray:
-    """Exit layers (N,), 1-based."""
-    samples = [tokens.sequence(i) for i in range(len(tokens))]
-    return np.array([_exit_layer(contender.encoder, contender.policy, one) for one in samples], np.int64)
+def _alone(contenders: Sequence[Contender], tokens: PackedTokens) -> dict[str, _Run]:
+    """Each sample by every contender before the next sample: a slow moment of the machine meets all alike."""
+    seconds = dict.fromkeys((c.name for c in contenders), 0.0)
+    layers: dict[str, list[int]] = {c.name: [] for c in contenders}
+    for i in range(len(tokens)):
+        sample = tokens.sequence(i)
+        for c in contenders:
+            started = time.perf_counter()
+            layers[c.name].append(_exit_layer(c.encoder, c.policy, sample))
+            seconds[c.name] += time.perf_counter() - started
+    return {
+        name: _Run(seconds=seconds[name], exit_layers=np.array(found, np.int64))
+        for name, found in layers.items()
+    }
 
 
 def _exit_layer(encoder: PackedEncoder, policy: ExitPolicy, sample: PackedTokens) -> int:
@@ -129,11 +148,11 @@ def _exit_layer(encoder: PackedEncoder, policy: ExitPolicy, sample: PackedTokens
     return last
 
 
-def _through_engine(contender: Contender, tokens: PackedTokens, micro_batch_tokens: int) -> IntArray:
-    """Exit layers (N,), 1-based."""
+def _through_engine(contender: Contender, tokens: PackedTokens, micro_batch_tokens: int) -> _Run:
     engine = Engine(contender.encoder, contender.policy, EngineConfig(micro_batch_tokens=micro_batch_tokens))
-    engine.submit(np.arange(len(tokens)), tokens)
     layers = np.zeros(len(tokens), np.int64)
+    started = time.perf_counter()
+    engine.submit(np.arange(len(tokens)), tokens)
     for exits in engine.drain():
         layers[exits.sample_ids] = exits.exit_layer
-    return layers
+    return _Run(seconds=time.perf_counter() - started, exit_layers=layers)
