@@ -1,10 +1,10 @@
-# make setup | check | test | demo | clean. Every target does its own set-up.
+# make setup | check | test | demo | replicate | clean; test-faults, test-thorough, fuzz and soak take longer. Every target does its own set-up.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: setup check format test test-faults test-bad-input test-thorough fuzz soak demo clean
+.PHONY: setup check format test test-faults test-bad-input test-thorough fuzz soak demo replicate clean
 
 setup: $(VENV)/.ready
 
@@ -49,5 +49,10 @@ soak: setup
 demo: setup
 	$(BIN)/python -m jobs.demo
 
+# The paper's experiments: make replicate ASSETS=folder (real weights and labelled data).
+ASSETS ?= $(or $(DEEBERT_ASSETS),../shared/assets)
+replicate: setup
+	$(BIN)/python -m jobs.replicate --assets $(ASSETS)
+
 clean:
-	rm -rf $(VENV) .demo build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .demo .replicate build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -6,7 +6,7 @@ read off it without running the model again. Knows nothing of files, commands or
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,10 +14,18 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from deebert.cost import expected_saving, mean_exit_layer
+from deebert.cost import ModelShape, expected_saving, mean_exit_layer
 from deebert.encoder import PackedEncoder
 from deebert.exit_policy import EntropyThreshold, ExitPolicy, entropy
 from deebert.packing import IntArray, PackedTokens
+
+Metric = Callable[[Tensor, Tensor], float]
+"""Labels (N,) int64 and predictions (N,) int64 -> a score between 0 and 1; larger is better."""
+
+
+def accuracy(labels: Tensor, predictions: Tensor) -> float:
+    """Share of predictions that are right."""
+    return float((predictions == labels).float().mean())
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -61,6 +69,8 @@ class OperatingPointScore:
     """One policy on one labelled trace."""
 
     policy: ExitPolicy
+    score: float
+    """By the task's metric; accuracy where none was named."""
     accuracy: float
     mean_exit_layer: float
     saving: float
@@ -112,6 +122,11 @@ def off_ramp_accuracy(trace: Trace, labels: Tensor) -> tuple[float, ...]:
     return tuple((trace.logits.argmax(-1) == labels).float().mean(1).tolist())
 
 
+def off_ramp_scores(trace: Trace, labels: Tensor, metric: Metric = accuracy) -> tuple[float, ...]:
+    """`metric` of each off-ramp alone, in the order of `trace.layers`."""
+    return tuple(metric(labels, logits.argmax(-1)) for logits in trace.logits)
+
+
 def exits(trace: Trace, policy: ExitPolicy) -> tuple[Tensor, Tensor]:
     """Exit layers (N,) int64, 1-based, and predictions (N,) int64 under `policy`."""
     num_samples = trace.logits.shape[1]
@@ -128,13 +143,46 @@ def exits(trace: Trace, policy: ExitPolicy) -> tuple[Tensor, Tensor]:
     return exit_layer, prediction
 
 
-def score(trace: Trace, labels: Tensor, policy: ExitPolicy) -> OperatingPointScore:
-    """Accuracy and saving of `policy` on a labelled trace."""
+def flop_saving(trace: Trace, policy: ExitPolicy, shape: ModelShape) -> float:
+    """Share of full depth's FLOPs that `policy` saves on a trace.
+
+    Counts what Eq. 2 leaves out: long samples cost more than short ones, attention grows with the square of
+    their length, and every sample pays for the off-ramps that it passes. Negative where those cost more than
+    the exits save.
+    """
+    exit_layer, _ = exits(trace, policy)
+    full = torch.full_like(exit_layer, trace.num_layers)
+    passed = [layer for layer in trace.layers if layer == trace.num_layers or policy.can_fire(layer)]
+    executed = _flops(trace, exit_layer, passed, shape)
+    return 1.0 - executed / _flops(trace, full, [trace.num_layers], shape)
+
+
+def static_flop_saving(trace: Trace, depth: int, shape: ModelShape) -> float:
+    """Share of full depth's FLOPs that a model of `depth` layers without off-ramps saves on the same samples."""
+    full = torch.full((len(trace.lengths),), trace.num_layers)
+    executed = _flops(trace, torch.full_like(full, depth), [depth], shape)
+    return 1.0 - executed / _flops(trace, full, [trace.num_layers], shape)
+
+
+def _flops(trace: Trace, exit_layer: Tensor, off_ramps: Sequence[int], shape: ModelShape) -> float:
+    """FLOPs of samples that run to `exit_layer` and through those of `off_ramps` on their way."""
+    left, lengths = exit_layer.numpy(), trace.lengths
+    layers = sum(
+        shape.layer_flops(float(run.sum()), float(np.square(run).sum()))
+        for layer in range(1, trace.num_layers + 1)
+        if len(run := lengths[left >= layer])
+    )
+    return layers + sum(shape.off_ramp_flops(int((left >= layer).sum())) for layer in off_ramps)
+
+
+def score(trace: Trace, labels: Tensor, policy: ExitPolicy, metric: Metric = accuracy) -> OperatingPointScore:
+    """Score and saving of `policy` on a labelled trace."""
     exit_layer, prediction = exits(trace, policy)
     histogram = torch.bincount(exit_layer, minlength=trace.num_layers + 1)[1:].tolist()
     return OperatingPointScore(
         policy=policy,
-        accuracy=float((prediction == labels).float().mean()),
+        score=metric(labels, prediction),
+        accuracy=accuracy(labels, prediction),
         mean_exit_layer=mean_exit_layer(histogram),
         saving=expected_saving(histogram),
         exit_histogram=tuple(histogram),
@@ -142,7 +190,7 @@ def score(trace: Trace, labels: Tensor, policy: ExitPolicy) -> OperatingPointSco
 
 
 def sweep(
-    trace: Trace, labels: Tensor, thresholds: Sequence[float | None]
+    trace: Trace, labels: Tensor, thresholds: Sequence[float | None], metric: Metric = accuracy
 ) -> tuple[OperatingPointScore, ...]:
     """`score` for one entropy threshold after another."""
-    return tuple(score(trace, labels, EntropyThreshold(t)) for t in thresholds)
+    return tuple(score(trace, labels, EntropyThreshold(t), metric) for t in thresholds)

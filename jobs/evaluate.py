@@ -1,37 +1,69 @@
-"""`deebert evaluate`: every off-ramp's score on a labelled set, and what each threshold keeps and saves."""
+"""`deebert evaluate`: every off-ramp's score on labelled sets, what each threshold keeps and saves, pictures."""
 
 from __future__ import annotations
 
-import csv
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from jobs.flags import flag, parse_job
+from jobs.flags import comma_list, flag, parse_job
+from jobs.glue import TASK_NAMES, Columns
 from jobs.terminal import quiet_libraries
-from pipeline.config import comma_list, positive
+from pipeline.config import positive
+from pipeline.errors import UsageError
+
+if TYPE_CHECKING:
+    from jobs.evaluation import Evaluation
 
 
 def _numbers(text: str) -> tuple[float, ...]:
     return tuple(float(part) for part in comma_list(text))
 
 
+def _depths(text: str) -> tuple[int, ...]:
+    return tuple(positive(part) for part in comma_list(text))
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise ValueError(f"{text!r} is not a whole number from 0")
+    return value
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvaluateJob:
     """What `deebert evaluate` takes."""
 
-    model: str = flag("folder or hub id of a DeeBERT model")
-    data: str = flag(
-        "labelled texts: CSV, TSV, JSONL or Parquet, a saved data set, or hub-id[:configuration]"
+    model: str | None = flag("folder or hub id of a DeeBERT model", default=None)
+    data: str | None = flag(
+        "labelled texts: CSV, TSV, JSONL or Parquet, a saved data set, or hub-id[:configuration]",
+        default=None,
+    )
+    glue_dir: str | None = flag("or GLUE's TSV folders, with --task", default=None, metavar="DIR")
+    task: str | None = flag(
+        "GLUE task of the data: settles columns, label names and metric", default=None, choices=TASK_NAMES
     )
     text_column: str = flag("column of the text", default="text")
     text_pair_column: str | None = flag("column of the second segment", default=None)
     label_column: str = flag("column of the label: ids or names", default="label")
+    labels: tuple[str, ...] | None = flag(
+        "the model's label names in the order of its ids; left out, those it was saved with",
+        default=None,
+        parse=comma_list,
+        metavar="A,B",
+    )
+    trace: str | None = flag(
+        "Parquet file of every off-ramp's logits: written, or read if it is there instead of running the model",
+        default=None,
+        metavar="T.parquet",
+    )
     thresholds: tuple[float, ...] = flag(
         "entropy thresholds to try, nats", default=(0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5), parse=_numbers
     )
-    split: str = flag("of a hub data set", default="validation")
+    split: str | None = flag("of a data set; left out, validation (MNLI: both, apart)", default=None)
     max_length: int | None = flag(
         "tokens a text is cut to; left out, what the model was trained with", default=None, parse=positive
     )
@@ -40,76 +72,99 @@ class EvaluateJob:
         default="float32",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
-    output: str | None = flag("folder for off_ramps.csv and thresholds.csv", default=None)
+    timing_rows: int = flag(
+        "samples to measure time on, one at a time; 0 measures nothing", default=100, parse=_count
+    )
+    engine_rows: int = flag("and through the engine", default=1000, parse=positive)
+    timing_rounds: int = flag("rounds of measuring; the median counts", default=3, parse=positive)
+    static_depths: tuple[int, ...] = flag(
+        "baselines: train the backbone cut to so many layers",
+        default=(),
+        parse=_depths,
+        metavar="K,K",
+    )
+    static_style: str = flag(
+        "layers that static baselines keep", default="first", choices=("first", "every-other")
+    )
+    backbone: str | None = flag("encoder that static baselines are cut from", default=None)
+    train_data: str | None = flag(
+        "their training texts, as --data; left out, the train split of --glue-dir or of the hub id",
+        default=None,
+    )
+    max_train_rows: int | None = flag(
+        "train them on a random sample of this many rows", default=None, parse=positive
+    )
+    epochs: float = flag("their epochs", default=3.0, parse=float)
+    batch_size: int = flag("their samples per step", default=8, parse=positive)
+    learning_rate: float = flag("their peak learning rate", default=2e-5, parse=float)
+    seed: int = flag("their random seed", default=42, parse=int)
+    output: str | None = flag("folder for report.html, pictures and tables", default=None)
 
-
-Table = list[tuple[str, ...]]
+    @property
+    def columns(self) -> Columns:
+        """Of data that belongs to no task."""
+        return Columns(text=self.text_column, pair=self.text_pair_column, label=self.label_column)
 
 
 def execute(argv: Sequence[str], *, prog: str) -> int:
-    """Parse, trace, print and write."""
+    """Parse, evaluate, print and write."""
     job = parse_job(
-        EvaluateJob, argv, prog=prog, description="Score every off-ramp and sweep entropy thresholds."
+        EvaluateJob,
+        argv,
+        prog=prog,
+        description="Score every off-ramp, sweep entropy thresholds, measure time, draw the paper's figures.",
     )
-    for name, table in evaluate(job).items():
-        print(_markdown(table), end="\n\n")
-        if job.output is not None:
-            folder = Path(job.output)
-            folder.mkdir(parents=True, exist_ok=True)
-            with (folder / f"{name}.csv").open("w", newline="") as file:
-                csv.writer(file).writerows(table)
+    show(evaluate(job), job.output)
     return 0
 
 
-def evaluate(job: EvaluateJob) -> dict[str, Table]:
-    """The tables, by name; the first row of each is its header."""
-    from deebert.checkpoint import load_checkpoint
-    from deebert.encoder import PackedEncoder
-    from deebert.evaluation import off_ramp_accuracy, sweep, trace
-    from deebert.precision import DTYPES, resolve_precision
-    from jobs.labelled import load_labelled
-    from pipeline.tokenization import TextTokenizer
+def evaluate(job: EvaluateJob) -> Evaluation:
+    """What `job` asks for, found; nothing is written but the trace.
+
+    Raises:
+        UsageError: flags that do not go together, or a trace of another model or of other data.
+        DataError: labelled data that cannot be read or does not fit the model.
+        CheckpointError: the model cannot be loaded.
+    """
+    _check(job)
+    # Heavy imports come after the checks that need none of them.
+    from jobs.evaluation import run
 
     quiet_libraries()
-    checkpoint = load_checkpoint(job.model)
-    texts = load_labelled(
-        job.data,
-        text_column=job.text_column,
-        text_pair_column=job.text_pair_column,
-        label_column=job.label_column,
-        names=checkpoint.labels,
-        split=job.split,
-    )
-    tokenizer = TextTokenizer(
-        checkpoint.tokenizer, max_length=job.max_length or checkpoint.default_max_length
-    )
-    data = texts.tokenized(tokenizer)
-    encoder = PackedEncoder(checkpoint.model, dtype=DTYPES[resolve_precision(job.precision)])
-    traced = trace(encoder, data.tokens)
-    ramps = zip(traced.layers, off_ramp_accuracy(traced, data.labels), strict=True)
-    full, *points = sweep(traced, data.labels, (None, *job.thresholds))
-    rows = [
-        (
-            "full depth" if threshold is None else f"{threshold:g}",
-            f"{100 * point.accuracy:.2f}",
-            f"{100 * point.accuracy / full.accuracy:.2f}",
-            f"{point.mean_exit_layer:.2f}",
-            f"{point.speed_up:.2f}",
-            f"{100 * point.saving:.1f}",
-        )
-        for threshold, point in zip((None, *job.thresholds), (full, *points), strict=True)
-    ]
-    header = ("threshold", "accuracy %", "of full %", "mean exit layer", "layer speed-up", "saved %")
-    return {
-        "off_ramps": [("layer", "accuracy %"), *((str(i), f"{100 * a:.2f}") for i, a in ramps)],
-        "thresholds": [header, *rows],
-    }
+    return run(job)
 
 
-def _markdown(table: Table) -> str:
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = ["| " + " | ".join(f"{c:>{w}}" for c, w in zip(row, widths, strict=True)) + " |" for row in table]
-    return "\n".join([lines[0], "|" + "|".join("-" * (w + 1) + ":" for w in widths) + "|", *lines[1:]])
+def show(found: Evaluation, output: str | None) -> None:
+    """Print the tables, and write them with the page and its pictures where there is an output."""
+    from pipeline.report.evaluated import state_evaluation, to_markdown
+    from pipeline.report.evaluation import evaluation_files
+
+    for one in found.sets:
+        for table in state_evaluation(one).values():
+            print(f"{table.title}\n\n{to_markdown(table)}", end="\n\n")
+    if output is None:
+        return
+    folder = Path(output)
+    files = evaluation_files(found.sets, model=found.model, task=found.task, origin=found.origin)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+    except OSError as error:
+        raise UsageError(f"cannot write to {output!r}: {error.strerror or error}") from error
+    print(folder / "report.html")
+
+
+def _check(job: EvaluateJob) -> None:
+    has_trace = job.trace is not None and Path(job.trace).exists()
+    if job.model is None and not has_trace:
+        raise UsageError("give --model, or a --trace that is there already")
+    if job.data is None and job.glue_dir is None and not has_trace:
+        raise UsageError("give the labelled texts as --data, or as --glue-dir with --task")
+    if job.static_depths and (job.model is None or job.backbone is None):
+        raise UsageError("--static-depths needs --model and the --backbone that it was trained from")
+    if job.static_depths and job.data is None and job.glue_dir is None:
+        raise UsageError("--static-depths needs the labelled texts, as --data or --glue-dir")
 
 
 if __name__ == "__main__":

@@ -1,19 +1,25 @@
-"""Labelled data for training and evaluation, through `datasets`: files, saved data sets, GLUE, the hub.
+"""Labelled data for training and evaluation: files, data sets, GLUE's folders, the hub.
 
-Turns any of them into tokenized, packed samples. Knows nothing of models beyond their label names.
+Turns any of them into texts with label ids, and those into packed samples. Labels are matched by name
+wherever there are names: the number of a label means what its source says. Knows nothing of models beyond
+their label names.
 """
 
 from __future__ import annotations
 
-import csv
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from deebert.errors import DataError
 from deebert.evaluation import LabelledSequences
+from jobs.glue import Columns, GlueTask, find_task, task_of_hub_id, tsv_path
+from jobs.labelled_rows import LabelledRows, read_rows
+from pipeline.errors import UsageError
 from pipeline.tokenization import TextTokenizer
 
 
@@ -28,22 +34,86 @@ class LabelledTexts:
     names: tuple[str, ...]
     """Label names, in the order of their ids."""
 
+    def __len__(self) -> int:
+        return len(self.texts)
+
     def tokenized(self, tokenizer: TextTokenizer) -> LabelledSequences:
         """The same as packed tokens."""
         batch = tokenizer(self.texts, self.pairs)
         return LabelledSequences(tokens=batch.tokens, labels=torch.tensor(self.labels, dtype=torch.long))
 
 
-_LOADERS = {
-    ".csv": ("csv", {}),
-    # GLUE's files: a lone quote is a character like any other.
-    ".tsv": ("csv", {"sep": "\t", "quoting": csv.QUOTE_NONE}),
-    ".jsonl": ("json", {}),
-    ".json": ("json", {}),
-    ".ndjson": ("json", {}),
-    ".parquet": ("parquet", {}),
-    ".pq": ("parquet", {}),
-}
+@dataclass(frozen=True, kw_only=True)
+class LabelledSource:
+    """Where labelled texts are: what the flags of a command say of them."""
+
+    data: str | None
+    """A file, a folder or a hub id."""
+    glue_dir: str | None = None
+    """Or GLUE's TSV folders."""
+    task: str | None = None
+    """A GLUE task; found in the hub id where that names one."""
+    columns: Columns
+    """Of data that belongs to no task."""
+    split: str | None = None
+    """Left out, the split that the purpose asks for."""
+
+    def __post_init__(self) -> None:
+        if (self.data is None) == (self.glue_dir is None):
+            raise UsageError("give the labelled texts as --data, or as --glue-dir with --task")
+        if self.glue_dir is not None and self.task is None:
+            raise UsageError("--glue-dir holds several tasks: say which with --task")
+
+    @property
+    def glue_task(self) -> GlueTask | None:
+        """The task, where there is one."""
+        if self.task is not None:
+            return find_task(self.task)
+        return task_of_hub_id(self.data or "")
+
+    def training_texts(self, names: tuple[str, ...] | None = None) -> LabelledTexts:
+        """The training split.
+
+        Args:
+            names: label names in the order of the ids to give; None takes the task's or the source's.
+
+        Raises:
+            DataError: no such source, split or column, or labels that are not among `names`.
+        """
+        return self._load(self.split or "train", names)
+
+    def evaluation_texts(self, names: tuple[str, ...] | None = None) -> dict[str, LabelledTexts]:
+        """The development sets by name: one, called "", or ``matched`` and ``mismatched``.
+
+        Args and errors are those of `training_texts`.
+        """
+        if self.split is not None:
+            return {"": self._load(self.split, names)}
+        task = self.glue_task
+        if task is None or self.is_one_set:
+            return {"": self._load("validation", names)}
+        splits = task.dev_splits("dev" if self.glue_dir is not None else "validation")
+        return {
+            suffix: self._load(split, names)
+            for suffix, split in zip(task.evaluation_sets, splits, strict=True)
+        }
+
+    @property
+    def is_one_set(self) -> bool:
+        """Whether the data are a file or a saved `Dataset`, which have no splits."""
+        return self.data is not None and (
+            Path(self.data).is_file() or (Path(self.data) / "state.json").is_file()
+        )
+
+    def _load(self, split: str, names: tuple[str, ...] | None) -> LabelledTexts:
+        task = self.glue_task
+        if task is None:
+            assert self.data is not None  # without --glue-dir, as checked above
+            return _identified(read_rows(self.data, (self.columns,), split=split), names)
+        return _load_task(task, self._path(task, split), split, names)
+
+    def _path(self, task: GlueTask, split: str) -> str:
+        return str(tsv_path(self.glue_dir, task, split)) if self.glue_dir is not None else str(self.data)
 
 
 def load_labelled(
@@ -68,66 +138,76 @@ def load_labelled(
     Raises:
         DataError: no such source or column, or labels that are not among `names`.
     """
-    data = _open(source, split)
-    for column in filter(None, (text_column, text_pair_column, label_column)):
-        if column not in data.column_names:
-            raise DataError(f"{source!r} has no column {column!r}: it has {', '.join(data.column_names)}")
-    data = data.filter(lambda label: label is not None, input_columns=label_column)
-    feature = data.features[label_column]
-    found = tuple(feature.names) if hasattr(feature, "names") else None
-    raw = data[label_column][:]
-    labels, names = _label_ids(source, raw, names, found)
+    columns = Columns(text=text_column, pair=text_pair_column, label=label_column)
+    return _identified(read_rows(source, (columns,), split=split), names)
+
+
+def sample(data: LabelledSequences, most: int | None, *, seed: int) -> LabelledSequences:
+    """At most `most` samples, drawn at random; all of them, in their order, when None."""
+    if most is None or most >= len(data):
+        return data
+    return data.take(np.random.default_rng(seed).permutation(len(data))[:most])
+
+
+def label_places(theirs: Sequence[str], ours: Sequence[str]) -> tuple[int | None, ...]:
+    """For each name of `theirs` its place in `ours`, None where it has none; case does not matter."""
+    places = {name.casefold(): i for i, name in enumerate(ours)}
+    if len(places) != len(ours):  # labels that differ in case alone
+        places = {name: i for i, name in enumerate(ours)}
+        return tuple(places.get(name) for name in theirs)
+    return tuple(places.get(name.casefold()) for name in theirs)
+
+
+def _load_task(task: GlueTask, source: str, split: str, names: tuple[str, ...] | None) -> LabelledTexts:
+    # A number is told from a name by the task alone: MNLI's numbers differ from source to source.
+    known = frozenset((*task.labels, *task.values)) if source.endswith(".tsv") else None
+    rows = read_rows(source, task.columns, split=split, known_labels=known)
+    renamed = tuple(task.values.get(str(label), label) for label in rows.labels)
+    if not task.has_fixed_order and any(isinstance(label, int) for label in renamed):
+        raise DataError(
+            f"{source!r} numbers the labels of {task.name}, which differ from source to source: give their names"
+        )
+    rows = replace(rows, labels=renamed)
+    as_task = _identified(rows, task.labels)
+    return as_task if names is None else _reordered(source, as_task, names)
+
+
+def _reordered(source: str, texts: LabelledTexts, names: tuple[str, ...]) -> LabelledTexts:
+    """The same labels under the ids that they have in `names`."""
+    places = label_places(texts.names, names)
+    if None in places:
+        raise DataError(
+            f"{source!r} has the labels {', '.join(texts.names)} but the model has {', '.join(names)}: "
+            "name the model's labels in the order of their ids with --labels"
+        )
+    return replace(texts, labels=tuple(int(places[i] or 0) for i in texts.labels), names=names)
+
+
+def _identified(rows: LabelledRows, names: tuple[str, ...] | None) -> LabelledTexts:
+    """Label ids: by name where labels are names, else integers as they are."""
+    labels = tuple(_whole_number(rows.source, label) for label in rows.labels)
+    present = sorted(set(labels), key=lambda x: (isinstance(x, str), x))
+    order = names or rows.class_names or tuple(map(str, present))
+    ids: dict[Any, int | None] = dict(
+        zip(present, label_places(tuple(map(str, present)), order), strict=True)
+    )
+    if None in ids.values() and all(isinstance(label, int) for label in present):
+        ids = {label: label if 0 <= label < len(order) else None for label in present}
+    unknown = [label for label, i in ids.items() if i is None]
+    if unknown:
+        raise DataError(
+            f"{rows.source!r} has the label {unknown[0]!r}, which is not among {', '.join(order)}: "
+            "name all labels with --labels, in the order of their ids"
+        )
     return LabelledTexts(
-        texts=tuple("" if t is None else str(t) for t in data[text_column][:]),
-        pairs=None
-        if text_pair_column is None
-        else tuple("" if t is None else str(t) for t in data[text_pair_column][:]),
-        labels=labels,
-        names=names,
+        texts=rows.texts, pairs=rows.pairs, labels=tuple(int(ids[x] or 0) for x in labels), names=order
     )
 
 
-def _open(source: str, split: str):  # type: ignore[no-untyped-def]  # `datasets` is untyped
-    import datasets
-
-    datasets.disable_progress_bars()
-    path = Path(source)
-    if path.is_dir():
-        saved = datasets.load_from_disk(source)
-        return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
-    if path.suffix in _LOADERS:
-        if not path.is_file():
-            raise DataError(f"no such file: {source!r}")
-        kind, options = _LOADERS[path.suffix]
-        return datasets.load_dataset(kind, data_files=source, split="train", **options)
-    name, _, configuration = source.partition(":")
-    try:
-        return datasets.load_dataset(name, configuration or None, split=split)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise DataError(
-            f"cannot load {source!r} as a file, a saved data set or a hub id: {reason}"
-        ) from error
-
-
-def _label_ids(
-    source: str, raw: list[Any], names: tuple[str, ...] | None, found: tuple[str, ...] | None
-) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Label ids and names: by name where labels are names, else as they are."""
-    if found is not None:
-        return tuple(int(x) for x in raw), names or found
-    present = sorted(set(raw), key=lambda x: (isinstance(x, str), x))
-    if names is not None and all(isinstance(x, int) for x in present):
-        ids: dict[Any, int] = {i: i for i in range(len(names))}
-    else:
-        names = names or tuple(map(str, present))
-        ids = {
-            **{name: i for i, name in enumerate(names)},
-            **{x: names.index(str(x)) for x in present if str(x) in names},
-        }
-    unknown = [x for x in present if x not in ids]
-    if unknown:
-        raise DataError(
-            f"{source!r} has the label {unknown[0]!r}, which is not among {', '.join(names)}: name all labels"
-        )
-    return tuple(ids[x] for x in raw), names
+def _whole_number(source: str, label: Any) -> Any:
+    """Integral floats are integers (a column with gaps becomes float); others are no classes."""
+    if not isinstance(label, float):
+        return label
+    if not label.is_integer():
+        raise DataError(f"{source!r} has the label {label}, a measure and not a class: give class labels")
+    return int(label)

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs.flags import comma_list, flag, parse_job
+from jobs.glue import TASK_NAMES, Columns
 from jobs.terminal import quiet_libraries
 from pipeline.errors import UsageError
 
 if TYPE_CHECKING:
-    from deebert.evaluation import LabelledSequences
     from deebert.modeling import DeeBertForSequenceClassification
     from deebert.training import TwoStageConfig
 
@@ -27,8 +27,13 @@ class TrainJob:
     """What `deebert train` takes."""
 
     backbone: str = flag("folder or hub id of a BERT or RoBERTa encoder")
-    data: str = flag(
-        "labelled texts: CSV, TSV, JSONL or Parquet, a saved data set, or hub-id[:configuration]"
+    data: str | None = flag(
+        "labelled texts: CSV, TSV, JSONL or Parquet, a saved data set, or hub-id[:configuration]",
+        default=None,
+    )
+    glue_dir: str | None = flag("or GLUE's TSV folders, with --task", default=None, metavar="DIR")
+    task: str | None = flag(
+        "GLUE task of the data: settles columns and label names", default=None, choices=TASK_NAMES
     )
     text_column: str = flag("column of the text", default="text")
     text_pair_column: str | None = flag("column of the second segment", default=None)
@@ -73,22 +78,20 @@ def train(job: TrainJob) -> DeeBertForSequenceClassification:
         raise UsageError(f"the model folder {job.output!r} is a file: choose another")
     if output.exists() and any(output.iterdir()) and not job.overwrite:
         raise UsageError(f"the model folder {job.output!r} exists: choose another or give --overwrite")
+    if job.data is None and job.glue_dir is None:
+        raise UsageError("give the labelled texts as --data, or as --glue-dir with --task")
     # Heavy imports come after the checks that need none of them.
     from transformers import AutoTokenizer, set_seed
 
     from deebert.modeling import DeeBertForSequenceClassification
     from deebert.training import train_two_stage
-    from jobs.labelled import load_labelled
+    from jobs.labelled import LabelledSource, sample
     from pipeline.tokenization import TextTokenizer
 
     quiet_libraries()
-    texts = load_labelled(
-        job.data,
-        text_column=job.text_column,
-        text_pair_column=job.text_pair_column,
-        label_column=job.label_column,
-        names=job.labels,
-    )
+    columns = Columns(text=job.text_column, pair=job.text_pair_column, label=job.label_column)
+    source = LabelledSource(data=job.data, glue_dir=job.glue_dir, task=job.task, columns=columns)
+    texts = source.training_texts(job.labels)
     set_seed(job.seed)
     try:
         model = DeeBertForSequenceClassification.from_backbone(
@@ -101,7 +104,8 @@ def train(job: TrainJob) -> DeeBertForSequenceClassification:
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UsageError(f"cannot load the backbone {job.backbone!r}: {reason}") from error
-    data = _sample(texts.tokenized(TextTokenizer(tokenizer, max_length=job.max_length)), job)
+    everything = texts.tokenized(TextTokenizer(tokenizer, max_length=job.max_length))
+    data = sample(everything, job.max_rows, seed=job.seed)
     with tempfile.TemporaryDirectory() as work:
         train_two_stage(model, tokenizer, data, _recipe(job), Path(work))
     output.mkdir(parents=True, exist_ok=True)
@@ -109,14 +113,6 @@ def train(job: TrainJob) -> DeeBertForSequenceClassification:
     tokenizer.save_pretrained(output)
     log.info("wrote %s", output)
     return model
-
-
-def _sample(data: LabelledSequences, job: TrainJob) -> LabelledSequences:
-    import numpy as np
-
-    if job.max_rows is None or job.max_rows >= len(data):
-        return data
-    return data.take(np.random.default_rng(job.seed).permutation(len(data))[: job.max_rows])
 
 
 def _recipe(job: TrainJob) -> TwoStageConfig:

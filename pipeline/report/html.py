@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
-
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from pipeline.records import RunRecord
@@ -12,27 +9,21 @@ from pipeline.report import plots
 from pipeline.report.accounting import Accounting
 from pipeline.report.evidence import Evidence
 from pipeline.report.facts import Facts
+from pipeline.report.templates import render
 
 
 def render_page(
     output: str, record: RunRecord, accounting: Accounting, evidence: Evidence, facts: Facts
 ) -> str:
     """The page for one run; `output` is named in its head."""
-    environment = Environment(
-        loader=PackageLoader("pipeline.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("page.html").render(
+    return render(
+        "page.html",
         output=output,
         record=record,
         facts=facts,
         plots=_plots(record, accounting, evidence),
         is_measured=accounting.measured_saving is not None,
         wide_layers=not plots.fits_half_width(record.model.num_layers),
-        written_at=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
     )
 
 

@@ -1,7 +1,8 @@
 """Matplotlib figures as inline SVG: real text, no metadata, no outside references, the page's colours.
 
-Colours leave as CSS variables with their light value as fall-back, so that a page can restyle them for a
-dark screen and a lone SVG stays legible. Knows nothing of what is plotted.
+The same as PNG, for places that take no SVG. Colours leave as CSS variables with their light value as
+fall-back, so that a page can restyle them for a dark screen and a lone SVG stays legible. Knows nothing of
+what is plotted.
 """
 
 from __future__ import annotations
@@ -85,6 +86,14 @@ def to_svg(figure: Figure, *, name: str, title: str) -> str:
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     return _inline(buffer.getvalue(), name, title)
+
+
+def to_png(figure: Figure, *, dots_per_inch: int = 160) -> bytes:
+    """The figure as a PNG file on white."""
+    buffer = io.BytesIO()
+    figure.patch.set(visible=True, facecolor="white")
+    figure.savefig(buffer, format="png", dpi=dots_per_inch, metadata={"Software": None})
+    return buffer.getvalue()
 
 
 def _inline(document: str, name: str, title: str) -> str:

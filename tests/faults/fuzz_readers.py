@@ -51,7 +51,7 @@ json_pieces = st.sampled_from(
         b"\x0c",
         "é".encode(),
         b"9" * 400,
-    ,]
+    ]
 )
 csv_pieces = st.sampled_from(
     [
@@ -74,7 +74,7 @@ csv_pieces = st.sampled_from(
         b"\t",
         b",,\n",
         b"," * 20,
-    ,]
+    ]
 )
 anything = st.binary(max_size=40)
 

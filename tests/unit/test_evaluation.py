@@ -15,6 +15,7 @@ from deebert.evaluation import (
     exits,
     length_sorted_batches,
     off_ramp_accuracy,
+    off_ramp_scores,
     score,
     sweep,
     trace,
@@ -95,6 +96,21 @@ def test_sweep_scores_each_threshold() -> None:
 
 def test_each_off_ramp_has_its_accuracy() -> None:
     assert off_ramp_accuracy(LITERAL, LABELS) == (0.75, 0.5, 0.5)
+
+
+def wrong_share(labels: torch.Tensor, predictions: torch.Tensor) -> float:
+    return float((labels != predictions).double().mean())
+
+
+def test_a_task_may_bring_its_own_metric() -> None:
+    assert off_ramp_scores(LITERAL, LABELS) == (0.75, 0.5, 0.5)
+    assert off_ramp_scores(LITERAL, LABELS, wrong_share) == (0.25, 0.5, 0.5)
+
+    points = sweep(LITERAL, LABELS, [None, 0.1, 0.4], wrong_share)
+
+    assert [p.score for p in points] == [0.5, 0.75, 0.0]
+    assert [p.accuracy for p in points] == [0.5, 0.25, 1.0]
+    assert score(LITERAL, LABELS, FULL_DEPTH).score == 0.5
 
 
 def test_batches_partition_the_rows_within_the_budget() -> None:

@@ -1,0 +1,217 @@
+"""An evaluation, step by step: trace, static baselines, seconds, scores.
+
+Each step takes what the one before found; what the trace file holds already is not done again. Knows nothing
+of flags' spelling, pages or pictures.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from deebert.baselines import StaticStyle, kept_layers
+from deebert.evaluation import LabelledSequences, trace
+from deebert.exit_policy import FULL_DEPTH, EntropyThreshold
+from deebert.precision import resolve_precision
+from deebert.training import StageConfig, TwoStageConfig
+from jobs.labelled import LabelledSource, sample
+from jobs.scoring import evaluated
+from jobs.static import StaticBaseline, train_static
+from jobs.subject import Subject, load_subject, origin_of, packed_encoder
+from jobs.timing import Contender, choose_samples, measure
+from jobs.traces import (
+    StaticRecord,
+    TracedSet,
+    TraceFile,
+    TraceOrigin,
+    data_digest,
+    read_traces,
+    write_traces,
+)
+from pipeline.errors import UsageError
+from pipeline.report.evaluated import FULL_DEPTH_NAME, EvaluatedSet
+
+if TYPE_CHECKING:
+    from jobs.evaluate import EvaluateJob
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What was found."""
+
+    model: str
+    task: str | None
+    origin: str
+    """One line on precision and length."""
+    sets: tuple[EvaluatedSet, ...]
+
+
+def run(job: EvaluateJob) -> Evaluation:
+    """The whole evaluation; writes the trace and nothing else."""
+    subject = None if job.model is None else load_subject(job, job.model)
+    file = _traced(job, subject)
+    statics = file.statics
+    if subject is not None and subject.data:
+        fresh: tuple[StaticBaseline, ...] = ()
+        if job.static_depths:
+            statics, fresh = _static_baselines(job, subject, file)
+            file = _with_answers(job, subject, file, fresh)
+        file = _timed(job, subject, file, fresh)
+    return Evaluation(
+        model=file.origin.model,
+        task=file.origin.task,
+        origin=f"{file.origin.precision}, texts cut to {file.origin.max_length} tokens",
+        sets=tuple(evaluated(name, file, job.thresholds, statics) for name in file.sets),
+    )
+
+
+def _traced(job: EvaluateJob, subject: Subject | None) -> TraceFile:
+    """The trace file's content, read where it is there, else made."""
+    if job.trace is not None and Path(job.trace).exists():
+        file = read_traces(Path(job.trace))
+        if subject is not None:
+            _check_origin(job, file.origin, subject)
+        return file
+    assert subject is not None  # as `evaluate` checked
+    sets = {
+        name: TracedSet(trace=trace(subject.encoder, data.tokens), labels=data.labels)
+        for name, data in subject.data.items()
+    }
+    return _kept(job, TraceFile(origin=origin_of(subject), sets=sets))
+
+
+def _kept(job: EvaluateJob, file: TraceFile) -> TraceFile:
+    """The same, written where a name was given."""
+    if job.trace is not None:
+        write_traces(Path(job.trace), file)
+    return file
+
+
+def _check_origin(job: EvaluateJob, origin: TraceOrigin, subject: Subject) -> None:
+    """A trace of another model or of other data would be silently wrong."""
+    given = origin_of(subject)
+    checks: list[tuple[str, object, object]] = [
+        ("another model", origin.model_digest, given.model_digest),
+        ("another precision", origin.precision, given.precision),
+        ("another label order", origin.labels, given.labels),
+    ]
+    if subject.data:
+        checks += [
+            ("other data or another length", origin.data_digest, given.data_digest),
+            ("another task", origin.task, given.task),
+        ]
+    for what, theirs, ours in checks:
+        if theirs != ours:
+            raise UsageError(
+                f"the trace {job.trace!r} is of {what} ({_short(theirs)}, not {_short(ours)}): "
+                "remove it or give another --trace"
+            )
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:12]}…"
+
+
+def _static_baselines(
+    job: EvaluateJob, subject: Subject, file: TraceFile
+) -> tuple[tuple[StaticRecord, ...], tuple[StaticBaseline, ...]]:
+    """The baselines asked for, and those of them that the file lacks, trained now."""
+    depth_of_all = subject.checkpoint.model.config.num_hidden_layers
+    style: StaticStyle = job.static_style  # type: ignore[assignment]  # one of the flag's choices
+    for depth in job.static_depths:  # before any is trained
+        kept_layers(depth_of_all, depth, style)
+    data = _training_data(job, subject)
+    recipe = {
+        "backbone": job.backbone,
+        "data_digest": data_digest({"train": data}),
+        "epochs": job.epochs,
+        "batch_size": job.batch_size,
+        "learning_rate": job.learning_rate,
+        "seed": job.seed,
+    }
+    wanted = tuple(StaticRecord(depth=k, style=style, recipe=recipe) for k in job.static_depths)
+    lacking = [record for record in wanted if record not in file.statics]
+    fresh = (
+        train_static(record, like=subject.checkpoint, data=data, recipe=_recipe(job)) for record in lacking
+    )
+    return wanted, tuple(fresh)
+
+
+def _training_data(job: EvaluateJob, subject: Subject) -> LabelledSequences:
+    source = LabelledSource(
+        data=job.train_data or job.data,
+        glue_dir=None if job.train_data else job.glue_dir,
+        task=job.task,
+        columns=job.columns,
+    )
+    if job.train_data is None and source.is_one_set:
+        raise UsageError(
+            "--static-depths would train on the very rows that it is scored on: give --train-data"
+        )
+    everything = source.training_texts(subject.labels).tokenized(subject.tokenizer)
+    return sample(everything, job.max_train_rows, seed=job.seed)
+
+
+def _recipe(job: EvaluateJob) -> TwoStageConfig:
+    return TwoStageConfig(
+        stage_1=StageConfig(epochs=job.epochs, batch_size=job.batch_size, learning_rate=job.learning_rate),
+        seed=job.seed,
+        bf16=resolve_precision("auto") == "bfloat16",
+    )
+
+
+def _with_answers(
+    job: EvaluateJob, subject: Subject, file: TraceFile, fresh: Sequence[StaticBaseline]
+) -> TraceFile:
+    """The file with what new baselines say of every set; each replaces an older one of its name."""
+    if not fresh:
+        return file
+    sets = dict(file.sets)
+    for name, data in subject.data.items():
+        answers = dict(sets[name].static_predictions)
+        for static in fresh:
+            encoder = packed_encoder(static.model, subject.precision)
+            answers[static.record.name] = trace(encoder, data.tokens).logits[-1].argmax(-1)
+        sets[name] = replace(sets[name], static_predictions=answers)
+    records = {record.name: record for record in (*file.statics, *(static.record for static in fresh))}
+    return _kept(job, replace(file, sets=sets, statics=tuple(records.values())))
+
+
+def _timed(
+    job: EvaluateJob, subject: Subject, file: TraceFile, statics: Sequence[StaticBaseline]
+) -> TraceFile:
+    """The file with the seconds that it lacks, measured now."""
+    contenders = _contenders(job.thresholds, subject, statics)
+    wanted = {contender.name for contender in contenders}
+    timings = dict(file.timings)
+    for name, data in subject.data.items():
+        if job.timing_rows == 0 or wanted <= {timing.name for timing in timings.get(name, ())}:
+            continue
+        log.info("measuring %d contenders in turn, %d rounds", len(contenders), job.timing_rounds)
+        alone, engine = (choose_samples(data.tokens, n) for n in (job.timing_rows, job.engine_rows))
+        timings[name] = measure(contenders, alone, engine, rounds=job.timing_rounds)
+    return file if timings == file.timings else _kept(job, replace(file, timings=timings))
+
+
+def _contenders(
+    thresholds: Sequence[float], subject: Subject, statics: Sequence[StaticBaseline]
+) -> tuple[Contender, ...]:
+    full = Contender(name=FULL_DEPTH_NAME, encoder=subject.encoder, policy=FULL_DEPTH)
+    early = (
+        Contender(name=f"{t:g}", encoder=subject.encoder, policy=EntropyThreshold(t)) for t in thresholds
+    )
+    shallow = (
+        Contender(
+            name=static.record.name,
+            encoder=packed_encoder(static.model, subject.precision),
+            policy=FULL_DEPTH,
+        )
+        for static in statics
+    )
+    return (full, *early, *shallow)

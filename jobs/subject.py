@@ -1,0 +1,103 @@
+"""The model under evaluation and its labelled data, ready to run.
+
+Knows nothing of what is done with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from deebert.checkpoint import Checkpoint, load_checkpoint, weights_digest
+from deebert.cost import ModelShape
+from deebert.encoder import PackedEncoder
+from deebert.evaluation import LabelledSequences
+from deebert.modeling import DeeBertForSequenceClassification
+from deebert.precision import DTYPES, Precision, resolve_precision
+from jobs.labelled import LabelledSource
+from jobs.traces import TraceOrigin, data_digest
+from pipeline.errors import UsageError
+from pipeline.tokenization import TextTokenizer
+
+if TYPE_CHECKING:
+    from jobs.evaluate import EvaluateJob
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Subject:
+    """The model under evaluation, ready to run, and its labelled data where they were given."""
+
+    checkpoint: Checkpoint
+    encoder: PackedEncoder
+    labels: tuple[str, ...]
+    precision: Precision
+    tokenizer: TextTokenizer
+    task: str | None
+    data: Mapping[str, LabelledSequences]
+    """By set; empty where none were given."""
+
+
+def load_subject(job: EvaluateJob, model: str) -> Subject:
+    """Load the model and, where there are any, tokenize its labelled data.
+
+    Raises:
+        CheckpointError: the model cannot be loaded.
+        UsageError, DataError: labels or data that do not fit it.
+    """
+    checkpoint = load_checkpoint(model)
+    labels = job.labels or checkpoint.labels
+    if len(labels) != len(checkpoint.labels):
+        raise UsageError(f"--labels names {len(labels)} labels but the model has {len(checkpoint.labels)}")
+    tokenizer = TextTokenizer(
+        checkpoint.tokenizer, max_length=job.max_length or checkpoint.default_max_length
+    )
+    precision = resolve_precision(job.precision)
+    source = _labelled_source(job)
+    texts = {} if source is None else source.evaluation_texts(labels)
+    task = None if source is None else source.glue_task
+    return Subject(
+        checkpoint=checkpoint,
+        encoder=packed_encoder(checkpoint.model, precision),
+        labels=labels,
+        precision=precision,
+        tokenizer=tokenizer,
+        task=task.name if task else None,
+        data={name: one.tokenized(tokenizer) for name, one in texts.items()},
+    )
+
+
+def packed_encoder(model: DeeBertForSequenceClassification, precision: Precision) -> PackedEncoder:
+    """The inference form, on a GPU where there is one."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return PackedEncoder(model, device=device, dtype=DTYPES[precision])
+
+
+def _labelled_source(job: EvaluateJob) -> LabelledSource | None:
+    if job.data is None and job.glue_dir is None:
+        return None
+    return LabelledSource(
+        data=job.data, glue_dir=job.glue_dir, task=job.task, columns=job.columns, split=job.split
+    )
+
+
+def origin_of(subject: Subject) -> TraceOrigin:
+    """What a trace of this subject is of."""
+    config = subject.checkpoint.model.config
+    return TraceOrigin(
+        model=subject.checkpoint.path,
+        model_digest=weights_digest(subject.checkpoint.model),
+        data_digest=data_digest(subject.data),
+        task=subject.task,
+        labels=subject.labels,
+        precision=subject.precision,
+        max_length=subject.tokenizer.max_length,
+        shape=ModelShape(
+            num_layers=config.num_hidden_layers,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_labels=len(subject.labels),
+        ),
+    )

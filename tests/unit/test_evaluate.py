@@ -1,0 +1,452 @@
+"""`deebert evaluate` on a tiny model: tables against brute force, traces read again, pictures that open."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from PIL import Image
+from sklearn.metrics import f1_score
+from transformers import BertModel, PreTrainedTokenizerFast
+
+from deebert import reference
+from deebert.checkpoint import load_checkpoint
+from deebert.cost import ModelShape
+from deebert.encoder import PackedEncoder
+from deebert.evaluation import flop_saving, static_flop_saving, trace
+from deebert.exit_policy import FULL_DEPTH, EntropyThreshold
+from deebert.packing import PackedTokens
+from jobs import cli, evaluation
+from jobs.traces import read_traces
+from tests.conftest import WORDS, ModelFactory, make_model
+
+THRESHOLDS = (0.3, 0.6, 0.68)
+TOKENIZED: dict[str, Any] = {"truncation": True, "max_length": 64, "return_token_type_ids": True}
+PICTURES = ("quality_saving", "expected_measured", "off_ramps", "exit_layers")
+Rows = list[dict[str, str]]
+Run = Callable[..., str]
+
+
+def texts(count: int, seed: int) -> list[str]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(low: int, high: int, n: int) -> list[int]:
+        return torch.randint(low, high, (n,), generator=generator).tolist()
+
+    return [" ".join(WORDS[i] for i in draw(0, len(WORDS), draw(1, 12, 1)[0])) for _ in range(count)]
+
+
+def labels(count: int, most: int) -> list[int]:
+    return torch.randint(0, most, (count,), generator=torch.Generator().manual_seed(9)).tolist()
+
+
+@pytest.fixture(scope="module")
+def pair_model(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A binary model whose first id is the positive class of MRPC."""
+    folder = tmp_path_factory.mktemp("models") / "pair"
+    model = make_model("bert", "mean", num_labels=2, seed=3)
+    model.config.id2label = {0: "Equivalent", 1: "Not_equivalent"}
+    model.config.label2id = {"Equivalent": 0, "Not_equivalent": 1}
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def glue(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MRPC and MNLI, 60 rows a set."""
+    folder = tmp_path_factory.mktemp("glue")
+    mrpc = zip(labels(60, 2), texts(60, 1), texts(60, 2), strict=True)
+    lines = ["Quality\t#1 ID\t#2 ID\t#1 String\t#2 String"]
+    lines += [f"{label}\t0\t0\t{a}\t{b}" for label, a, b in mrpc]
+    (folder / "MRPC").mkdir()
+    for name in ("train", "dev"):
+        (folder / "MRPC" / f"{name}.tsv").write_text("\n".join(lines), encoding="utf-8-sig")
+    (folder / "MNLI").mkdir()
+    names = ("contradiction", "entailment", "neutral")
+    for seed, name in enumerate(("dev_matched", "dev_mismatched")):
+        rows = zip(labels(60, 3), texts(60, seed), texts(60, seed + 5), strict=True)
+        lines = ["sentence1\tsentence2\tgold_label", *(f"{a}\t{b}\t{names[label]}" for label, a, b in rows)]
+        (folder / "MNLI" / f"{name}.tsv").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Evaluates; returns stdout."""
+
+    def evaluate(*words: object) -> str:
+        capsys.readouterr()
+        status = cli.main(["evaluate", *map(str, words)])
+        out, err = capsys.readouterr()
+        assert status == 0, err
+        return out
+
+    return evaluate
+
+
+@pytest.fixture
+def refusal(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Evaluates what must be refused; returns what it says."""
+
+    def evaluate(*words: object) -> str:
+        capsys.readouterr()
+        assert cli.main(["evaluate", *map(str, words)]) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.startswith("deebert evaluate: ")
+        assert err.count("\n") == 1
+        return err.removeprefix("deebert evaluate: ").rstrip()
+
+    return evaluate
+
+
+def read(path: Path) -> Rows:
+    return list(csv.DictReader(io.StringIO(path.read_text())))
+
+
+def flags(thresholds: Sequence[float] = THRESHOLDS) -> tuple[str, str]:
+    return "--thresholds", ",".join(map(str, thresholds))
+
+
+def tables(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.suffix in (".csv", ".md", ".svg")}
+
+
+def test_the_sweep_equals_one_sample_at_a_time(
+    pair_model: Path, glue: Path, run: Run, tmp_path: Path
+) -> None:
+    options = ("--glue-dir", glue, "--task", "mrpc", "--trace", tmp_path / "t.parquet", "--timing-rows", 0)
+    run("--model", pair_model, *options, *flags(), "--output", tmp_path / "out")
+
+    checkpoint = load_checkpoint(str(pair_model))
+    encoded = checkpoint.tokenizer(texts(60, 1), texts(60, 2), **TOKENIZED)
+    gold = [1 - label for label in labels(60, 2)]  # GLUE's 1, equivalent, is this model's 0
+    rows = read(tmp_path / "out" / "thresholds.csv")
+    assert [row["threshold"] for row in rows] == ["full depth", "0.3", "0.6", "0.68"]
+    for threshold, row in zip((None, *THRESHOLDS), rows, strict=True):
+        found = [
+            reference.classify_one(checkpoint.model, ids, [threshold] * 4, types)
+            for ids, types in zip(encoded["input_ids"], encoded["token_type_ids"], strict=True)
+        ]
+        assert min(one.margin for one in found) > 1e-4  # no sample is a tie of floating point
+        answers = [one.label for one in found]
+        mean = sum(one.exit_layer for one in found) / 60
+        assert row["F1 %"] == f"{100 * f1_score(gold, answers, pos_label=0):.2f}"
+        right = sum(a == b for a, b in zip(gold, answers, strict=True))
+        assert row["accuracy %"] == f"{100 * right / 60:.2f}"
+        assert row["mean exit layer"] == f"{mean:.2f}"
+        assert row["saved %"] == f"{100 * (1 - mean / 5):.1f}"
+    assert len({row["mean exit layer"] for row in rows}) == 4
+
+
+def test_each_off_ramp_is_scored_by_the_tasks_metric(
+    pair_model: Path, glue: Path, run: Run, tmp_path: Path
+) -> None:
+    run("--model", pair_model, "--glue-dir", glue, "--task", "mrpc", "--output", tmp_path, "--timing-rows", 0)
+
+    rows = read(tmp_path / "off_ramps.csv")
+
+    assert list(rows[0]) == ["layer", "F1 %", "accuracy %"]
+    assert [row["layer"] for row in rows] == ["1", "2", "3", "4", "5"]
+    full = read(tmp_path / "thresholds.csv")[0]
+    assert (rows[-1]["F1 %"], rows[-1]["accuracy %"]) == (full["F1 %"], full["accuracy %"])
+
+
+def test_a_second_evaluation_from_the_trace_is_identical(
+    pair_model: Path, glue: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trace_file = tmp_path / "t.parquet"
+    data = ("--glue-dir", glue, "--task", "mrpc")
+    common = ("--trace", trace_file, *flags(), "--timing-rows", 12, "--timing-rounds", 1)
+    first = run("--model", pair_model, *data, *common, "--output", tmp_path / "first")
+    written = trace_file.stat().st_mtime_ns
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("the model was run")
+
+    monkeypatch.setattr(evaluation, "trace", refuse)
+    monkeypatch.setattr(evaluation, "measure", refuse)
+    second = run("--model", pair_model, *data, *common, "--output", tmp_path / "second")
+    alone = run(*common, "--output", tmp_path / "alone")
+
+    assert first.replace("first", "second") == second
+    assert tables(tmp_path / "first") == tables(tmp_path / "second") == tables(tmp_path / "alone")
+    assert alone == first.replace("first", "alone")
+    assert {"timings.csv", "thresholds.md", "expected_measured.svg"} <= tables(tmp_path / "first").keys()
+    assert trace_file.stat().st_mtime_ns == written
+
+
+def test_a_trace_of_something_else_is_refused(
+    pair_model: Path, saved_model: Path, glue: Path, run: Run, refusal: Run, tmp_path: Path
+) -> None:
+    kept = ("--trace", tmp_path / "t.parquet", "--timing-rows", 0)
+    data = ("--glue-dir", glue, "--task", "mrpc")
+    run("--model", pair_model, *data, *kept)
+
+    other = refusal("--model", saved_model, *kept)
+    assert "t.parquet' is of another model" in other
+    assert other.endswith("remove it or give another --trace")
+    assert "of another precision (float32, not bfloat16)" in refusal(
+        "--model", pair_model, *kept, "--precision", "bfloat16"
+    )
+    assert "of other data or another length" in refusal(
+        "--model", pair_model, *data, *kept, "--max-length", 8
+    )
+
+
+def test_both_sets_of_mnli_are_reported(
+    glue: Path, run: Run, refusal: Run, saved_model: Path, tmp_path: Path
+) -> None:
+    data = ("--model", saved_model, "--glue-dir", glue, "--task", "mnli")
+    swapped = ("--labels", "contradiction,neutral,entailment")  # as RoBERTa's checkpoints have them
+    assert "but the model has negative, neutral, positive: name the model's labels" in refusal(*data)
+
+    out = run(*data, *swapped, "--output", tmp_path / "swapped", "--timing-rows", 0)
+    run(
+        *data,
+        "--labels",
+        "contradiction,entailment,neutral",
+        "--output",
+        tmp_path / "straight",
+        "--timing-rows",
+        0,
+    )
+
+    assert "Each off-ramp alone (matched)" in out
+    assert "Each off-ramp alone (mismatched)" in out
+    names = {path.name for path in (tmp_path / "swapped").iterdir()}
+    assert {"matched_thresholds.csv", "mismatched_thresholds.csv", "matched_exit_layers.png"} <= names
+    assert accuracy(tmp_path / "swapped") == expected_mnli_accuracy(saved_model, [0, 2, 1])
+    assert accuracy(tmp_path / "straight") == expected_mnli_accuracy(saved_model, [0, 1, 2])
+    assert accuracy(tmp_path / "swapped") != accuracy(tmp_path / "straight")
+
+
+def accuracy(folder: Path) -> list[str]:
+    """Full depth on both sets."""
+    return [read(folder / f"{name}_thresholds.csv")[0]["accuracy %"] for name in ("matched", "mismatched")]
+
+
+def expected_mnli_accuracy(model: Path, ids: list[int]) -> list[str]:
+    """The same, one sample at a time; `ids` are the model's ids of GLUE's labels."""
+    checkpoint = load_checkpoint(str(model))
+    found = []
+    for seed in (0, 1):
+        encoded = checkpoint.tokenizer(texts(60, seed), texts(60, seed + 5), **TOKENIZED)
+        answers = [
+            reference.classify_one(checkpoint.model, tokens, [None] * 4, types).label
+            for tokens, types in zip(encoded["input_ids"], encoded["token_type_ids"], strict=True)
+        ]
+        right = sum(ids[label] == answer for label, answer in zip(labels(60, 3), answers, strict=True))
+        found.append(f"{100 * right / 60:.2f}")
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(pair_model: Path, glue: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("out")
+    words = ("--model", pair_model, "--glue-dir", glue, "--task", "mrpc", *flags(), "--timing-rows", 8)
+    assert cli.main(["evaluate", *map(str, words), "--timing-rounds", "1", "--output", str(folder)]) == 0
+    return folder
+
+
+class TestPictures:
+    @pytest.mark.parametrize("name", PICTURES)
+    def test_each_is_an_svg_and_a_png(self, folder: Path, name: str) -> None:
+        root = ElementTree.fromstring((folder / f"{name}.svg").read_text())
+        with Image.open(folder / f"{name}.png") as image:
+            image.load()
+
+        assert root.tag == "{http://www.w3.org/2000/svg}svg"
+        assert root.get("viewBox") is not None
+        assert image.format == "PNG"
+        assert min(image.size) > 200
+        assert image.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
+
+    def test_marks_carry_their_numbers(self, folder: Path) -> None:
+        rows = read(folder / "off_ramps.csv")
+        words = set(re.findall(r"<text[^>]*>([^<]+)</text>", (folder / "off_ramps.svg").read_text()))
+
+        assert {f"{float(row['F1 %']):.1f}" for row in rows} <= words
+        assert {"layer", "F1, %", "off-ramp", "full depth"} <= words
+
+    def test_the_page_holds_pictures_first_then_tables(self, folder: Path) -> None:
+        page = (folder / "report.html").read_text()
+
+        places = [page.index(title) for title in ("Quality against saving", "Samples per exit layer")]
+        places += [page.index(f"<h2>{title}") for title in ("Each off-ramp alone", "Measured time")]
+        assert places == sorted(places)
+        assert page.count("<svg") == len(PICTURES)
+        assert "<script" not in page
+        assert not re.search(r"(src|href)=.https?:", page)
+
+    def test_without_timings_nothing_is_said_of_time(self, pair_model: Path, glue: Path, run: Run) -> None:
+        data = ("--model", pair_model, "--glue-dir", glue, "--task", "mrpc")
+
+        assert "Measured time" not in run(*data, "--timing-rows", 0)
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    folder = tmp_path_factory.mktemp("backbone")
+    torch.manual_seed(0)
+    BertModel(make_model().config.backbone_config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+class TestStaticBaselines:
+    def test_they_stand_in_the_table_and_the_picture(
+        self, pair_model: Path, backbone: Path, glue: Path, run: Run, tmp_path: Path
+    ) -> None:
+        data = ("--model", pair_model, "--glue-dir", glue, "--task", "mrpc", "--timing-rows", 8)
+        static = ("--static-depths", "2,4", "--backbone", backbone, "--max-train-rows", 16, "--epochs", 1)
+        out = run(*data, *static, *flags(), "--timing-rounds", 1, "--output", tmp_path)
+
+        rows = {row["threshold"]: row for row in read(tmp_path / "thresholds.csv")}
+        assert rows["static 2 (first)"]["mean exit layer"] == "2.00"
+        assert rows["static 2 (first)"]["saved %"] == "60.0"
+        assert rows["static 4 (first)"]["layer speed-up"] == "1.25"
+        assert {"–"} & set(rows["static 2 (first)"].values()) == set()
+        assert "2 layers" in (tmp_path / "quality_saving.svg").read_text()
+        assert "train_runtime" not in out
+
+    def test_they_are_trained_once_and_stay_in_the_trace(
+        self,
+        pair_model: Path,
+        backbone: Path,
+        glue: Path,
+        run: Run,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        data = ("--model", pair_model, "--glue-dir", glue, "--task", "mrpc")
+        kept = ("--trace", tmp_path / "t.parquet", "--timing-rows", 4, *flags())
+        static = ("--static-depths", "2", "--static-style", "every-other", "--backbone", backbone)
+        budget = ("--max-train-rows", 16, "--epochs", 1)
+        first = run(*data, *kept, *static, *budget)
+
+        def refuse(*args: object, **kwargs: object) -> None:
+            raise AssertionError("trained again")
+
+        monkeypatch.setattr(evaluation, "train_static", refuse)
+
+        assert "static 2 (every-other)" in first
+        assert run(*data, *kept, *static, *budget) == first
+        assert run(*kept) == first
+        with pytest.raises(AssertionError, match="trained again"):
+            run(*data, *kept, *static, "--max-train-rows", 17, "--epochs", 1)
+
+    def test_they_are_not_trained_on_the_rows_that_score_them(
+        self, pair_model: Path, backbone: Path, glue: Path, refusal: Run
+    ) -> None:
+        data = ("--model", pair_model, "--data", glue / "MRPC" / "dev.tsv", "--task", "mrpc")
+
+        said = refusal(*data, "--static-depths", "2", "--backbone", backbone)
+
+        assert said.endswith("would train on the very rows that it is scored on: give --train-data")
+
+    @pytest.mark.parametrize(
+        ("words", "says"),
+        [
+            (("--static-depths", "2"), "--static-depths needs --model and the --backbone"),
+            (("--static-depths", "9", "--backbone", "b"), "of 9 layers cannot be cut from 5: give 1 to 5"),
+            (("--static-depths", "2", "--backbone", "/no/where"), "cannot load the backbone '/no/where'"),
+        ],
+    )
+    def test_misuse(
+        self, pair_model: Path, glue: Path, refusal: Run, words: tuple[str, ...], says: str
+    ) -> None:
+        assert says in refusal("--model", pair_model, "--glue-dir", glue, "--task", "mrpc", *words)
+
+
+class TestFlags:
+    def test_a_model_or_a_trace_is_needed(self, refusal: Run) -> None:
+        assert refusal("--data", "d.csv") == "give --model, or a --trace that is there already"
+        assert "--trace that is there" in refusal("--data", "d.csv", "--trace", "nowhere.parquet")
+
+    def test_data_or_a_trace_is_needed(self, refusal: Run, pair_model: Path) -> None:
+        assert refusal("--model", pair_model) == (
+            "give the labelled texts as --data, or as --glue-dir with --task"
+        )
+
+    def test_labels_are_as_many_as_the_models(self, refusal: Run, pair_model: Path) -> None:
+        words = ("--model", pair_model, "--data", "d.csv", "--labels", "a,b,c")
+        assert refusal(*words) == "--labels names 3 labels but the model has 2"
+
+    def test_files_of_ones_own_work_as_before(self, saved_model: Path, run: Run, tmp_path: Path) -> None:
+        data = tmp_path / "data.csv"
+        data.write_text("body,mood\ngood film,positive\nbad film,negative\nfilm,neutral\n")
+        words = ("--text-column", "body", "--label-column", "mood", "--thresholds", "0.5,1.0")
+
+        out = run("--model", saved_model, "--data", data, *words, "--output", tmp_path / "out")
+
+        assert "| accuracy % |" in out
+        assert len(read(tmp_path / "out" / "thresholds.csv")) == 3
+
+    def test_an_output_that_cannot_be_written(
+        self, pair_model: Path, glue: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    ) -> None:
+        (tmp_path / "file").write_text("")
+        words = ("--model", pair_model, "--glue-dir", glue, "--task", "mrpc", "--timing-rows", 0)
+
+        status = cli.main(["evaluate", *map(str, words), "--output", str(tmp_path / "file" / "out")])
+
+        assert status == 2
+        assert "cannot write to" in capsys.readouterr().err
+
+
+class TestFlopSaving:
+    SHAPE = ModelShape(num_layers=5, hidden_size=32, intermediate_size=48, num_labels=3)
+
+    def test_it_equals_a_count_sample_by_sample(self, tiny_model: ModelFactory) -> None:
+        model = tiny_model(off_ramp_layers=[1, 3, 4])
+        ids = [[2, 10 + i, *range(45, 45 + i % 11), 3] for i in range(40)]
+        traced = trace(PackedEncoder(model), PackedTokens.pack(ids))
+        thresholds = (0.7, None, None, 0.9)  # the off-ramp after layer 3 cannot fire and costs nothing
+
+        executed = full = 0.0
+        for one in ids:
+            layer = reference.classify_one(model, one, thresholds).exit_layer
+            ramps = (1 if layer == 1 else 2) + (layer == 5)
+            executed += layer * self.SHAPE.layer_flops(len(one), len(one) ** 2)
+            executed += ramps * self.SHAPE.off_ramp_flops(1) if layer != 1 else self.SHAPE.off_ramp_flops(1)
+            full += 5 * self.SHAPE.layer_flops(len(one), len(one) ** 2) + self.SHAPE.off_ramp_flops(1)
+
+        saving = flop_saving(traced, EntropyThreshold(thresholds), self.SHAPE)
+        assert saving == pytest.approx(1 - executed / full, rel=1e-12)
+        assert 0.1 < saving < 0.9
+
+    def test_full_depth_saves_nothing_and_fruitless_off_ramps_cost(self, tiny_model: ModelFactory) -> None:
+        traced = trace(PackedEncoder(tiny_model()), PackedTokens.pack([[2, 10, 11, 3]] * 4))
+
+        assert flop_saving(traced, FULL_DEPTH, self.SHAPE) == 0.0
+        assert flop_saving(traced, EntropyThreshold(1e-9), self.SHAPE) < 0.0
+
+    def test_a_static_model_saves_the_layers_that_it_lacks(self, tiny_model: ModelFactory) -> None:
+        traced = trace(PackedEncoder(tiny_model()), PackedTokens.pack([[2, 10, 11, 3]] * 4))
+        layer, ramp = self.SHAPE.layer_flops(16, 64), self.SHAPE.off_ramp_flops(4)
+
+        expected = 1 - (2 * layer + ramp) / (5 * layer + ramp)
+        assert math.isclose(static_flop_saving(traced, 2, self.SHAPE), expected)
+
+
+def test_a_moved_model_folder_is_the_same_model(
+    pair_model: Path, glue: Path, run: Run, tmp_path: Path
+) -> None:
+    kept = ("--trace", tmp_path / "t.parquet", "--timing-rows", 0)
+    run("--model", pair_model, "--glue-dir", glue, "--task", "mrpc", *kept)
+    shutil.copytree(pair_model, tmp_path / "moved")
+
+    run("--model", tmp_path / "moved", *kept)
+
+    assert read_traces(tmp_path / "t.parquet").origin.model == str(pair_model)
