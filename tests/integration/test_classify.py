@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import pyarrow as pa
 import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
+import safetensors.torch
 
 from deebert.checkpoint import load_checkpoint
 from deebert.reference import classify_one
@@ -356,6 +358,48 @@ class TestResume:
     ) -> None:
         with pytest.raises(UsageError, match=difference):
             classify(replace(finished.config, **change))
+
+    @pytest.mark.parametrize(
+        ("change", "difference"), [("weights", "model digest"), ("tokenizer", "tokenizer digest")]
+    )
+    def test_another_model_is_refused(
+        self, finished: Finished, tmp_path: Path, change: str, difference: str
+    ) -> None:
+        other = tmp_path / "model"
+        shutil.copytree(finished.config.model, other)
+        if change == "weights":
+            weights = safetensors.torch.load_file(other / "model.safetensors")
+            weights["final_classifier.classifier.bias"][0] += 1e-3
+            safetensors.torch.save_file(weights, other / "model.safetensors", {"format": "pt"})
+        else:
+            tokenizer = json.loads((other / "tokenizer.json").read_text())
+            tokenizer["normalizer"]["lowercase"] = False
+            (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+        with pytest.raises(
+            UsageError, match=f"its {difference} is .*, this one's is .*; choose another output"
+        ):
+            classify(replace(finished.config, model=str(other)))
+
+    def test_overwriting_an_unfinished_run_of_the_same_kind_goes_on_with_it(
+        self, config: ClassifyConfig, tmp_path: Path
+    ) -> None:
+        """So that the command which was cut short finishes the job, --overwrite and all."""
+        classify(config)
+        other = replace(config, entropy_threshold=-1.0, overwrite=True)
+        (tmp_path / "in" / "gone.parquet").symlink_to(tmp_path / "nothing")
+        with pytest.raises(RunFailedError, match=r"1 of 8 shards.*gone\.parquet"):
+            classify(other)
+        output = Path(config.output)
+        assert {path.stem for path in (output / "_deebert" / "aside").glob("part-*")}, "the old run is kept"
+        assert rows_of(output).num_rows == 450
+
+        (tmp_path / "in" / "gone.parquet").unlink()
+        done = classify(other)
+
+        assert done.new_shards == 0
+        assert done.record.attempts[0].committed_shards == 7
+        assert not (output / "_deebert" / "aside").exists()
+        assert classify(other).new_shards == 7, "a finished run is done anew"
 
     def test_overwrite_starts_over(self, config: ClassifyConfig) -> None:
         classify(config)
