@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from deebert.errors import BackboneError, CheckpointError, DataError, DeeBertError, PolicyError
+from deebert.errors import BackboneError, CheckpointError, DataError, DeeBertError, PolicyError, RecipeError
 from pipeline.errors import UsageError
 
 VERBS = {
@@ -51,7 +51,7 @@ def run(verb: str, argv: Sequence[str] | None = None, *, prog: str | None = None
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         return int(import_module(f"jobs.{verb}").execute(words, prog=prog or f"python -m jobs.{verb}"))
-    except (UsageError, CheckpointError, PolicyError, BackboneError, DataError) as error:
+    except (UsageError, CheckpointError, PolicyError, BackboneError, DataError, RecipeError) as error:
         print(f"deebert {verb}: {error}", file=sys.stderr)
         return 2
     except DeeBertError as error:
