@@ -42,7 +42,8 @@ class Variant:
 
 
 _JOINT = {"recipe": "joint", "self_distillation": 0.5}
-_ALTERNATING = {"recipe": "alternating", "self_distillation": 0.5}
+_JOINT_FAST = {**_JOINT, "off_ramp_learning_rate": 5e-4}
+_ALTERNATING = {"recipe": "alternating", "self_distillation": 0.5, "off_ramp_learning_rate": 5e-4}
 _REFRESH = {"recipe": "off-ramps", "self_distillation": 0.7}
 
 VARIANTS: Mapping[str, Variant] = MappingProxyType(
@@ -54,13 +55,14 @@ VARIANTS: Mapping[str, Variant] = MappingProxyType(
         "joint-distilled": Variant(flags=_JOINT),
         "joint-uniform": Variant(flags={**_JOINT, "weighting": "uniform"}),
         "joint-equilibrium": Variant(flags={**_JOINT, "weighting": "equilibrium"}),
-        "joint-refreshed": Variant(flags=_REFRESH, start="joint-distilled"),
+        "joint-fast-off-ramps": Variant(flags=_JOINT_FAST),
+        "joint-refreshed": Variant(flags=_REFRESH, start="joint-fast-off-ramps"),
         "alternating": Variant(flags=_ALTERNATING),
         "alternating-refreshed": Variant(flags=_REFRESH, start="alternating"),
-        "taught": Variant(flags=_JOINT, teacher="two-stage"),
+        "taught": Variant(flags=_JOINT_FAST, teacher="two-stage"),
         "taught-refreshed": Variant(flags=_REFRESH, start="taught"),
-        "taught-hidden": Variant(flags={**_JOINT, "teacher_hidden_weight": 1.0}, teacher="two-stage"),
-        "continued": Variant(flags=_JOINT, start="two-stage", teacher="two-stage"),
+        "taught-hidden": Variant(flags={**_JOINT_FAST, "teacher_hidden_weight": 1.0}, teacher="two-stage"),
+        "continued": Variant(flags=_JOINT_FAST, start="two-stage", teacher="two-stage"),
         "continued-refreshed": Variant(flags=_REFRESH, start="continued"),
     }
 )

@@ -98,7 +98,9 @@ class TrainJob:
     off_ramp_epochs: float | None = flag("stage 2: epochs (3)", default=None, parse=float)
     off_ramp_batch_size: int | None = flag("stage 2: samples per step (32)", default=None, parse=int)
     off_ramp_learning_rate: float | None = flag(
-        "stage 2: peak learning rate (fast: 5e-4)", default=None, parse=float
+        "off-ramps: peak learning rate in stage 2 (fast: 5e-4) and in joint training (the backbone's)",
+        default=None,
+        parse=float,
     )
     weight_decay: float | None = flag("both stages: AdamW's (0)", default=None, parse=float)
     warmup: float | None = flag(
@@ -157,7 +159,6 @@ def train(job: TrainJob) -> DeeBertForSequenceClassification:
         recipe,
         job.work_dir,
         resume=job.resume,
-        show_progress=sys.stderr.isatty(),
     )
     if not processes().is_main_process:
         return model
@@ -204,7 +205,7 @@ def _stage_1(job: TrainJob, stage: BackboneStage) -> BackboneStage:
     if isinstance(objective, Joint):
         objective = replace(
             objective,
-            **_given(weighting=job.weighting),
+            **_given(weighting=job.weighting, off_ramp_learning_rate=job.off_ramp_learning_rate),
             self_distillation=_distillation(job, objective.self_distillation),
         )
     return replace(

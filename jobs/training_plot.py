@@ -55,13 +55,12 @@ def _draw_stage(axes: Axes, stage: int, records: list[Record]) -> None:
     depth = max(map(int, curves))
     for layer, points in curves.items():
         colour = INK if int(layer) == depth and stage == 1 else colormaps["viridis"](0.9 * int(layer) / depth)
-        axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.2)
-        x, y = points[-1]
-        axes.annotate(layer, (x, y), (4, 0), textcoords="offset points", va="center", size=7, color=colour)
+        axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.2, label=layer)
     for layer, points in _curves(records, "held_out_losses").items():
         colour = colormaps["viridis"](0.9 * int(layer) / depth)
         axes.plot(*zip(*points, strict=True), color=colour, linewidth=0.8, linestyle=":")
     seconds = max((r["seconds"] for r in records if "seconds" in r), default=0.0)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=7, handlelength=1)
     axes.set_ylim(bottom=0)
     axes.grid(axis="y", color=LINE, linewidth=0.5)
     axes.set_xlabel(f"step of stage {stage} ({seconds:.0f} s)")

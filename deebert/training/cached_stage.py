@@ -162,7 +162,9 @@ class _Training:
     def steps(self) -> Iterator[tuple[int, Tensor]]:
         """(step, row numbers of its batch): a fresh shuffle each epoch."""
         generator = torch.Generator().manual_seed(self._context.recipe.seed)
-        bar = tqdm(range(self._num_steps), desc="off-ramps", disable=not self._context.show_progress)
+        bar = tqdm(
+            range(self._num_steps), desc="off-ramps", disable=None if self._context.show_progress else True
+        )
         order, position = torch.empty(0), 0
         for step in bar:
             if position >= len(order):

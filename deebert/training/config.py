@@ -103,9 +103,13 @@ class Joint:
     gradient averaged over the classifiers above it (Li et al., 2019). The final classifier's is 1."""
     self_distillation: Distillation | None = None
     """Off-ramps learn from the final classifier too, which does not feel it."""
+    off_ramp_learning_rate: float | None = None
+    """At its peak; None is the backbone's. New off-ramps can take larger steps than a pretrained backbone."""
 
     def __post_init__(self) -> None:
         _among(self.weighting, WEIGHTINGS, "weighting")
+        rate = self.off_ramp_learning_rate
+        _require(rate is None or rate > 0, "off_ramp_learning_rate", rate, "more than 0")
 
 
 @dataclass(frozen=True, kw_only=True)

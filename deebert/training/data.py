@@ -9,13 +9,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
-from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from deebert.errors import DataError
 from deebert.evaluation import LabelledSequences
+from deebert.packing import IntArray
 
 
 def check_labels(data: LabelledSequences, num_labels: int) -> None:
@@ -70,20 +69,22 @@ class Rows(Dataset[dict[str, Any]]):
         return row
 
     @property
-    def lengths(self) -> list[int]:
-        """Tokens of each row."""
-        lengths: list[int] = self._data.tokens.layout.lengths.tolist()
-        return lengths
+    def lengths(self) -> IntArray:
+        """(N,) tokens of each row."""
+        return self._data.tokens.layout.lengths
 
 
 class LengthGrouped(Sampler[int]):
     """Row numbers in an order whose batches have like lengths: on short texts half a random batch is padding.
 
-    The order follows from seed and epoch alone, so that a resumed training, and every process of many, draws
+    Rows are shuffled, sorted within windows of 50 batches, and the batches shuffled again, so that long and short
+    ones mix. The order follows from seed and epoch alone: a resumed training, and every process of many, draws
     the same one.
     """
 
-    def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
+    _WINDOW_BATCHES = 50
+
+    def __init__(self, lengths: IntArray, batch_size: int, seed: int) -> None:
         self._lengths = lengths
         self._batch_size = batch_size
         self._seed = seed
@@ -93,7 +94,14 @@ class LengthGrouped(Sampler[int]):
         return len(self._lengths)
 
     def __iter__(self) -> Iterator[int]:
-        # A product that keeps neighbouring seeds' epochs apart: seed 1 epoch 2 is not seed 2 epoch 1.
-        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self.epoch)
-        order: list[int] = get_length_grouped_indices(self._lengths, self._batch_size, generator=generator)
-        return iter(order)
+        rng = np.random.default_rng((self._seed, self.epoch))
+        order = rng.permutation(len(self))
+        window = self._WINDOW_BATCHES * self._batch_size
+        for start in range(0, len(order), window):
+            rows = order[start : start + window]
+            order[start : start + window] = rows[np.argsort(self._lengths[rows], kind="stable")]
+        # A batch that is not full comes last, or the batches after it would straddle two.
+        full = len(order) - len(order) % self._batch_size
+        batches = rng.permutation(order[:full].reshape(-1, self._batch_size))
+        yield from batches.ravel().tolist()
+        yield from order[full:].tolist()

@@ -55,7 +55,7 @@ def collect_answers(
     depth = encoder.num_layers if final else max(layers, default=0)
     states = torch.empty(len(layers), len(data), encoder.hidden_size, dtype=dtype)
     logits = torch.empty(len(data), encoder.num_labels) if final else None
-    with tqdm(total=len(data), desc="frozen answers", disable=not show_progress) as bar:
+    with tqdm(total=len(data), desc="frozen answers", disable=None if show_progress else True) as bar:
         for rows, tokens in length_sorted_batches(data.tokens, micro_batch_tokens):
             tokens = tokens.to(encoder.device)
             hidden = encoder.embed(tokens)

@@ -76,7 +76,7 @@ def train(
         work_dir: for checkpoints and the log, `LOG_NAME`; shared by all processes.
         resume: go on with what an earlier call with the same arguments left in `work_dir`. Killed and resumed is
             undisturbed, to the bit where the hardware is deterministic. Otherwise what is there is begun again.
-        show_progress: bars on stderr.
+        show_progress: bars on a terminal, lines in a log elsewhere.
 
     Raises:
         DataError: no samples, or a label that the model does not have.
@@ -183,7 +183,15 @@ class _Training:
                 during.enter_context(frozen([model.off_ramps]))
             if isinstance(objective, Joint) and objective.weighting == "equilibrium":
                 during.enter_context(gradient_equilibrium(model))
-            return train_through_backbone(model, self._tokenizer, data, stage, loss, context)
+            return train_through_backbone(
+                model,
+                self._tokenizer,
+                data,
+                stage,
+                loss,
+                context,
+                off_ramp_learning_rate=getattr(objective, "off_ramp_learning_rate", None),
+            )
 
     def _stage_2(self, stage: OffRampStage, context: StageContext) -> StageReport:
         model = self._model.train(False)

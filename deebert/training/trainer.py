@@ -8,7 +8,9 @@ meaning beyond the `StageLoss` it is given.
 from __future__ import annotations
 
 import json
+import logging
 import shutil
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,6 +42,8 @@ from deebert.training.losses import Answers, StageLoss, cross_entropies, hidden_
 from deebert.training.processes import processes, summed
 from deebert.training.stage import Clock, StageContext, StageReport
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StageData:
@@ -58,8 +62,12 @@ def train_through_backbone(
     stage: StageConfig,
     loss: StageLoss,
     context: StageContext,
+    *,
+    off_ramp_learning_rate: float | None = None,
 ) -> StageReport:
     """Train what is not frozen in `model`, in place; leave it in eval mode.
+
+    The off-ramps' learning rate is the stage's unless they have one of their own.
 
     Raises:
         RecipeError: a batch that the processes cannot share evenly, or a precision that the machine lacks.
@@ -82,6 +90,7 @@ def train_through_backbone(
         sampler=LengthGrouped(data.rows.lengths, stage.batch_size, context.recipe.seed),
         classifiers=_training_classifiers(model),
         hidden_teacher=data.hidden_teacher,
+        off_ramp_learning_rate=off_ramp_learning_rate,
     )
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     # Takes the Trainer's autocast off the model's forward again.
@@ -180,6 +189,16 @@ def _training_classifiers(model: DeeBertForSequenceClassification) -> dict[int, 
     }
 
 
+def _split_groups(optimizer: torch.optim.Optimizer, chosen: set[int], learning_rate: float) -> None:
+    """Move the parameters with these ids to groups that differ in the learning rate alone."""
+    for group in list(optimizer.param_groups):
+        settings = {name: value for name, value in group.items() if name != "params"}
+        moved = [p for p in group["params"] if id(p) in chosen]
+        group["params"] = [p for p in group["params"] if id(p) not in chosen]
+        if moved:
+            optimizer.add_param_group({**settings, "params": moved, "lr": learning_rate})
+
+
 def _check_machine(stage: StageConfig, context: StageContext) -> None:
     world = processes().num_processes
     if stage.batch_size % (world * stage.accumulation_steps):
@@ -206,9 +225,11 @@ class _StageTrainer(Trainer):
         sampler: LengthGrouped,
         classifiers: dict[int, int],
         hidden_teacher: DeeBertForSequenceClassification | None,
+        off_ramp_learning_rate: float | None,
         **kwargs: Any,
     ) -> None:
         self._loss, self._context, self._clock, self._sampler = loss, context, clock, sampler
+        self._off_ramp_learning_rate = off_ramp_learning_rate
         super().__init__(**kwargs)
         self._classifiers, self._hidden_teacher = classifiers, hidden_teacher
         self._meters = {
@@ -219,12 +240,20 @@ class _StageTrainer(Trainer):
         self.remove_callback(ProgressCallback)
         self.add_callback(_Conduct(sampler))
         if context.show_progress:
-            self.add_callback(_Bar(context.number))
+            self.add_callback(_Bar(context.number) if sys.stderr.isatty() else _Lines(context.number))
         if (stopping := context.recipe.early_stopping) is not None:
             self.add_callback(EarlyStoppingCallback(early_stopping_patience=stopping.patience))
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> LengthGrouped:
         return self._sampler
+
+    def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
+        """The Trainer's AdamW; off-ramps in groups of their own where they have a learning rate of their own."""
+        optimizer = super().create_optimizer(*args)
+        if self._off_ramp_learning_rate is not None:
+            ramps = {id(p) for p in self.model.off_ramps.parameters()}  # type: ignore[union-attr]
+            _split_groups(optimizer, ramps, self._off_ramp_learning_rate)
+        return optimizer
 
     def compute_loss(  # type: ignore[override]
         self,
@@ -343,6 +372,29 @@ class _Conduct(TrainerCallback):
             control.should_log = True
         if control.should_save or control.should_evaluate:
             control.should_log = True
+
+
+class _Lines(TrainerCallback):
+    """A line in the log file of a machine for each tenth of the way."""
+
+    def __init__(self, stage: int) -> None:
+        self._stage = stage
+        self._tenths = 0
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """A new tenth begins."""
+        logs, tenths = kwargs.get("logs") or {}, 10 * state.global_step // max(1, state.max_steps)
+        if "loss" in logs and tenths > self._tenths:
+            self._tenths = tenths
+            log.info(
+                "stage %d: step %d of %d, loss %.3f",
+                self._stage,
+                state.global_step,
+                state.max_steps,
+                logs["loss"],
+            )
 
 
 class _Bar(TrainerCallback):

@@ -115,6 +115,12 @@ class TestRecipeOfFlags:
         )
         assert recipe.stage_2 == OffRampStage(self_distillation=distilled)
 
+    def test_the_off_ramps_learning_rate_holds_wherever_they_train(self) -> None:
+        recipe = described(recipe="joint", stage_2="fast", off_ramp_learning_rate=1e-3)
+
+        assert recipe.stage_1 == BackboneStage(objective=Joint(off_ramp_learning_rate=1e-3))
+        assert recipe.stage_2 == OffRampStage(learning_rate=1e-3)
+
     def test_an_exact_stage_2_accumulates_as_stage_1_does(self) -> None:
         recipe = described(stage_2="exact", accumulation_steps=4)
 

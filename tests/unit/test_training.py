@@ -163,6 +163,25 @@ class TestStage1:
             if "key.bias" not in name:
                 torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
+    def test_off_ramps_can_have_a_learning_rate_of_their_own(
+        self, tiny_model: ModelFactory, run: Run
+    ) -> None:
+        model = tiny_model(num_layers=2)
+        before = weights(model)
+        objective = Joint(off_ramp_learning_rate=1e-3)
+        stage = replace(QUICK_1, objective=objective, epochs=1, learning_rate=1e-5)
+
+        run(model, replace(JOINT, stage_1=stage), toy(16, seed=0))  # one batch, one step
+
+        # Adam's first step is the learning rate, whatever the gradient.
+        steps = {
+            name: (value - before[name]).abs().max().item() for name, value in model.state_dict().items()
+        }
+        for name in ("off_ramps.0.dense.weight", "off_ramps.0.classifier.bias"):
+            assert steps[name] == pytest.approx(1e-3, rel=1e-2)
+        for name in ("final_classifier.dense.weight", "backbone.encoder.layer.0.output.dense.weight"):
+            assert steps[name] == pytest.approx(1e-5, rel=0.1)
+
     def test_warm_up_raises_the_learning_rate_from_zero(
         self, tiny_model: ModelFactory, run: Run, tmp_path: Path
     ) -> None:
@@ -365,6 +384,9 @@ class _CutAt(TrainerCallback):
 
 STAGES = {
     "joint": replace(JOINT_DISTILLED, checkpoint_steps=4),
+    "joint, two learning rates": replace(
+        JOINT, stage_1=replace(QUICK_1, objective=Joint(off_ramp_learning_rate=5e-3)), checkpoint_steps=4
+    ),
     "two-stage": replace(TWO_STAGE, checkpoint_steps=4),
     "accumulating": replace(
         JOINT, stage_1=replace(QUICK_1, objective=Joint(), accumulation_steps=2), checkpoint_steps=4
@@ -385,6 +407,7 @@ class TestResume:
             ("joint", 6),  # within an epoch
             ("joint", 9),  # the checkpoint lies in a later epoch
             ("joint", 28),  # at the end
+            ("joint, two learning rates", 6),
             ("two-stage", 9),
             ("accumulating", 10),
             ("alternating", 8),
@@ -553,21 +576,27 @@ class TestEarlyStopping:
 
 class TestRowOrder:
     def test_each_epoch_has_every_row_once_in_its_own_order(self) -> None:
-        sampler = LengthGrouped(np.random.default_rng(0).integers(1, 50, 200).tolist(), 8, seed=1)
+        sampler = LengthGrouped(np.random.default_rng(0).integers(1, 50, 203), 8, seed=1)
         orders = []
         for epoch in (0, 1, 0):
             sampler.epoch = epoch
             orders.append(list(sampler))
 
-        assert all(sorted(order) == list(range(200)) for order in orders)
+        assert all(sorted(order) == list(range(203)) for order in orders)
         assert orders[0] == orders[2] != orders[1]
 
     def test_batches_have_like_lengths(self) -> None:
         lengths = np.random.default_rng(0).integers(1, 100, 2000)
-        order = list(LengthGrouped(lengths.tolist(), 10, seed=1))
+        batches = lengths[list(LengthGrouped(lengths, 10, seed=1))].reshape(-1, 10)
 
-        spread = np.ptp(lengths[order].reshape(-1, 10)[1:], axis=1).mean()  # the first holds the longest row
-        assert spread < 0.1 * np.ptp(lengths.reshape(-1, 10), axis=1).mean()
+        assert np.ptp(batches, axis=1).mean() < 0.1 * np.ptp(lengths.reshape(-1, 10), axis=1).mean()
+
+    def test_long_and_short_batches_mix(self) -> None:
+        lengths = np.random.default_rng(0).integers(1, 100, 2000)
+        means = lengths[list(LengthGrouped(lengths, 10, seed=1))].reshape(-1, 10).mean(axis=1)
+
+        # Neighbours are no more alike than strangers.
+        assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.2
 
 
 class TestLogAndReport:

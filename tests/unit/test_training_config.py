@@ -79,6 +79,7 @@ def test_the_named_recipes() -> None:
         ),
         (lambda: Joint(weighting="log"), "weighting is 'log': choose one of linear, uniform, equilibrium"),  # type: ignore[arg-type]
         (lambda: OffRampStage(mode="slow"), "mode is 'slow': choose one of fast, exact"),  # type: ignore[arg-type]
+        (lambda: Joint(off_ramp_learning_rate=0), "off_ramp_learning_rate is 0: give more than 0"),
         (lambda: StageConfig(epochs=0), "epochs is 0: give more than 0"),
         (lambda: StageConfig(learning_rate=float("nan")), "learning_rate is nan: give more than 0"),
         (lambda: StageConfig(warmup_share=1.0), "warmup_share is 1.0: give a share from 0 to below 1"),
