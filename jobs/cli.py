@@ -22,6 +22,11 @@ VERBS = {
     "report": "what a run cost and saved, as a table and an HTML page",
 }
 
+_HOW_TO_GO_ON = {
+    "classify": "; the same command goes on where it stopped",
+    "train": "; the same command with --resume goes on where it stopped",
+}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The console script."""
@@ -58,8 +63,7 @@ def run(verb: str, argv: Sequence[str] | None = None, *, prog: str | None = None
         print(f"deebert {verb}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        hint = "; the same command goes on where it stopped" if verb == "classify" else ""
-        print(f"deebert {verb}: interrupted{hint}", file=sys.stderr)
+        print(f"deebert {verb}: interrupted{_HOW_TO_GO_ON.get(verb, '')}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader of our stdout left: not an error. Keep the interpreter from failing on its last flush.

@@ -101,6 +101,7 @@ class RecipesJob:
         "of training; judged in float32", default="auto", choices=("auto", "float32", "bfloat16")
     )
     seed: int = flag("random seed", default=42, parse=int)
+    checkpoint_steps: int = flag("steps between checkpoints", default=1000, parse=positive)
 
 
 Result = dict[str, Any]
@@ -160,6 +161,7 @@ def _train_job(name: str, variant: Variant, job: RecipesJob) -> TrainJob:
         off_ramp_epochs=job.off_ramp_epochs,
         precision=job.precision,
         seed=job.seed,
+        checkpoint_steps=job.checkpoint_steps,
         output=str(folder / name),
         # A run that was cut short left a training, or a model that was not judged yet.
         resume=True,

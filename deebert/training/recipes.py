@@ -136,7 +136,10 @@ class _Training:
                 self._weights(number).unlink(missing_ok=True)
             (self._work_dir / LOG_NAME).unlink(missing_ok=True)
             self._work_dir.mkdir(parents=True, exist_ok=True)
-            plan_path.write_text(json.dumps(self._plan, indent=1))
+            # Whole or not at all: a plan cut short would refuse to be resumed.
+            partial = plan_path.with_name(_PLAN_NAME + ".unfinished")
+            partial.write_text(json.dumps(self._plan, indent=1))
+            partial.replace(plan_path)
         processes().wait_for_everyone()
 
     def stages(self) -> list[StageReport]:

@@ -94,13 +94,9 @@ def test_killed_twice_and_resumed_equals_undisturbed(job: list[str], tmp_path: P
     kill_at_checkpoint(start(job, killed), killed, 20)
     finish(whole)
 
-    refused = start(job, killed)
-    _, message = refused.communicate(timeout=240)
     kill_at_checkpoint(start(job, killed, "--resume"), killed, 50)
     finish(start(job, killed, "--resume"))
 
-    assert refused.returncode == 2
-    assert "was cut short: give --resume to go on with it or --overwrite to begin again" in message
     one, other = (load_file(folder / "model.safetensors") for folder in (undisturbed, killed))
     assert all((one[name] == other[name]).all() for name in one)
     assert losses(killed) == losses(undisturbed)

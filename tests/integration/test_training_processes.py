@@ -21,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from deebert.errors import RecipeError
 from deebert.training import *
 from tests.conftest import make_model
 from tests.training_toy import QUICK_1, QUICK_2, toy
@@ -47,6 +48,11 @@ for name, recipe in recipes.items():
     rank = processes().process_index
     torch.save(model.state_dict(), work / f"{name}-{rank}.pt")
     (work / f"{name}-{rank}.txt").write_text(" ".join(f"{s.steps} {s.loss:.5f}" for s in report.stages))
+uneven = Recipe(stage_1=replace(QUICK_1, epochs=1, batch_size=5, objective=Joint()), stage_2=None)
+try:
+    train(model, tokenizer, toy(10, seed=1), uneven, work / "uneven", show_progress=False)
+except RecipeError as error:
+    (work / f"refusal-{rank}.txt").write_text(str(error))
 """
 RECIPES = ("two-stage", "joint", "alternating")
 
@@ -134,16 +140,8 @@ def test_the_command_writes_one_model(trained: dict[int, Path], saved_model: Pat
     assert load_file(tmp_path / "model" / "model.safetensors")
 
 
-def test_a_batch_that_does_not_divide_is_refused(
-    trained: dict[int, Path], saved_model: Path, tmp_path: Path
-) -> None:
-    data = tmp_path / "data.csv"
-    data.write_text("text,label\n" + "good,positive\nbad,negative\nit is,neutral\n" * 4)
-    words = f"--from-model {saved_model} --data {data} --labels negative,neutral,positive --output {tmp_path}/model"
+def test_a_batch_that_does_not_divide_is_refused(trained: dict[int, Path]) -> None:
+    refusal = "a batch of 5 samples in 1 pieces does not divide among 2 processes: choose a multiple of 2"
 
-    with pytest.raises(AssertionError) as failed:
-        run(2, "-m", "jobs.train", *words.split(), "--recipe", "joint", "--batch-size", "5")
-    assert (
-        "a batch of 5 samples in 1 pieces does not divide among 2 processes: choose a multiple of 2"
-        in str(failed.value)
-    )
+    assert [(trained[2] / f"refusal-{rank}.txt").read_text() for rank in (0, 1)] == [refusal, refusal]
+    assert not (trained[1] / "refusal-0.txt").exists()

@@ -224,8 +224,9 @@ class TestStage2:
         assert changed(before, model) == names(model, "off_ramps.")
 
     def test_learns_on_a_frozen_backbone(
-        self, recipe: Recipe, model: DeeBertForSequenceClassification, run: Run
+        self, recipe: Recipe, pooling: str, tiny_model: ModelFactory, run: Run
     ) -> None:
+        model = tiny_model("bert", pooling)
         held_out = toy(200, seed=2)
         before = accuracies(model, held_out)
 
