@@ -96,9 +96,12 @@ class TrainJob:
     )
     learning_rate: float | None = flag("stage 1: peak learning rate (paper: 2e-5)", default=None, parse=float)
     off_ramp_epochs: float | None = flag("stage 2: epochs (3)", default=None, parse=float)
-    off_ramp_batch_size: int | None = flag("stage 2: samples per step (32)", default=None, parse=int)
+    off_ramp_batch_size: int | None = flag(
+        "stage 2: samples per step (fast: 32, exact: 8 as in the paper)", default=None, parse=int
+    )
     off_ramp_learning_rate: float | None = flag(
-        "off-ramps: peak learning rate in stage 2 (fast: 5e-4) and in joint training (the backbone's)",
+        "off-ramps: peak learning rate in stage 2 (fast: 5e-4, exact: 2e-5 as in the paper) and in joint training "
+        "(the backbone's)",
         default=None,
         parse=float,
     )
@@ -224,16 +227,17 @@ def _stage_1(job: TrainJob, stage: BackboneStage) -> BackboneStage:
 
 
 def _stage_2(job: TrainJob, stage: OffRampStage | None) -> OffRampStage | None:
-    from deebert.training import OffRampStage
+    from deebert.training import PAPER_STAGE_2, OffRampStage
 
     if job.stage_2 == "none" or (job.stage_2 is None and stage is None):
         return None
-    stage = OffRampStage() if stage is None else stage
-    mode = job.stage_2 or stage.mode
+    distillation = _distillation(job, None if stage is None else stage.self_distillation)
+    mode = job.stage_2 or (stage or OffRampStage()).mode
+    if stage is None or stage.mode != mode:
+        stage = PAPER_STAGE_2 if mode == "exact" else OffRampStage()
     return replace(
         stage,
-        mode=mode,  # type: ignore[arg-type]  # one of the flag's choices
-        self_distillation=_distillation(job, stage.self_distillation),
+        self_distillation=distillation,
         **_given(
             epochs=job.off_ramp_epochs,
             batch_size=job.off_ramp_batch_size,

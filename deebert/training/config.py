@@ -161,6 +161,10 @@ class OffRampStage(StageConfig):
             )
 
 
+PAPER_STAGE_2 = OffRampStage(mode="exact", batch_size=8, learning_rate=2e-5)
+"""The paper's own, for BERT."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class EarlyStopping:
     """Stop a stage, and keep its best weights, when the loss on held-out rows no longer falls."""
@@ -219,7 +223,7 @@ class Recipe:
 
 
 TWO_STAGE = Recipe()
-"""The paper's."""
+"""The paper's, with stage 2 on cached states."""
 JOINT = Recipe(stage_1=BackboneStage(objective=Joint()), stage_2=None)
 ALTERNATING = Recipe(stage_1=BackboneStage(objective=Alternating()), stage_2=None)
 OFF_RAMPS = Recipe(stage_1=None)

@@ -17,6 +17,7 @@ from deebert.training import (
     BEST,
     JOINT,
     OFF_RAMPS,
+    PAPER_STAGE_2,
     RECIPES,
     TWO_STAGE,
     Alternating,
@@ -121,10 +122,13 @@ class TestRecipeOfFlags:
         assert recipe.stage_1 == BackboneStage(objective=Joint(off_ramp_learning_rate=1e-3))
         assert recipe.stage_2 == OffRampStage(learning_rate=1e-3)
 
-    def test_an_exact_stage_2_accumulates_as_stage_1_does(self) -> None:
-        recipe = described(stage_2="exact", accumulation_steps=4)
+    def test_an_exact_stage_2_is_the_papers_and_accumulates_as_stage_1_does(self) -> None:
+        paper = OffRampStage(mode="exact", epochs=3, batch_size=8, learning_rate=2e-5)
 
-        assert recipe.stage_2 == OffRampStage(mode="exact", accumulation_steps=4)
+        assert described(stage_2="exact").stage_2 == PAPER_STAGE_2 == paper
+        assert described(stage_2="exact", accumulation_steps=4).stage_2 == replace(
+            paper, accumulation_steps=4
+        )
 
     def test_stage_2_none_ends_a_joint_training_after_stage_1(self) -> None:
         assert described(recipe="joint", stage_2="none") == JOINT
