@@ -22,6 +22,7 @@ from pipeline.errors import UsageError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from deebert.checkpoint import Checkpoint
     from deebert.evaluation import LabelledSequences
     from deebert.modeling import DeeBertForSequenceClassification
     from deebert.training import BackboneStage, Distillation, OffRampStage, Recipe, Teacher
@@ -29,6 +30,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_BELONGS_TO = {
+    "teacher_weight": "teacher",
+    "teacher_hidden_weight": "teacher",
+    "patience": "held_out",
+    "evaluate_every": "held_out",
+}
 _RECIPE_NAMES = ("two-stage", "joint", "alternating", "off-ramps", "best")
 
 
@@ -230,6 +237,11 @@ def _stage_2(job: TrainJob, stage: OffRampStage | None) -> OffRampStage | None:
     from deebert.training import PAPER_STAGE_2, OffRampStage
 
     if job.stage_2 == "none" or (job.stage_2 is None and stage is None):
+        if job.off_ramp_epochs is not None or job.off_ramp_batch_size is not None:
+            raise UsageError(
+                "--off-ramp-epochs and --off-ramp-batch-size are for stage 2, which this training has not: give "
+                "--stage-2 fast or leave them out"
+            )
         return None
     distillation = _distillation(job, None if stage is None else stage.self_distillation)
     mode = job.stage_2 or (stage or OffRampStage()).mode
@@ -307,6 +319,10 @@ def _check_pointless(job: TrainJob) -> None:
             raise UsageError(
                 f"--{name.replace('_', '-')} is for stage 1, which this training has not: leave it out"
             )
+    for name, needed in _BELONGS_TO.items():
+        if getattr(job, name) != getattr(TrainJob, name) and getattr(job, needed) is None:
+            flags = (f"--{field.replace('_', '-')}" for field in (name, needed))
+            raise UsageError("{} says nothing without {}: give both or neither".format(*flags))
 
 
 def _check_folders(job: TrainJob) -> None:
@@ -338,27 +354,26 @@ def _load(
         names=job.labels,
     )
     set_seed(job.seed)
-    model, tokenizer = _start(job, texts)
-    data = texts.tokenized(TextTokenizer(tokenizer, max_length=job.max_length))
-    return model, tokenizer, _sample(data, job)
+    start = _start(job, texts)
+    if start.labels != texts.names:
+        raise UsageError(
+            f"the model {start.path!r} knows {', '.join(start.labels)} and the data has {', '.join(texts.names)}: "
+            f"give --labels {','.join(start.labels)}"
+        )
+    length = min(job.max_length, start.longest_input)
+    start.model.config.max_seq_length = length
+    data = texts.tokenized(TextTokenizer(start.tokenizer, max_length=length))
+    return start.model, start.tokenizer, _sample(data, job)
 
 
-def _start(
-    job: TrainJob, texts: LabelledTexts
-) -> tuple[DeeBertForSequenceClassification, PreTrainedTokenizerBase]:
+def _start(job: TrainJob, texts: LabelledTexts) -> Checkpoint:
     from transformers import AutoTokenizer
 
-    from deebert.checkpoint import load_checkpoint
+    from deebert.checkpoint import Checkpoint, load_checkpoint
     from deebert.modeling import DeeBertForSequenceClassification
 
     if job.from_model is not None:
-        checkpoint = load_checkpoint(job.from_model)
-        if checkpoint.labels != texts.names:
-            raise UsageError(
-                f"the model {job.from_model!r} knows {', '.join(checkpoint.labels)} and the data has "
-                f"{', '.join(texts.names)}: give --labels {','.join(checkpoint.labels)}"
-            )
-        return checkpoint.model, checkpoint.tokenizer
+        return load_checkpoint(job.from_model)
     name = job.backbone or job.from_classifier
     assert name is not None
     try:
@@ -369,9 +384,8 @@ def _start(
                 name,
                 labels=list(texts.names),
                 off_ramp_pooling=job.off_ramp_pooling,  # type: ignore[arg-type]  # one of the flag's choices
-                max_seq_length=job.max_length,
             )
-        return model, AutoTokenizer.from_pretrained(name)
+        return Checkpoint(path=name, model=model, tokenizer=AutoTokenizer.from_pretrained(name))
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         what = "backbone" if job.from_classifier is None else "classifier"

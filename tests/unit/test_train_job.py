@@ -215,6 +215,16 @@ class TestRefusals:
                 "gradient equilibrium averages over all classifiers and every other step of alternating training "
                 "has one: choose linear or uniform weights",
             ),
+            (
+                "--backbone a --teacher-weight 0.9",
+                "--teacher-weight says nothing without --teacher: give both or neither",
+            ),
+            ("--backbone a --patience 5", "--patience says nothing without --held-out: give both or neither"),
+            (
+                "--backbone a --recipe joint --off-ramp-epochs 5",
+                "--off-ramp-epochs and --off-ramp-batch-size are for stage 2, which this training has not: give "
+                "--stage-2 fast or leave them out",
+            ),
             ("--backbone a --batch-size 0", "batch_size is 0: give at least 1"),
             ("--backbone a --held-out 1.5", "held_out is 1.5: give a share between 0 and 1"),
         ],
@@ -246,6 +256,13 @@ class TestRefusals:
 
 
 class TestModelFolder:
+    def test_knows_what_its_training_truncated_to_within_what_its_positions_allow(
+        self, words: list[str], tmp_path: Path
+    ) -> None:
+        for length, kept in ((10, 10), (500, 64)):
+            assert main(["train", *words, "--max-length", str(length), "--overwrite"]) == 0
+            assert load_checkpoint(str(tmp_path / "model")).model.config.max_seq_length == kept
+
     @pytest.mark.parametrize("recipe", ["two-stage", "joint", "alternating", "best"])
     def test_is_a_model_with_its_log_and_drawing(self, recipe: str, words: list[str], tmp_path: Path) -> None:
         assert main(["train", *words, "--recipe", recipe]) == 0
