@@ -54,8 +54,10 @@ def train_cached_off_ramps(
     best = None if judged is None else _BestOffRamps(stack, judged, stage, context.recipe.early_stopping)
     for step, batch in training.steps():
         training.step(step, rows.batch(batch))
-        if best is not None and (step + 1) % training.steps_per_epoch == 0 and not best.improves():
-            break
+        if best is not None and (step + 1) % training.steps_per_epoch == 0:
+            training.log_held_out(best.judge())
+            if not best.may_improve:
+                break
     if best is not None:
         best.restore()
     stack.write_back(model)
@@ -200,6 +202,15 @@ class _Training:
             seconds=self._clock.seconds,
         )
 
+    def log_held_out(self, losses: list[float]) -> None:
+        """Write what the off-ramps lose on held-out rows."""
+        self._context.write(
+            step=self._done,
+            epoch=round(self._done / self.steps_per_epoch, 4),
+            held_out_loss=sum(losses),
+            held_out_losses=dict(zip(map(str, self._layers), losses, strict=True)),
+        )
+
     def report(self) -> StageReport:
         """What it took."""
         return StageReport(
@@ -242,14 +253,19 @@ class _BestOffRamps:
         self._weights = [p.detach().clone() for p in stack.parameters()]
 
     @torch.no_grad()
-    def improves(self) -> bool:
-        """Judge the off-ramps as they are; False once none got better for as long as patience lasts."""
+    def judge(self) -> list[float]:
+        """Loss of each off-ramp as it is; where it is the lowest so far, its weights are kept."""
         losses = self._losses()
         better = losses < self._lowest
         self._lowest = torch.where(better, losses, self._lowest)
         for kept, now in zip(self._weights, self._stack.parameters(), strict=True):
             kept[better] = now[better]
         self._waited = 0 if bool(better.any()) else self._waited + 1
+        return [float(x) for x in losses]
+
+    @property
+    def may_improve(self) -> bool:
+        """False once none got better for as long as patience lasts."""
         return self._waited < self._patience
 
     @torch.no_grad()

@@ -17,7 +17,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase
 
 from deebert.checkpoint import load_checkpoint, weights_digest
 from deebert.errors import RecipeError
@@ -157,8 +157,6 @@ class _Training:
         if report is not None:
             self._model.load_state_dict(load_file(weights))
             return report
-        # Each stage starts from the seed, so that it does not matter in which process the one before ran.
-        set_seed(self._recipe.seed)
         self._model.to(processes().device)
         report = (
             self._stage_1(stage, context)
