@@ -4,7 +4,8 @@ DeeBertError
 ├── CheckpointError     a model folder lacks weights, configuration or tokenizer, or does not fit them
 ├── PolicyError         an exit policy that does not exist or whose threshold makes no sense
 ├── BackboneError       a backbone family that has no off-ramps here
-└── DataError           labelled data that cannot be trained or evaluated on
+├── DataError           labelled data that cannot be trained or evaluated on
+└── RecipeError         a training recipe whose parts contradict each other or the machine
 
 Every message is one sentence that names the thing and the remedy: command lines print it as it is.
 `pipeline.errors` continues the tree.
@@ -29,3 +30,7 @@ class BackboneError(DeeBertError):
 
 class DataError(DeeBertError):
     """Labelled data that cannot be trained or evaluated on."""
+
+
+class RecipeError(DeeBertError):
+    """A training recipe whose parts contradict each other, the models or the machine."""

@@ -62,6 +62,8 @@ class DeeBertOutput(ModelOutput):
     """(N, C), of the final classifier."""
     off_ramp_logits: Tensor | None = None
     """(R, N, C), one row per off-ramp layer, shallowest first."""
+    hidden_states: tuple[Tensor, ...] | None = None
+    """On request: embeddings and each layer's output, n + 1 tensors (N, L, H)."""
 
 
 class DeeBertForSequenceClassification(PreTrainedModel):
@@ -135,7 +137,7 @@ class DeeBertForSequenceClassification(PreTrainedModel):
         """An already fine-tuned Hugging Face sequence classifier, with off-ramps that are yet to be trained.
 
         Its backbone and head stay bit for bit, so that the final logits are its own: stage 2 alone
-        (`deebert.training.train_off_ramps`) makes a DeeBERT model of it. All such heads read [CLS], and so do
+        (`deebert.training`, a recipe without stage 1) makes a DeeBERT model of it. All such heads read [CLS], and so do
         the off-ramps, whose poolers start as the head's. The labels are those of its configuration.
 
         Args:
@@ -184,6 +186,7 @@ class DeeBertForSequenceClassification(PreTrainedModel):
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         labels: Tensor | None = None,
+        output_hidden_states: bool = False,
         **kwargs: Any,
     ) -> DeeBertOutput:
         """Run every layer and every off-ramp.
@@ -193,6 +196,7 @@ class DeeBertForSequenceClassification(PreTrainedModel):
             attention_mask: (N, L), 1 for real tokens; all real when None.
             token_type_ids: (N, L) int64 or None.
             labels: (N,) int64 or None.
+            output_hidden_states: whether the output holds them.
             kwargs: whatever collators add; ignored, as the backbones do.
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -207,6 +211,7 @@ class DeeBertForSequenceClassification(PreTrainedModel):
             loss=None if labels is None else F.cross_entropy(logits.float(), labels),
             logits=logits,
             off_ramp_logits=torch.stack(off_ramp_logits) if off_ramp_logits else None,
+            hidden_states=states if output_hidden_states else None,
         )
 
     def hidden_states(

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from deebert.errors import BackboneError, CheckpointError, DataError, DeeBertError, PolicyError
+from deebert.errors import BackboneError, CheckpointError, DataError, DeeBertError, PolicyError, RecipeError
 from pipeline.errors import UsageError
 
 VERBS = {
@@ -21,6 +21,11 @@ VERBS = {
     "classify": "classify a corpus on Ray into Parquet",
     "stream": "classify stdin to stdout, each sample the moment it exits",
     "report": "what a run cost and saved, as a table and an HTML page",
+}
+
+_HOW_TO_GO_ON = {
+    "classify": "; the same command goes on where it stopped",
+    "train": "; the same command with --resume goes on where it stopped",
 }
 
 
@@ -52,15 +57,14 @@ def run(verb: str, argv: Sequence[str] | None = None, *, prog: str | None = None
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         return int(import_module(f"jobs.{verb}").execute(words, prog=prog or f"python -m jobs.{verb}"))
-    except (UsageError, CheckpointError, PolicyError, BackboneError, DataError) as error:
+    except (UsageError, CheckpointError, PolicyError, BackboneError, DataError, RecipeError) as error:
         print(f"deebert {verb}: {error}", file=sys.stderr)
         return 2
     except DeeBertError as error:
         print(f"deebert {verb}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        hint = "; the same command goes on where it stopped" if verb == "classify" else ""
-        print(f"deebert {verb}: interrupted{hint}", file=sys.stderr)
+        print(f"deebert {verb}: interrupted{_HOW_TO_GO_ON.get(verb, '')}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader of our stdout left: not an error. Keep the interpreter from failing on its last flush.

@@ -16,7 +16,7 @@ from deebert.baselines import StaticStyle, kept_layers
 from deebert.evaluation import LabelledSequences, trace
 from deebert.exit_policy import FULL_DEPTH, EntropyThreshold
 from deebert.precision import resolve_precision
-from deebert.training import StageConfig, TwoStageConfig
+from deebert.training import BackboneStage, Recipe
 from jobs.labelled import LabelledSource, sample
 from jobs.scoring import evaluated
 from jobs.static import StaticBaseline, train_static
@@ -158,11 +158,11 @@ def _training_data(job: EvaluateJob, subject: Subject) -> LabelledSequences:
     return sample(everything, job.max_train_rows, seed=job.seed)
 
 
-def _recipe(job: EvaluateJob) -> TwoStageConfig:
-    return TwoStageConfig(
-        stage_1=StageConfig(epochs=job.epochs, batch_size=job.batch_size, learning_rate=job.learning_rate),
+def _recipe(job: EvaluateJob) -> Recipe:
+    return Recipe(
+        stage_1=BackboneStage(epochs=job.epochs, batch_size=job.batch_size, learning_rate=job.learning_rate),
         seed=job.seed,
-        bf16=resolve_precision("auto") == "bfloat16",
+        precision=resolve_precision("auto"),
     )
 
 

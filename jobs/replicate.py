@@ -178,9 +178,9 @@ def _evaluation(job: ReplicateJob, experiment: Experiment, training: TrainJob, t
         static_depths=job.static_depths,
         backbone=training.backbone,
         max_train_rows=job.rows,
-        epochs=training.epochs,
-        batch_size=training.batch_size,
-        learning_rate=training.learning_rate,
+        epochs=experiment.epochs,
+        batch_size=experiment.batch_size,
+        learning_rate=experiment.learning_rate,
         seed=_SEED,
     )
 

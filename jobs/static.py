@@ -17,7 +17,7 @@ from deebert.baselines import cut, kept_layers
 from deebert.checkpoint import Checkpoint
 from deebert.evaluation import LabelledSequences
 from deebert.modeling import DeeBertForSequenceClassification
-from deebert.training import TwoStageConfig, check_labels, train_backbone
+from deebert.training import Recipe, check_labels, train
 from jobs.traces import StaticRecord
 from pipeline.errors import UsageError
 
@@ -31,7 +31,7 @@ class StaticBaseline:
 
 
 def train_static(
-    record: StaticRecord, *, like: Checkpoint, data: LabelledSequences, recipe: TwoStageConfig
+    record: StaticRecord, *, like: Checkpoint, data: LabelledSequences, recipe: Recipe
 ) -> StaticBaseline:
     """Cut and fine-tune.
 
@@ -39,7 +39,7 @@ def train_static(
         record: depth, style, and the backbone that `like` was trained from.
         like: gives labels, pooling and length.
         data: training samples.
-        recipe: its stage 1 is the budget.
+        recipe: its stage 1 is the budget; without off-ramps there is no other.
 
     Raises:
         UsageError: the backbone cannot be loaded.
@@ -64,5 +64,5 @@ def train_static(
     model = cut(whole, kept_layers(whole.config.num_hidden_layers, record.depth, record.style))
     # The Trainer prints its summary on stdout, which belongs to the tables.
     with tempfile.TemporaryDirectory() as work, redirect_stdout(sys.stderr):
-        train_backbone(model, tokenizer, data, recipe, Path(work))
+        train(model, tokenizer, data, recipe, Path(work))
     return StaticBaseline(record=record, model=model)

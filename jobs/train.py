@@ -1,32 +1,56 @@
-"""`deebert train`: a backbone and labelled texts in, a DeeBERT model folder out."""
+"""`deebert train`: a backbone and labelled texts in, a DeeBERT model folder out.
+
+The folder also gets `training_log.jsonl` and `training_log.svg`. While it trains, checkpoints lie beside it in
+`OUTPUT.training`. Under `torchrun` every process does its share and the first one writes.
+"""
 
 from __future__ import annotations
 
 import logging
+import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jobs.flags import comma_list, flag, parse_job
 from jobs.glue import TASK_NAMES, Columns
 from jobs.terminal import quiet_libraries
+from pipeline.config import positive
 from pipeline.errors import UsageError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from deebert.checkpoint import Checkpoint
+    from deebert.evaluation import LabelledSequences
     from deebert.modeling import DeeBertForSequenceClassification
-    from deebert.training import TwoStageConfig
+    from deebert.training import BackboneStage, Distillation, OffRampStage, Recipe, Teacher
+    from jobs.labelled import LabelledTexts
 
 log = logging.getLogger(__name__)
+
+_BELONGS_TO = {
+    "teacher_weight": "teacher",
+    "teacher_hidden_weight": "teacher",
+    "patience": "held_out",
+    "evaluate_every": "held_out",
+}
+_RECIPE_NAMES = ("two-stage", "joint", "alternating", "off-ramps", "best")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainJob:
-    """What `deebert train` takes."""
+    """What `deebert train` takes. A number left out is the recipe's own."""
 
-    backbone: str = flag("folder or hub id of a BERT or RoBERTa encoder")
+    backbone: str | None = flag("start from: folder or hub id of an encoder of a known family", default=None)
+    from_classifier: str | None = flag(
+        "start from: folder or hub id of a fine-tuned Hugging Face classifier, whose weights are kept: "
+        "stage 2 alone",
+        default=None,
+    )
+    from_model: str | None = flag("start from: folder or hub id of a DeeBERT model", default=None)
     data: str | None = flag(
         "labelled texts: CSV, TSV, JSONL or Parquet, a saved data set, or hub-id[:configuration]",
         default=None,
@@ -46,89 +70,335 @@ class TrainJob:
     )
     output: str = flag("model folder to write")
     off_ramp_pooling: str = flag("what off-ramps read", default="mean", choices=("mean", "cls"))
-    max_length: int = flag("tokens a text is cut to", default=128, parse=int)
-    max_rows: int | None = flag("train on a random sample of this many rows", default=None, parse=int)
-    epochs: float = flag("stage 1: epochs", default=3.0, parse=float)
-    batch_size: int = flag("stage 1: samples per step", default=8, parse=int)
-    learning_rate: float = flag("stage 1: peak learning rate", default=2e-5, parse=float)
-    off_ramp_epochs: float = flag("stage 2: epochs", default=3.0, parse=float)
-    off_ramp_batch_size: int = flag("stage 2: samples per step", default=32, parse=int)
-    off_ramp_learning_rate: float = flag("stage 2: peak learning rate", default=5e-4, parse=float)
+    max_length: int = flag("tokens a text is cut to", default=128, parse=positive)
+    max_rows: int | None = flag("train on a random sample of this many rows", default=None, parse=positive)
+    recipe: str = flag(
+        "two-stage is the paper's; joint and alternating train off-ramps with the backbone; off-ramps is stage 2 "
+        "alone; best is what measured best: two-stage with self-distillation 0.7 in stage 2",
+        default="two-stage",
+        choices=_RECIPE_NAMES,
+    )
+    weighting: str | None = flag(
+        "joint, alternating: weights of the off-ramps' losses (linear: layer over depth)",
+        default=None,
+        choices=("linear", "uniform", "equilibrium"),
+    )
+    self_distillation: float | None = flag(
+        "share of the off-ramps' loss that comes from the final classifier's answers, 0 for none",
+        default=None,
+        parse=float,
+    )
+    temperature: float = flag("of all distillation", default=2.0, parse=float)
+    teacher: str | None = flag(
+        "folder of a fine-tuned DeeBERT model that stage 1 also learns from", default=None
+    )
+    teacher_weight: float = flag(
+        "share of the final classifier's loss that comes from the teacher", default=0.5, parse=float
+    )
+    teacher_hidden_weight: float = flag(
+        "weight of the mean squared distance to the teacher's token states", default=0.0, parse=float
+    )
+    stage_2: str | None = flag(
+        "fast: on cached states of the frozen backbone; exact: through it, with its dropout, as in the paper; none",
+        default=None,
+        choices=("fast", "exact", "none"),
+    )
+    epochs: float | None = flag("stage 1: epochs (paper: 3, RoBERTa 10)", default=None, parse=float)
+    batch_size: int | None = flag(
+        "stage 1: samples per step, of all processes (paper: 8)", default=None, parse=int
+    )
+    learning_rate: float | None = flag("stage 1: peak learning rate (paper: 2e-5)", default=None, parse=float)
+    off_ramp_epochs: float | None = flag("stage 2: epochs (3)", default=None, parse=float)
+    off_ramp_batch_size: int | None = flag(
+        "stage 2: samples per step (fast: 32, exact: 8 as in the paper)", default=None, parse=int
+    )
+    off_ramp_learning_rate: float | None = flag(
+        "off-ramps: peak learning rate in stage 2 (fast: 5e-4, exact: 2e-5 as in the paper) and in joint training "
+        "(the backbone's)",
+        default=None,
+        parse=float,
+    )
+    weight_decay: float | None = flag("both stages: AdamW's (0)", default=None, parse=float)
+    warmup: float | None = flag(
+        "both stages: share of the steps in which the learning rate rises (0)", default=None, parse=float
+    )
+    accumulation_steps: int | None = flag(
+        "pieces that a batch is computed in: less memory, the same step (1)", default=None, parse=int
+    )
+    held_out: float | None = flag(
+        "share of the rows kept back to stop early by; left out, training runs to its end",
+        default=None,
+        parse=float,
+    )
+    patience: int = flag("early stopping: evaluations in a row without a better loss", default=3, parse=int)
+    evaluate_every: int = flag("early stopping: steps between evaluations", default=500, parse=int)
     precision: str = flag(
-        "auto is bfloat16 where the hardware has it", default="auto", choices=("auto", "float32", "bfloat16")
+        "auto is bfloat16 where the hardware has it",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
     )
     seed: int = flag("random seed", default=42, parse=int)
-    overwrite: bool = flag("replace an existing model folder", default=False)
+    allow_pickle: bool = flag(
+        "read weights that are there as a pickle only, by torch's safe reader", default=False
+    )
+    checkpoint_steps: int = flag("steps between checkpoints", default=1000, parse=int)
+    resume: bool = flag("go on where a killed training stopped", default=False)
+    overwrite: bool = flag("replace an existing model folder, or a killed training", default=False)
+
+    @property
+    def work_dir(self) -> Path:
+        """Where checkpoints lie until the model is written."""
+        output = Path(self.output)
+        return output.with_name(output.name + ".training")
 
 
 def execute(argv: Sequence[str], *, prog: str) -> int:
     """Parse and train."""
-    train(
-        parse_job(
-            TrainJob, argv, prog=prog, description="Fine-tune a DeeBERT model, two-stage as in the paper."
-        )
-    )
+    train(parse_job(TrainJob, argv, prog=prog, description="Fine-tune a DeeBERT model."))
     return 0
 
 
 def train(job: TrainJob) -> DeeBertForSequenceClassification:
     """Fine-tune as `job` says and write the model folder."""
+    _check(job)
+    # Heavy imports come after the checks that need none of them.
+    from deebert.training import LOG_NAME, processes
+    from deebert.training import train as train_by_recipe
+    from jobs.training_plot import draw_training_log
+
+    quiet_libraries()
+    recipe = recipe_of(job)
+    # No process may find what the first one writes before it has looked.
+    processes().wait_for_everyone()
+    model, tokenizer, data = _load(job)
+    report = train_by_recipe(
+        model,
+        tokenizer,
+        data,
+        recipe,
+        job.work_dir,
+        resume=job.resume,
+    )
+    if not processes().is_main_process:
+        return model
+    log.info("trained on %d rows: %s", len(data), report)
+    output = Path(job.output)
+    output.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    shutil.copyfile(job.work_dir / LOG_NAME, output / LOG_NAME)
+    draw_training_log(output / LOG_NAME)
+    shutil.rmtree(job.work_dir)
+    log.info("wrote %s", output)
+    return model
+
+
+def recipe_of(job: TrainJob) -> Recipe:
+    """The recipe that the flags describe.
+
+    Raises:
+        RecipeError: they contradict each other.
+    """
+    from deebert.precision import resolve_precision
+    from deebert.training import RECIPES, EarlyStopping
+
+    named = RECIPES[job.recipe]
+    keeps_weights = job.from_classifier is not None
+    return replace(
+        named,
+        stage_1=None if keeps_weights or named.stage_1 is None else _stage_1(job, named.stage_1),
+        stage_2=_stage_2(job, named.stage_2),
+        early_stopping=None
+        if job.held_out is None
+        else EarlyStopping(held_out=job.held_out, patience=job.patience, every_steps=job.evaluate_every),
+        seed=job.seed,
+        precision=resolve_precision(job.precision),
+        checkpoint_steps=job.checkpoint_steps,
+    )
+
+
+def _stage_1(job: TrainJob, stage: BackboneStage) -> BackboneStage:
+    from deebert.training import Joint
+
+    objective = stage.objective
+    if isinstance(objective, Joint):
+        objective = replace(
+            objective,
+            **_given(weighting=job.weighting, off_ramp_learning_rate=job.off_ramp_learning_rate),
+            self_distillation=_distillation(job, objective.self_distillation),
+        )
+    return replace(
+        stage,
+        objective=objective,
+        teacher=_teacher(job),
+        **_given(
+            epochs=job.epochs,
+            batch_size=job.batch_size,
+            learning_rate=job.learning_rate,
+            weight_decay=job.weight_decay,
+            warmup_share=job.warmup,
+            accumulation_steps=job.accumulation_steps,
+        ),
+    )
+
+
+def _stage_2(job: TrainJob, stage: OffRampStage | None) -> OffRampStage | None:
+    from deebert.training import PAPER_STAGE_2, OffRampStage
+
+    if job.stage_2 == "none" or (job.stage_2 is None and stage is None):
+        if job.off_ramp_epochs is not None or job.off_ramp_batch_size is not None:
+            raise UsageError(
+                "--off-ramp-epochs and --off-ramp-batch-size are for stage 2, which this training has not: give "
+                "--stage-2 fast or leave them out"
+            )
+        return None
+    distillation = _distillation(job, None if stage is None else stage.self_distillation)
+    mode = job.stage_2 or (stage or OffRampStage()).mode
+    if stage is None or stage.mode != mode:
+        stage = PAPER_STAGE_2 if mode == "exact" else OffRampStage()
+    return replace(
+        stage,
+        self_distillation=distillation,
+        **_given(
+            epochs=job.off_ramp_epochs,
+            batch_size=job.off_ramp_batch_size,
+            learning_rate=job.off_ramp_learning_rate,
+            weight_decay=job.weight_decay,
+            warmup_share=job.warmup,
+            accumulation_steps=job.accumulation_steps if mode == "exact" else None,
+        ),
+    )
+
+
+def _distillation(job: TrainJob, named: Distillation | None) -> Distillation | None:
+    from deebert.training import Distillation
+
+    if job.self_distillation is None:
+        return None if named is None else replace(named, temperature=job.temperature)
+    if job.self_distillation == 0:
+        return None
+    return Distillation(weight=job.self_distillation, temperature=job.temperature)
+
+
+def _teacher(job: TrainJob) -> Teacher | None:
+    from deebert.training import Teacher
+
+    if job.teacher is None:
+        return None
+    return Teacher(
+        folder=job.teacher,
+        weight=job.teacher_weight,
+        temperature=job.temperature,
+        hidden_weight=job.teacher_hidden_weight,
+    )
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    """The flags that were given."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _check(job: TrainJob) -> None:
+    """What can be refused without looking at weights or data."""
+    starts = [f for f in ("backbone", "from_classifier", "from_model") if getattr(job, f) is not None]
+    if len(starts) != 1:
+        found = "neither" if not starts else "more than one"
+        raise UsageError(
+            f"{found} of --backbone, --from-classifier and --from-model is given: give the one to start from"
+        )
+    if job.from_classifier is not None and job.recipe not in ("two-stage", "off-ramps"):
+        raise UsageError(
+            f"--from-classifier keeps its weights and --recipe {job.recipe} would change them: leave --recipe out"
+        )
+    if job.from_classifier is not None and job.off_ramp_pooling != TrainJob.off_ramp_pooling:
+        raise UsageError(
+            "--from-classifier reads what its classifier was trained on: leave --off-ramp-pooling out"
+        )
+    if job.data is None and job.glue_dir is None:
+        raise UsageError("give the labelled texts as --data, or as --glue-dir with --task")
+    _check_pointless(job)
+    _check_folders(job)
+
+
+def _check_pointless(job: TrainJob) -> None:
+    """Flags that the recipe has no place for."""
+    has_stage_1 = job.recipe != "off-ramps" and job.from_classifier is None
+    if job.weighting is not None and job.recipe not in ("joint", "alternating", "best"):
+        raise UsageError(f"--weighting says nothing to --recipe {job.recipe}: give joint or alternating")
+    for name in ("teacher", "epochs", "batch_size", "learning_rate"):
+        if getattr(job, name) is not None and not has_stage_1:
+            raise UsageError(
+                f"--{name.replace('_', '-')} is for stage 1, which this training has not: leave it out"
+            )
+    for name, needed in _BELONGS_TO.items():
+        if getattr(job, name) != getattr(TrainJob, name) and getattr(job, needed) is None:
+            flags = (f"--{field.replace('_', '-')}" for field in (name, needed))
+            raise UsageError("{} says nothing without {}: give both or neither".format(*flags))
+
+
+def _check_folders(job: TrainJob) -> None:
     output = Path(job.output)
     if output.exists() and not output.is_dir():
         raise UsageError(f"the model folder {job.output!r} is a file: choose another")
     if output.exists() and any(output.iterdir()) and not job.overwrite:
         raise UsageError(f"the model folder {job.output!r} exists: choose another or give --overwrite")
-    if job.data is None and job.glue_dir is None:
-        raise UsageError("give the labelled texts as --data, or as --glue-dir with --task")
-    # Heavy imports come after the checks that need none of them.
-    from transformers import AutoTokenizer, set_seed
+    if job.work_dir.exists() and any(job.work_dir.iterdir()) and not (job.resume or job.overwrite):
+        raise UsageError(
+            f"a training of {job.output!r} was cut short: give --resume to go on with it or --overwrite to begin again"
+        )
 
-    from deebert.modeling import DeeBertForSequenceClassification
-    from deebert.training import train_two_stage
+
+def _load(
+    job: TrainJob,
+) -> tuple[DeeBertForSequenceClassification, PreTrainedTokenizerBase, LabelledSequences]:
+    """The model to start from, its tokenizer, and the rows."""
+    from transformers import set_seed
+
     from jobs.labelled import LabelledSource, sample
     from pipeline.tokenization import TextTokenizer
 
-    quiet_libraries()
     columns = Columns(text=job.text_column, pair=job.text_pair_column, label=job.label_column)
     source = LabelledSource(data=job.data, glue_dir=job.glue_dir, task=job.task, columns=columns)
     texts = source.training_texts(job.labels)
     set_seed(job.seed)
-    try:
-        model = DeeBertForSequenceClassification.from_backbone(
-            job.backbone,
-            labels=list(texts.names),
-            off_ramp_pooling=job.off_ramp_pooling,  # type: ignore[arg-type]  # one of the flag's choices
-            max_seq_length=job.max_length,
+    start = _start(job, texts)
+    if start.labels != texts.names:
+        raise UsageError(
+            f"the model {start.path!r} knows {', '.join(start.labels)} and the data has {', '.join(texts.names)}: "
+            f"give --labels {','.join(start.labels)}"
         )
-        tokenizer = AutoTokenizer.from_pretrained(job.backbone)
+    length = min(job.max_length, start.longest_input)
+    start.model.config.max_seq_length = length
+    data = texts.tokenized(TextTokenizer(start.tokenizer, max_length=length))
+    return start.model, start.tokenizer, sample(data, job.max_rows, seed=job.seed)
+
+
+def _start(job: TrainJob, texts: LabelledTexts) -> Checkpoint:
+    from transformers import AutoTokenizer
+
+    from deebert.checkpoint import Checkpoint, load_checkpoint
+    from deebert.modeling import DeeBertForSequenceClassification
+
+    if job.from_model is not None:
+        return load_checkpoint(job.from_model)
+    name = job.backbone or job.from_classifier
+    assert name is not None
+    try:
+        if job.from_classifier is not None:
+            model = DeeBertForSequenceClassification.from_classifier(name, allow_pickle=job.allow_pickle)
+        else:
+            model = DeeBertForSequenceClassification.from_backbone(
+                name,
+                labels=list(texts.names),
+                off_ramp_pooling=job.off_ramp_pooling,  # type: ignore[arg-type]  # one of the flag's choices
+                allow_pickle=job.allow_pickle,
+            )
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        return Checkpoint(path=name, model=model, tokenizer=tokenizer)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UsageError(f"cannot load the backbone {job.backbone!r}: {reason}") from error
-    everything = texts.tokenized(TextTokenizer(tokenizer, max_length=job.max_length))
-    data = sample(everything, job.max_rows, seed=job.seed)
-    with tempfile.TemporaryDirectory() as work:
-        train_two_stage(model, tokenizer, data, _recipe(job), Path(work))
-    output.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(output)
-    tokenizer.save_pretrained(output)
-    log.info("wrote %s", output)
-    return model
-
-
-def _recipe(job: TrainJob) -> TwoStageConfig:
-    from deebert.precision import resolve_precision
-    from deebert.training import StageConfig, TwoStageConfig
-
-    return TwoStageConfig(
-        stage_1=StageConfig(epochs=job.epochs, batch_size=job.batch_size, learning_rate=job.learning_rate),
-        stage_2=StageConfig(
-            epochs=job.off_ramp_epochs,
-            batch_size=job.off_ramp_batch_size,
-            learning_rate=job.off_ramp_learning_rate,
-        ),
-        seed=job.seed,
-        bf16=resolve_precision(job.precision) == "bfloat16",
-    )
+        what = "backbone" if job.from_classifier is None else "classifier"
+        raise UsageError(f"cannot load the {what} {name!r}: {reason}") from error
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from deebert.encoder import PackedEncoder
 from deebert.errors import BackboneError, DataError
 from deebert.evaluation import LabelledSequences, accuracy, trace
 from deebert.packing import PackedTokens
-from deebert.training import StageConfig, TwoStageConfig
+from deebert.training import BackboneStage, Recipe
 from jobs.static import train_static
 from jobs.traces import StaticRecord
 from tests.conftest import ModelFactory
@@ -69,7 +69,7 @@ def test_a_cut_model_shares_nothing_with_the_whole(tiny_model: ModelFactory) -> 
 
 
 class TestTraining:
-    RECIPE = TwoStageConfig(stage_1=StageConfig(epochs=20, batch_size=16, learning_rate=2e-3))
+    RECIPE = Recipe(stage_1=BackboneStage(epochs=20, batch_size=16, learning_rate=2e-3))
 
     def data(self, labels: list[int]) -> LabelledSequences:
         """A text's first letter tells its label."""

@@ -26,7 +26,7 @@ from deebert.errors import BackboneError, CheckpointError
 from deebert.evaluation import LabelledSequences, trace
 from deebert.modeling import DeeBertForSequenceClassification
 from deebert.packing import PackedTokens
-from deebert.training import StageConfig, TwoStageConfig, train_off_ramps
+from deebert.training import OffRampStage, Recipe, train
 from tests.conftest import make_backbone_config, randomize
 from tests.parity.test_encoder_vs_transformers import padded, random_ids, training_form
 
@@ -139,9 +139,10 @@ class TestWhatIsGained:
         labels = their_logits(theirs, rows).argmax(-1)
         data = LabelledSequences(tokens=tokens, labels=labels)
         before = (trace(PackedEncoder(model), tokens).logits.argmax(-1) == labels).float().mean(1)
-        stage = StageConfig(epochs=120, batch_size=20, learning_rate=5e-3)
+        stage = OffRampStage(epochs=120, batch_size=20, learning_rate=5e-3)
 
-        train_off_ramps(model, data, TwoStageConfig(stage_2=stage), show_progress=False)
+        recipe = Recipe(stage_1=None, stage_2=stage)
+        train(model, tokenizer, data, recipe, tmp_path / "work", show_progress=False)
 
         after = (trace(PackedEncoder(model), tokens).logits.argmax(-1) == labels).float().mean(1)
         assert before[:-1].max() < 0.75

@@ -1,65 +1,89 @@
-"""Two-stage training: what each stage may touch, that it learns, and what data it refuses."""
+"""Training by recipe: what each stage may touch, that it learns, that it resumes, and what it refuses."""
 
 from __future__ import annotations
 
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, set_seed
+from transformers import PreTrainedTokenizerFast, TrainerCallback
 
-from deebert.encoder import PackedEncoder
-from deebert.errors import DataError
-from deebert.evaluation import LabelledSequences, off_ramp_accuracy, trace
+from deebert.errors import CheckpointError, DataError, RecipeError
+from deebert.evaluation import LabelledSequences
 from deebert.modeling import DeeBertForSequenceClassification
 from deebert.packing import PackedTokens
 from deebert.training import (
-    StageConfig,
-    TwoStageConfig,
-    _OffRampStack,
+    LOG_NAME,
+    Alternating,
+    Distillation,
+    EarlyStopping,
+    Joint,
+    Recipe,
+    Teacher,
+    TrainingReport,
     check_labels,
-    collect_pooled_states,
-    train_off_ramps,
-    train_two_stage,
+    read_log,
+    train,
+    unfinished,
 )
+from deebert.training import trainer as trainer_module
+from deebert.training.cached_stage import OffRampStack
+from deebert.training.data import LengthGrouped, hold_out
+from deebert.training.frozen import collect_answers, final_logits
+from deebert.training.trainer import last_checkpoint
 from tests.conftest import ModelFactory
+from tests.training_toy import QUICK_1, QUICK_2, accuracies, changed, toy, weights
 
-QUICK = TwoStageConfig(
-    stage_1=StageConfig(epochs=4, batch_size=16, learning_rate=2e-3),
-    stage_2=StageConfig(epochs=6, batch_size=16, learning_rate=5e-3),
-    micro_batch_tokens=512,
+DISTILLED = Distillation(weight=0.5, temperature=2.0)
+TWO_STAGE = Recipe(stage_1=QUICK_1, stage_2=QUICK_2, micro_batch_tokens=512)
+JOINT = replace(TWO_STAGE, stage_1=replace(QUICK_1, objective=Joint()), stage_2=None)
+JOINT_DISTILLED = replace(
+    TWO_STAGE, stage_1=replace(QUICK_1, objective=Joint(self_distillation=DISTILLED)), stage_2=None
 )
-MARKED = (90, 91, 92)
-"""Token ids, one for each label: a text belongs to the label whose token it holds."""
+OFF_RAMPS = replace(TWO_STAGE, stage_1=None)
+EXACT = replace(OFF_RAMPS, stage_2=replace(QUICK_2, mode="exact"))
+RECIPES = {
+    "two-stage": TWO_STAGE,
+    "two-stage, distilled": replace(TWO_STAGE, stage_2=replace(QUICK_2, self_distillation=DISTILLED)),
+    "two-stage, exact": replace(
+        TWO_STAGE, stage_2=replace(QUICK_2, mode="exact", self_distillation=DISTILLED)
+    ),
+    "joint": JOINT,
+    "joint, distilled": JOINT_DISTILLED,
+    "joint, equilibrium": replace(
+        TWO_STAGE, stage_1=replace(QUICK_1, objective=Joint(weighting="equilibrium"))
+    ),
+    "alternating": replace(
+        TWO_STAGE, stage_1=replace(QUICK_1, objective=Alternating(self_distillation=DISTILLED)), stage_2=None
+    ),
+    "joint, refreshed": replace(JOINT_DISTILLED, stage_2=QUICK_2),
+}
+
+Run = Callable[..., TrainingReport]
 
 
-def toy(num_rows: int, seed: int) -> LabelledSequences:
-    """Random texts of 4 to 12 tokens, half of them the marked token that gives the label away."""
-    generator = torch.Generator().manual_seed(seed)
+@pytest.fixture
+def run(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Run:
+    """Trains a model on a toy problem; keyword arguments reach `train`."""
 
-    def draw(low: int, high: int, count: int = 1) -> list[int]:
-        return torch.randint(low, high, (count,), generator=generator).tolist()
+    def run_(
+        model: DeeBertForSequenceClassification,
+        recipe: Recipe,
+        data: LabelledSequences | None = None,
+        work_dir: Path | None = None,
+        **options: Any,
+    ) -> TrainingReport:
+        rows = toy(48, seed=0) if data is None else data
+        return train(model, tokenizer, rows, recipe, work_dir or tmp_path, show_progress=False, **options)
 
-    texts, labels = [], []
-    for _ in range(num_rows):
-        (label,), (length,) = draw(0, 3), draw(2, 11)
-        words = draw(5, 80, length)
-        words = [
-            MARKED[label] if place == 0 or marked else w
-            for place, (w, marked) in enumerate(zip(words, draw(0, 2, length), strict=True))
-        ]
-        texts.append([2, *words, 3])
-        labels.append(label)
-    return LabelledSequences(tokens=PackedTokens.pack(texts), labels=torch.tensor(labels))
-
-
-def weights(model: DeeBertForSequenceClassification) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def accuracies(model: DeeBertForSequenceClassification, data: LabelledSequences) -> tuple[float, ...]:
-    return off_ramp_accuracy(trace(PackedEncoder(model), data.tokens), data.labels)
+    return run_
 
 
 def padded(tokens: PackedTokens) -> tuple[Tensor, Tensor]:
@@ -69,110 +93,574 @@ def padded(tokens: PackedTokens) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
+def names(model: DeeBertForSequenceClassification, *prefixes: str) -> set[str]:
+    return {name for name in model.state_dict() if name.startswith(prefixes)}
+
+
+def without_dropout(model: DeeBertForSequenceClassification) -> DeeBertForSequenceClassification:
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "dropout_prob"):
+            module.dropout_prob = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+    return model
+
+
+class TestEveryRecipe:
+    @pytest.mark.parametrize("name", RECIPES)
+    def test_its_losses_fall_and_every_off_ramp_learns(
+        self, name: str, tiny_model: ModelFactory, run: Run, tmp_path: Path
+    ) -> None:
+        model = tiny_model(num_layers=3)
+
+        report = run(model, RECIPES[name], toy(300, seed=1))
+
+        assert min(accuracies(model, toy(200, seed=2))) > 0.85
+        assert not model.training
+        assert all(p.requires_grad for p in model.parameters())
+        for stage in report.stages:
+            records = [
+                r for r in read_log(tmp_path / LOG_NAME) if r["stage"] == stage.number and "losses" in r
+            ]
+            for layer in records[-1]["losses"]:
+                assert records[-1]["losses"][layer] < 0.5 * records[0]["losses"][layer]
+
+
+class TestStage1:
+    def test_of_two_stages_leaves_the_off_ramps_bit_for_bit(self, tiny_model: ModelFactory, run: Run) -> None:
+        model = tiny_model(num_layers=2)
+        before = weights(model)
+
+        run(model, replace(TWO_STAGE, stage_2=replace(QUICK_2, learning_rate=1e-30)))
+
+        assert not changed(before, model) & names(model, "off_ramps.")
+        assert changed(before, model) >= names(model, "final_classifier.")
+
+    def test_joint_moves_everything(self, tiny_model: ModelFactory, run: Run) -> None:
+        model = tiny_model(num_layers=2)
+        before = weights(model)
+
+        run(model, JOINT)
+
+        # Token types and far positions never occur; a key's bias has no effect on attention.
+        still = {name for name in before if "embeddings" in name or "key.bias" in name}
+        assert changed(before, model) | still == set(before)
+
+    def test_accumulated_pieces_make_the_same_step(
+        self, tiny_model: ModelFactory, run: Run, tmp_path: Path
+    ) -> None:
+        # 40 rows in batches of 16: the last batch's pieces are smaller.
+        models = [without_dropout(tiny_model(num_layers=2)) for _ in range(2)]
+
+        for pieces, model in zip((1, 4), models, strict=True):
+            stage = replace(QUICK_1, objective=Joint(), accumulation_steps=pieces, epochs=2)
+            run(model, replace(JOINT, stage_1=stage), toy(40, seed=3), tmp_path / str(pieces))
+
+        logged = [[r["loss"] for r in read_log(tmp_path / p / LOG_NAME)] for p in ("1", "4")]
+        assert logged[0] == pytest.approx(logged[1], abs=1e-4)
+        for (name, one), other in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+            # A key's bias has no effect: its gradient is rounding, which Adam makes a full step of.
+            if "key.bias" not in name:
+                torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+    def test_off_ramps_can_have_a_learning_rate_of_their_own(
+        self, tiny_model: ModelFactory, run: Run
+    ) -> None:
+        model = tiny_model(num_layers=2)
+        before = weights(model)
+        objective = Joint(off_ramp_learning_rate=1e-3)
+        stage = replace(QUICK_1, objective=objective, epochs=1, learning_rate=1e-5)
+
+        run(model, replace(JOINT, stage_1=stage), toy(16, seed=0))  # one batch, one step
+
+        # Adam's first step is the learning rate, whatever the gradient.
+        steps = {
+            name: (value - before[name]).abs().max().item() for name, value in model.state_dict().items()
+        }
+        for name in ("off_ramps.0.dense.weight", "off_ramps.0.classifier.bias"):
+            assert steps[name] == pytest.approx(1e-3, rel=1e-2)
+        for name in ("final_classifier.dense.weight", "backbone.encoder.layer.0.output.dense.weight"):
+            assert steps[name] == pytest.approx(1e-5, rel=0.1)
+
+    def test_warm_up_raises_the_learning_rate_from_zero(
+        self, tiny_model: ModelFactory, run: Run, tmp_path: Path
+    ) -> None:
+        run(tiny_model(num_layers=2), replace(JOINT, stage_1=replace(JOINT.stage_1, warmup_share=0.5)))
+
+        rates = [r["learning_rate"] for r in read_log(tmp_path / LOG_NAME) if "learning_rate" in r]
+        assert rates[0] < rates[3] < rates[5]
+        assert rates[-1] < rates[5]
+
+    def test_bfloat16_trains_and_leaves_float32_weights_and_forward(
+        self, tiny_model: ModelFactory, run: Run
+    ) -> None:
+        model = tiny_model(num_layers=2)
+
+        run(model, replace(JOINT, precision="bfloat16"), toy(200, seed=1))
+
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        with torch.no_grad():
+            states = model(*padded(toy(4, seed=2).tokens), output_hidden_states=True).hidden_states
+        assert states[-1].dtype == torch.float32
+        assert not torch.equal(states[-1], states[-1].bfloat16().float())
+        assert min(accuracies(model, toy(100, seed=2))) > 0.8
+
+    def test_float16_without_a_gpu_is_refused(self, tiny_model: ModelFactory, run: Run) -> None:
+        if torch.cuda.is_available():
+            pytest.skip("this machine has a GPU")
+        with pytest.raises(RecipeError, match=r"^float16 training needs a GPU: choose bfloat16 or float32$"):
+            run(tiny_model(num_layers=2), replace(JOINT, precision="float16"))
+
+
+@pytest.mark.parametrize("recipe", [OFF_RAMPS, EXACT], ids=["fast", "exact"])
 class TestStage2:
     def test_changes_every_off_ramp_and_nothing_else_bit_for_bit(
-        self, model: DeeBertForSequenceClassification
+        self, recipe: Recipe, model: DeeBertForSequenceClassification, run: Run
     ) -> None:
         before = weights(model)
 
-        train_off_ramps(model, toy(48, seed=0), QUICK, show_progress=False)
+        run(model, recipe)
 
-        after = model.state_dict()
-        changed = {name for name in before if not torch.equal(before[name], after[name])}
-        assert changed == {name for name in before if name.startswith("off_ramps.")}
+        assert changed(before, model) == names(model, "off_ramps.")
 
-    def test_learns_on_a_frozen_backbone(self, model: DeeBertForSequenceClassification) -> None:
-        train_rows, held_out = toy(400, seed=1), toy(200, seed=2)
+    def test_learns_on_a_frozen_backbone(
+        self, recipe: Recipe, pooling: str, tiny_model: ModelFactory, run: Run
+    ) -> None:
+        model = tiny_model("bert", pooling)
+        held_out = toy(200, seed=2)
         before = accuracies(model, held_out)
 
-        train_off_ramps(model, train_rows, QUICK, show_progress=False)
+        run(model, recipe, toy(400, seed=1))
 
         after = accuracies(model, held_out)
         assert after[-1] == before[-1]  # full depth is untouched
         assert all(a > b for a, b in zip(after[:-1], before[:-1], strict=True))
         assert max(after[:-1]) > 0.8
 
-    def test_is_deterministic(self, tiny_model: ModelFactory) -> None:
+    def test_is_deterministic(self, recipe: Recipe, tiny_model: ModelFactory, run: Run) -> None:
         first, second = tiny_model(), tiny_model()
 
         for model in (first, second):
-            set_seed(1)  # dropout
-            train_off_ramps(model, toy(48, seed=0), QUICK, show_progress=False)
+            run(model, recipe)
 
         assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
-    def test_does_nothing_without_off_ramps(self, tiny_model: ModelFactory) -> None:
+    def test_does_nothing_without_off_ramps(self, recipe: Recipe, tiny_model: ModelFactory, run: Run) -> None:
         model = tiny_model(off_ramp_layers=[])
         before = weights(model)
 
-        train_off_ramps(model, toy(16, seed=0), QUICK, show_progress=False)
+        report = run(model, recipe)
 
-        assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+        assert report.stages == ()
+        assert not changed(before, model)
 
-    def test_leaves_the_model_in_eval_mode_with_trainable_weights(self, tiny_model: ModelFactory) -> None:
-        model = tiny_model().train()
+    def test_self_distillation_changes_what_is_learned(
+        self, recipe: Recipe, tiny_model: ModelFactory, run: Run
+    ) -> None:
+        assert recipe.stage_2 is not None
+        alone, taught = tiny_model(num_layers=3), tiny_model(num_layers=3)
+        pure = replace(recipe, stage_2=replace(recipe.stage_2, self_distillation=Distillation(weight=1.0)))
 
-        train_off_ramps(model, toy(16, seed=0), QUICK, show_progress=False)
+        run(alone, recipe, toy(200, seed=1))
+        run(taught, pure, toy(200, seed=1))
 
-        assert not model.training
-        assert all(p.requires_grad for p in model.parameters())
+        # An untrained final classifier teaches nonsense: its pupil knows less of the labels and more of it.
+        assert max(accuracies(taught, toy(200, seed=2))[:-1]) < max(accuracies(alone, toy(200, seed=2))[:-1])
+        with torch.no_grad():
+            said = [m(*padded(toy(100, seed=4).tokens)) for m in (alone, taught)]
+        agreement = [(s.off_ramp_logits[-1].argmax(-1) == s.logits.argmax(-1)).float().mean() for s in said]
+        assert agreement[1] > agreement[0]
 
+
+class TestCachedStates:
     @pytest.mark.parametrize("layers", [None, [2, 3]])
     def test_off_ramps_on_cached_states_answer_as_in_the_model(
         self, tiny_model: ModelFactory, family: str, pooling: str, layers: list[int] | None
     ) -> None:
         model = tiny_model(family, pooling, off_ramp_layers=layers)
         data = toy(40, seed=3)
+        chosen = model.config.off_ramp_layers
 
-        states = collect_pooled_states(model, data, torch.float32, 64, show_progress=False)
+        answers = collect_answers(
+            model, data, torch.float32, 64, layers=chosen, final=True, show_progress=False
+        )
         with torch.no_grad():
-            cached = _OffRampStack(model).eval()(states)
-            expected = model(*padded(data.tokens)).off_ramp_logits
+            cached = OffRampStack(model).eval()(answers.states)
+            expected = model(*padded(data.tokens))
 
-        assert states.shape == (4 if layers is None else 2, 40, 32)
-        torch.testing.assert_close(cached, expected, atol=1e-4, rtol=0)
+        assert answers.states.shape == (4 if layers is None else 2, 40, 32)
+        torch.testing.assert_close(cached, expected.off_ramp_logits, atol=1e-4, rtol=0)
+        torch.testing.assert_close(answers.final_logits, expected.logits, atol=1e-4, rtol=0)
+        alone = final_logits(model, data, torch.float32, 64, show_progress=False)
+        assert torch.equal(alone, answers.final_logits)  # type: ignore[arg-type]
 
     def test_the_stack_writes_back_what_it_read(self, model: DeeBertForSequenceClassification) -> None:
         before = weights(model)
-        stack = _OffRampStack(model)
+        stack = OffRampStack(model)
 
         with torch.no_grad():
             stack.dense[1, 2, 3] += 1.0  # input 2 of output 3
         stack.write_back(model)
 
-        difference = {
-            n: v - before[n] for n, v in model.state_dict().items() if not torch.equal(v, before[n])
-        }
-        assert list(difference) == ["off_ramps.1.dense.weight"]
-        assert difference["off_ramps.1.dense.weight"].nonzero().tolist() == [[3, 2]]
+        assert changed(before, model) == {"off_ramps.1.dense.weight"}
+        difference = model.state_dict()["off_ramps.1.dense.weight"] - before["off_ramps.1.dense.weight"]
+        assert difference.nonzero().tolist() == [[3, 2]]
 
 
 @pytest.fixture(scope="module")
-def trained(
-    tiny_model: ModelFactory,
-    tokenizer: PreTrainedTokenizerFast,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> DeeBertForSequenceClassification:
-    model = tiny_model(num_layers=2)
-    work_dir: Path = tmp_path_factory.mktemp("training")
-    train_two_stage(model, tokenizer, toy(300, seed=1), QUICK, work_dir, show_progress=False)
-    return model
+def teacher(
+    tiny_model: ModelFactory, tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The folder of a model that knows the toy problem."""
+    folder = tmp_path_factory.mktemp("teacher")
+    model = tiny_model(num_layers=2, seed=5)
+    train(model, tokenizer, toy(300, seed=1), TWO_STAGE, folder / "work", show_progress=False)
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    return folder / "model"
 
 
-class TestTwoStages:
-    def test_every_off_ramp_learns_the_toy_problem(self, trained: DeeBertForSequenceClassification) -> None:
-        off_ramp, final = accuracies(trained, toy(200, seed=2))
-
-        assert final > 0.95
-        assert off_ramp > 0.8
-
-    def test_stage_1_trains_backbone_and_final_classifier(
-        self, trained: DeeBertForSequenceClassification, tiny_model: ModelFactory
+class TestTeacher:
+    def test_alone_it_teaches_the_final_classifier_its_answers(
+        self, teacher: Path, tiny_model: ModelFactory, run: Run
     ) -> None:
-        fresh = tiny_model(num_layers=2).state_dict()
+        model, data = tiny_model(num_layers=2), toy(300, seed=1)
+        # Labels without meaning: what the student knows afterwards, it has from the teacher.
+        scrambled = LabelledSequences(tokens=data.tokens, labels=data.labels.roll(7))
+        stage = replace(QUICK_1, teacher=Teacher(folder=str(teacher), weight=1.0))
 
-        for name in ("backbone.encoder.layer.0.output.dense.weight", "final_classifier.classifier.weight"):
-            assert not torch.equal(trained.state_dict()[name], fresh[name])
+        run(model, replace(TWO_STAGE, stage_1=stage), scrambled)
+
+        assert accuracies(model, toy(200, seed=2))[-1] > 0.85
+
+    def test_its_states_pull_the_students(self, teacher: Path, tiny_model: ModelFactory, run: Run) -> None:
+        distances = []
+        theirs = DeeBertForSequenceClassification.from_pretrained(teacher).eval()
+        ids, mask = padded(toy(50, seed=2).tokens)
+        for hidden_weight in (0.0, 10.0):
+            model = tiny_model(num_layers=2)
+            stage = replace(QUICK_1, teacher=Teacher(folder=str(teacher), hidden_weight=hidden_weight))
+            run(model, replace(TWO_STAGE, stage_1=stage), toy(200, seed=1))
+            with torch.no_grad():
+                pair = [m.hidden_states(ids, mask, None)[-1][mask.bool()] for m in (model, theirs)]
+            distances.append((pair[0] - pair[1]).square().mean().item())
+
+        assert distances[1] < 0.5 * distances[0]
+
+    def test_one_of_other_labels_is_refused(self, teacher: Path, tiny_model: ModelFactory, run: Run) -> None:
+        stage = replace(QUICK_1, teacher=Teacher(folder=str(teacher)))
+
+        with pytest.raises(RecipeError, match="has other labels or another vocabulary than the model"):
+            run(tiny_model(num_labels=4), replace(TWO_STAGE, stage_1=stage))
+
+    def test_one_of_another_depth_can_teach_its_answers_but_not_its_states(
+        self, teacher: Path, tiny_model: ModelFactory, run: Run
+    ) -> None:
+        answers = replace(QUICK_1, epochs=1, teacher=Teacher(folder=str(teacher)))
+        states = replace(answers, teacher=Teacher(folder=str(teacher), hidden_weight=1.0))
+
+        run(tiny_model(num_layers=3), replace(TWO_STAGE, stage_1=answers))
+        with pytest.raises(RecipeError, match="has another depth or width than the model"):
+            run(tiny_model(num_layers=3), replace(TWO_STAGE, stage_1=states))
+
+    def test_one_that_is_not_there_is_refused(self, tiny_model: ModelFactory, run: Run) -> None:
+        stage = replace(QUICK_1, teacher=Teacher(folder="/no/such/teacher"))
+
+        with pytest.raises(CheckpointError, match="no such model folder: '/no/such/teacher'"):
+            run(tiny_model(num_layers=2), replace(TWO_STAGE, stage_1=stage))
+
+
+class _PowerCutError(Exception):
+    pass
+
+
+class _CutAt(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self._step:
+            raise _PowerCutError
+
+
+STAGES = {
+    "joint": replace(JOINT_DISTILLED, checkpoint_steps=4),
+    "joint, two learning rates": replace(
+        JOINT, stage_1=replace(QUICK_1, objective=Joint(off_ramp_learning_rate=5e-3)), checkpoint_steps=4
+    ),
+    "two-stage": replace(TWO_STAGE, checkpoint_steps=4),
+    "accumulating": replace(
+        JOINT, stage_1=replace(QUICK_1, objective=Joint(), accumulation_steps=2), checkpoint_steps=4
+    ),
+    "alternating": replace(RECIPES["alternating"], checkpoint_steps=5),
+    "exact": replace(EXACT, checkpoint_steps=4),
+    "stopping early": replace(JOINT, early_stopping=EarlyStopping(held_out=0.2, patience=2, every_steps=4)),
+}
+
+
+class TestResume:
+    """A training cut short and resumed is the training undisturbed, dropout, row order and all."""
+
+    @pytest.mark.parametrize(
+        ("name", "cut"),
+        [
+            ("joint", 2),  # before the first checkpoint
+            ("joint", 6),  # within an epoch
+            ("joint", 9),  # the checkpoint lies in a later epoch
+            ("joint", 28),  # at the end
+            ("joint, two learning rates", 6),
+            ("two-stage", 9),
+            ("accumulating", 10),
+            ("alternating", 8),
+            ("exact", 9),
+            ("stopping early", 10),
+        ],
+    )
+    def test_is_exact(
+        self,
+        name: str,
+        cut: int,
+        tiny_model: ModelFactory,
+        run: Run,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        recipe, data = STAGES[name], toy(100, seed=1)
+        whole, halves = tiny_model(num_layers=2), tiny_model(num_layers=2)
+        undisturbed = run(whole, recipe, data, tmp_path / "whole")
+
+        with monkeypatch.context() as patch:
+            add_to_every_trainer(patch, _CutAt(cut))
+            with pytest.raises(_PowerCutError):
+                run(halves, recipe, data, tmp_path / "halves", resume=True)
+        fresh = tiny_model(num_layers=2)
+        resumed = run(fresh, recipe, data, tmp_path / "halves", resume=True)
+
+        assert not changed(weights(whole), fresh)
+        assert [s.loss for s in resumed.stages] == [s.loss for s in undisturbed.stages]
+        assert timeless(tmp_path / "halves") == timeless(tmp_path / "whole")
+
+    def test_patience_outlives_a_kill(
+        self, tiny_model: ModelFactory, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        noise = replace(
+            toy(60, seed=1), labels=toy(60, seed=2).labels
+        )  # nothing to learn: the loss will rise
+        stage = replace(QUICK_1, objective=Joint(), epochs=50)
+        stopping = EarlyStopping(held_out=0.3, patience=3, every_steps=3)
+        recipe = replace(JOINT, stage_1=stage, early_stopping=stopping)
+        undisturbed = run(tiny_model(num_layers=2), recipe, noise, tmp_path / "whole")
+
+        with monkeypatch.context() as patch:
+            # One evaluation before the end: the checkpoint has lost patience twice.
+            add_to_every_trainer(patch, _CutAt(undisturbed.stages[0].steps - 1))
+            with pytest.raises(_PowerCutError):
+                run(tiny_model(num_layers=2), recipe, noise, tmp_path / "halves", resume=True)
+        resumed = run(tiny_model(num_layers=2), recipe, noise, tmp_path / "halves", resume=True)
+
+        assert undisturbed.stages[0].steps < 150
+        assert resumed.stages[0].steps == undisturbed.stages[0].steps
+        assert timeless(tmp_path / "halves") == timeless(tmp_path / "whole")
+
+    def test_a_finished_stage_is_not_trained_again(
+        self, tiny_model: ModelFactory, run: Run, tmp_path: Path
+    ) -> None:
+        first = run(model := tiny_model(num_layers=2), TWO_STAGE)
+        (tmp_path / "stage-2.safetensors").unlink()
+        before = (tmp_path / "stage-1.safetensors").stat()
+
+        second = run(again := tiny_model(num_layers=2), TWO_STAGE, resume=True)
+
+        assert second.stages[0] == first.stages[0]
+        assert (tmp_path / "stage-1.safetensors").stat() == before
+        assert not changed(weights(model), again)
+
+    def test_a_checkpoint_that_a_kill_cut_short_does_not_count(self, tmp_path: Path) -> None:
+        for step, state in ((4, '{"global_step": 4}'), (8, '{"global'), (12, None)):
+            (tmp_path / f"checkpoint-{step}").mkdir()
+            if state is not None:
+                (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+
+        assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
+
+    def test_without_it_what_is_there_is_begun_again(
+        self, tiny_model: ModelFactory, run: Run, tmp_path: Path
+    ) -> None:
+        run(first := tiny_model(num_layers=2), TWO_STAGE)
+        log = timeless(tmp_path)
+        run(second := tiny_model(num_layers=2), TWO_STAGE)
+
+        assert not changed(weights(first), second)
+        assert timeless(tmp_path) == log
+
+    def test_with_nothing_there_it_begins(self, tiny_model: ModelFactory, run: Run, tmp_path: Path) -> None:
+        assert not unfinished(tmp_path)
+        report = run(tiny_model(num_layers=2), JOINT, resume=True)
+        assert len(report.stages) == 1
+        assert unfinished(tmp_path)
+
+    def test_another_recipe_is_refused_with_the_difference_named(
+        self, tiny_model: ModelFactory, run: Run, tmp_path: Path
+    ) -> None:
+        run(tiny_model(num_layers=2), JOINT)
+
+        other = replace(JOINT, stage_1=replace(JOINT.stage_1, learning_rate=1e-3))
+        with pytest.raises(RecipeError) as refused:
+            run(tiny_model(num_layers=2), other, resume=True)
+
+        assert str(refused.value) == (
+            f"the training begun in '{tmp_path}' had another recipe.stage_1.learning_rate (0.002, now 0.001): resume "
+            "with what it was begun with, or begin again in another folder"
+        )
+
+    def test_other_data_or_another_model_is_refused(self, tiny_model: ModelFactory, run: Run) -> None:
+        run(tiny_model(num_layers=2), JOINT)
+
+        with pytest.raises(RecipeError, match="had another data "):
+            run(tiny_model(num_layers=2), JOINT, toy(48, seed=9), resume=True)
+        with pytest.raises(RecipeError, match="had another model "):
+            run(tiny_model(num_layers=2, seed=1), JOINT, resume=True)
+
+
+def add_to_every_trainer(patch: pytest.MonkeyPatch, callback: TrainerCallback) -> None:
+    original = trainer_module._StageTrainer.__init__
+
+    def init(self: Any, **kwargs: Any) -> None:
+        original(self, **kwargs)
+        self.add_callback(callback)
+
+    patch.setattr(trainer_module._StageTrainer, "__init__", init)
+
+
+def timeless(work_dir: Path) -> list[dict[str, Any]]:
+    """The log without its clock."""
+    return [{k: v for k, v in r.items() if k != "seconds"} for r in read_log(work_dir / LOG_NAME)]
+
+
+class TestEarlyStopping:
+    def test_stops_once_the_held_out_loss_rises_and_keeps_the_best_weights(
+        self, tiny_model: ModelFactory, run: Run, tmp_path: Path
+    ) -> None:
+        model, data = tiny_model(num_layers=2), toy(60, seed=1)
+        noise = replace(data, labels=toy(60, seed=2).labels)  # nothing to learn
+        stage = replace(QUICK_1, objective=Joint(), epochs=100)
+
+        report = run(
+            model,
+            replace(
+                JOINT, stage_1=stage, early_stopping=EarlyStopping(held_out=0.3, patience=2, every_steps=3)
+            ),
+            noise,
+        )
+
+        judged = [r for r in read_log(tmp_path / LOG_NAME) if "held_out_loss" in r]
+        losses = [r["held_out_loss"] for r in judged]
+        assert report.stages[0].steps < 300
+        assert len(losses) == losses.index(min(losses)) + 1 + 2
+        _, held = hold_out(noise, 0.3, seed=42)
+        with torch.no_grad():
+            said = model(*padded(held.tokens), labels=held.labels)
+        best = judged[losses.index(min(losses))]
+        assert said.loss.item() == pytest.approx(best["held_out_losses"]["2"], abs=1e-5)
+
+    def test_a_fast_stage_2_keeps_each_off_ramps_best(
+        self, tiny_model: ModelFactory, run: Run, tmp_path: Path
+    ) -> None:
+        data = toy(60, seed=1)
+        noise = replace(data, labels=toy(60, seed=2).labels)
+        _, held = hold_out(noise, 0.3, seed=42)
+        stage = replace(QUICK_2, epochs=60, learning_rate=2e-2)
+        stopping = EarlyStopping(held_out=0.3, patience=3)
+        stopped = tiny_model()
+
+        report = run(stopped, replace(OFF_RAMPS, stage_2=stage, early_stopping=stopping), noise)
+
+        def held_out_losses(model: DeeBertForSequenceClassification) -> list[float]:
+            with torch.no_grad():
+                logits = model(*padded(held.tokens)).off_ramp_logits
+            return [torch.nn.functional.cross_entropy(one, held.labels).item() for one in logits]
+
+        assert report.stages[0].steps < 60 * math.ceil(42 / 16)
+        judged = [
+            list(r["held_out_losses"].values()) for r in read_log(tmp_path / LOG_NAME) if "held_out_loss" in r
+        ]
+        lowest = [min(ramp) for ramp in zip(*judged, strict=True)]
+        assert len({[j[i] for j in judged].index(low) for i, low in enumerate(lowest)}) > 1  # not all at once
+        assert held_out_losses(stopped) == pytest.approx(lowest, abs=1e-4)
+
+    def test_rows_held_out_are_a_share_that_nobody_trains_on(self) -> None:
+        data = toy(50, seed=1)
+
+        fit, held = hold_out(data, 0.2, seed=3)
+
+        ids = [tuple(d.tokens.sequence(i).input_ids.tolist()) for d in (fit, held) for i in range(len(d))]
+        assert (len(fit), len(held)) == (40, 10)
+        assert sorted(ids) == sorted(tuple(data.tokens.sequence(i).input_ids.tolist()) for i in range(50))
+
+    def test_too_few_rows_to_hold_any_out_are_refused(self) -> None:
+        with pytest.raises(DataError, match=r"a held-out share of 0.1 of 4 rows leaves 0 of them held out"):
+            hold_out(toy(4, seed=0), 0.1, seed=0)
+
+
+class TestRowOrder:
+    def test_each_epoch_has_every_row_once_in_its_own_order(self) -> None:
+        sampler = LengthGrouped(np.random.default_rng(0).integers(1, 50, 203), 8, seed=1)
+        orders = []
+        for epoch in (0, 1, 0):
+            sampler.epoch = epoch
+            orders.append(list(sampler))
+
+        assert all(sorted(order) == list(range(203)) for order in orders)
+        assert orders[0] == orders[2] != orders[1]
+
+    def test_batches_have_like_lengths(self) -> None:
+        lengths = np.random.default_rng(0).integers(1, 100, 2000)
+        batches = lengths[list(LengthGrouped(lengths, 10, seed=1))].reshape(-1, 10)
+
+        assert np.ptp(batches, axis=1).mean() < 0.1 * np.ptp(lengths.reshape(-1, 10), axis=1).mean()
+
+    def test_long_and_short_batches_mix(self) -> None:
+        lengths = np.random.default_rng(0).integers(1, 100, 2000)
+        means = lengths[list(LengthGrouped(lengths, 10, seed=1))].reshape(-1, 10).mean(axis=1)
+
+        # Neighbours are no more alike than strangers.
+        assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.2
+
+
+class TestLogAndReport:
+    def test_each_record_has_place_losses_rate_and_time(
+        self, tiny_model: ModelFactory, run: Run, tmp_path: Path
+    ) -> None:
+        report = run(tiny_model(num_layers=3), TWO_STAGE, toy(64, seed=0))
+
+        records = read_log(tmp_path / LOG_NAME)
+        first, second = ([r for r in records if r["stage"] == s] for s in (1, 2))
+        assert set(first[0]) == {"stage", "step", "epoch", "loss", "losses", "learning_rate", "seconds"}
+        assert [r["step"] for r in first[:-1]] == list(range(1, 17))
+        assert (first[-2]["epoch"], second[-2]["epoch"]) == (4, 6)
+        assert set(first[0]["losses"]) == {"3"}  # stage 1 of the paper trains the final classifier alone
+        assert set(second[0]["losses"]) == {"1", "2"}
+        assert first[-1] == {
+            "stage": 1, "done": True, "step": 16, "loss": report.stages[0].loss, "seconds": report.stages[0].seconds
+        }  # fmt: skip
+        assert [r["seconds"] for r in first] == sorted(r["seconds"] for r in first)
+
+    def test_the_report_states_stage_2s_share(self) -> None:
+        from deebert.training import StageReport
+
+        stages = tuple(
+            StageReport(number=i, seconds=s, steps=1, loss=0.0) for i, s in ((1, 200.0), (2, 30.0))
+        )
+
+        assert str(TrainingReport(stages=stages)) == "stage 1 took 200 s; stage 2 took 30 s, 15 % of stage 1"
+
+    def test_a_line_cut_short_is_left_out(self, tmp_path: Path) -> None:
+        path = tmp_path / LOG_NAME
+        path.write_text(json.dumps({"stage": 1, "step": 1}) + '\n{"stage": 1, "st')
+
+        assert read_log(path) == [{"stage": 1, "step": 1}]
 
 
 class TestData:
@@ -184,21 +672,15 @@ class TestData:
 
     @pytest.mark.parametrize(("labels", "low", "high"), [([0, 3], 0, 3), ([-1, 2], -1, 2), ([7, 7], 7, 7)])
     def test_labels_that_the_model_does_not_have_are_refused_before_training(
-        self,
-        tiny_model: ModelFactory,
-        tokenizer: PreTrainedTokenizerFast,
-        tmp_path: Path,
-        labels: list[int],
-        low: int,
-        high: int,
+        self, tiny_model: ModelFactory, run: Run, labels: list[int], low: int, high: int
     ) -> None:
         model = tiny_model()
         before = weights(model)
         data = LabelledSequences(tokens=PackedTokens.pack([[2, 3], [2, 3]]), labels=torch.tensor(labels))
 
         with pytest.raises(DataError, match=f"the labels run from {low} to {high} but the model has 3"):
-            train_two_stage(model, tokenizer, data, QUICK, tmp_path, show_progress=False)
-        assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+            run(model, TWO_STAGE, data)
+        assert not changed(before, model)
 
     def test_labels_within_the_model_are_accepted(self) -> None:
         check_labels(toy(20, seed=0), 3)

@@ -1,0 +1,312 @@
+"""Stage 2, fast: all off-ramps at once, on cached states of the frozen backbone.
+
+The frozen backbone sees each sample once, in the packed form, and what the off-ramps read of every layer is
+kept; the off-ramps, which share nothing, then train together as one batched product. That is the paper's
+stage 2 exactly, up to the dropout inside the frozen backbone (absent here), and takes minutes where epochs
+through the backbone take hours. Of several processes each keeps the states of its share of the rows, and
+gradients are summed: a step is the same step whatever their number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import get_linear_schedule_with_warmup
+
+from deebert.evaluation import LabelledSequences
+from deebert.modeling import DeeBertForSequenceClassification, OffRamp
+from deebert.precision import DTYPES
+from deebert.training.config import Distillation, EarlyStopping, OffRampStage
+from deebert.training.frozen import collect_answers
+from deebert.training.losses import distilled
+from deebert.training.processes import processes, summed
+from deebert.training.stage import Clock, StageContext, StageReport
+
+
+def train_cached_off_ramps(
+    model: DeeBertForSequenceClassification,
+    data: LabelledSequences,
+    held_out: LabelledSequences | None,
+    stage: OffRampStage,
+    context: StageContext,
+) -> StageReport:
+    """Train the off-ramps in place; the rest of the model stays bit for bit.
+
+    Args:
+        model: in eval mode, on the device to train on.
+        data: rows to train on.
+        held_out: rows that tell when to stop; None trains to the end.
+        stage: its hyper-parameters.
+        context: where it logs; the stage has no checkpoints, it is begun again after a kill.
+    """
+    rows, judged = (_cache(model, part, stage, context) for part in (data, held_out))
+    assert rows is not None
+    # Same masks in no two processes: their rows differ.
+    torch.manual_seed(context.recipe.seed + processes().process_index)
+    stack = OffRampStack(model).to(model.device)
+    training = _Training(model, stack, stage, len(data), context, context.begin(0))
+    best = None if judged is None else _BestOffRamps(stack, judged, stage, context.recipe.early_stopping)
+    for step, batch in training.steps():
+        training.step(step, rows.batch(batch))
+        if best is not None and (step + 1) % training.steps_per_epoch == 0:
+            training.log_held_out(best.judge())
+            if not best.may_improve:
+                break
+    if best is not None:
+        best.restore()
+    stack.write_back(model)
+    return context.done(training.report())
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Batch:
+    """This process's rows of one batch."""
+
+    pooled: Tensor  # (R, n, H) float32
+    labels: Tensor  # (n,)
+    targets: Tensor | None  # (n, C)
+    share: float
+    """n over the rows of all processes: losses are means."""
+
+    def losses(self, logits: Tensor, distillation: Distillation | None) -> Tensor:
+        """(R, n, C) -> (R,): this process's part of each off-ramp's mean loss."""
+        if not len(self.labels):
+            return logits.sum((1, 2))
+        return self.share * distilled(logits, self.labels, self.targets, distillation)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Cache:
+    """This process's share of the rows: row r lies with process r mod P, at place r div P."""
+
+    states: Tensor  # (R, n, H)
+    targets: Tensor | None  # (n, C)
+    labels: Tensor  # (n,)
+    num_rows: int
+    """Of all processes."""
+    device: torch.device
+
+    def batch(self, rows: Tensor) -> _Batch:
+        """The own ones among `rows`."""
+        world = processes()
+        own = rows[rows % world.num_processes == world.process_index] // world.num_processes
+        return _Batch(
+            pooled=self.states[:, own].to(self.device).float(),
+            labels=self.labels[own].to(self.device),
+            targets=None if self.targets is None else self.targets[own].to(self.device),
+            share=len(own) / len(rows),
+        )
+
+
+def _cache(
+    model: DeeBertForSequenceClassification,
+    data: LabelledSequences | None,
+    stage: OffRampStage,
+    context: StageContext,
+) -> _Cache | None:
+    if data is None:
+        return None
+    world, recipe = processes(), context.recipe
+    own = data.take(np.arange(world.process_index, len(data), world.num_processes))
+    answers = collect_answers(
+        model,
+        own,
+        DTYPES[recipe.precision],
+        recipe.micro_batch_tokens,
+        layers=model.config.off_ramp_layers,
+        final=stage.self_distillation is not None,
+        show_progress=context.show_progress,
+    )
+    return _Cache(
+        states=answers.states,
+        targets=answers.final_logits,
+        labels=own.labels,
+        num_rows=len(data),
+        device=model.device,
+    )
+
+
+class _Training:
+    """The optimizer's side of the stage."""
+
+    def __init__(
+        self,
+        model: DeeBertForSequenceClassification,
+        stack: OffRampStack,
+        stage: OffRampStage,
+        num_rows: int,
+        context: StageContext,
+        clock: Clock,
+    ) -> None:
+        self._stack, self._stage, self._context, self._clock = stack, stage, context, clock
+        self._layers = model.config.off_ramp_layers
+        self._num_rows = num_rows
+        self.steps_per_epoch = -(-num_rows // stage.batch_size)
+        self._num_steps = max(1, round(stage.epochs * self.steps_per_epoch))
+        self._optimizer = torch.optim.AdamW(
+            stack.parameters(),
+            lr=stage.learning_rate,
+            eps=stage.adam_epsilon,
+            weight_decay=stage.weight_decay,
+        )
+        self._schedule = get_linear_schedule_with_warmup(
+            self._optimizer, round(stage.warmup_share * self._num_steps), self._num_steps
+        )
+        self._meter = _Meter(len(self._layers), model.device)
+        self._done, self._loss = 0, float("nan")
+
+    def steps(self) -> Iterator[tuple[int, Tensor]]:
+        """(step, row numbers of its batch): a fresh shuffle each epoch."""
+        generator = torch.Generator().manual_seed(self._context.recipe.seed)
+        bar = tqdm(
+            range(self._num_steps), desc="off-ramps", disable=None if self._context.show_progress else True
+        )
+        order, position = torch.empty(0), 0
+        for step in bar:
+            if position >= len(order):
+                order, position = torch.randperm(self._num_rows, generator=generator), 0
+            yield step, order[position : position + self._stage.batch_size]
+            position += self._stage.batch_size
+
+    def step(self, step: int, batch: _Batch) -> None:
+        """One optimizer step."""
+        logits = self._stack(batch.pooled)
+        # They share no weight: the sum of their losses trains each as if alone.
+        losses = batch.losses(logits, self._stage.self_distillation)
+        self._optimizer.zero_grad(set_to_none=True)
+        losses.sum().backward()
+        summed([p.grad for p in self._stack.parameters() if p.grad is not None])
+        nn.utils.clip_grad_norm_(self._stack.parameters(), self._stage.max_grad_norm)
+        rate = self._schedule.get_last_lr()[0]
+        self._optimizer.step()
+        self._schedule.step()
+        self._meter.add(losses.detach(), batch.losses(logits.detach(), None))
+        self._done = step + 1
+        if self._done % self._context.log_every(self._num_steps) == 0 or self._done == self._num_steps:
+            self._log(rate)
+
+    def _log(self, rate: float) -> None:
+        self._loss, by_ramp = self._meter.drain()
+        self._context.write(
+            step=self._done,
+            epoch=round(self._done / self.steps_per_epoch, 4),
+            loss=self._loss,
+            losses=dict(zip(map(str, self._layers), by_ramp, strict=True)),
+            learning_rate=rate,
+            seconds=self._clock.seconds,
+        )
+
+    def log_held_out(self, losses: list[float]) -> None:
+        """Write what the off-ramps lose on held-out rows."""
+        self._context.write(
+            step=self._done,
+            epoch=round(self._done / self.steps_per_epoch, 4),
+            held_out_loss=sum(losses),
+            held_out_losses=dict(zip(map(str, self._layers), losses, strict=True)),
+        )
+
+    def report(self) -> StageReport:
+        """What it took."""
+        return StageReport(
+            number=self._context.number, seconds=self._clock.seconds, steps=self._done, loss=self._loss
+        )
+
+
+class _Meter:
+    """Means over steps, on the device: nobody waits for a number that is not shown."""
+
+    def __init__(self, num_ramps: int, device: torch.device) -> None:
+        self._sums = torch.zeros(num_ramps + 1, device=device)
+        self._steps = 0
+
+    def add(self, losses: Tensor, entropies: Tensor) -> None:
+        """One step's loss and cross-entropy of each off-ramp, (R,) each."""
+        self._sums += torch.cat([losses.sum()[None], entropies])
+        self._steps += 1
+
+    def drain(self) -> tuple[float, list[float]]:
+        """(mean loss, mean cross-entropy of each off-ramp) since the last time."""
+        summed([self._sums])
+        total, *by_ramp = (self._sums / self._steps).tolist()
+        self._sums.zero_()
+        self._steps = 0
+        return total, by_ramp
+
+
+class _BestOffRamps:
+    """Each off-ramp's weights where its own loss on held-out rows was lowest: they train as if alone."""
+
+    def __init__(
+        self, stack: OffRampStack, held_out: _Cache, stage: OffRampStage, stopping: EarlyStopping | None
+    ) -> None:
+        assert stopping is not None
+        self._stack, self._held_out, self._stage = stack, held_out, stage
+        self._patience = stopping.patience
+        self._waited = 0
+        self._lowest = torch.full((len(stack.dense),), torch.inf, device=stack.dense.device)
+        self._weights = [p.detach().clone() for p in stack.parameters()]
+
+    @torch.no_grad()
+    def judge(self) -> list[float]:
+        """Loss of each off-ramp as it is; where it is the lowest so far, its weights are kept."""
+        losses = self._losses()
+        better = losses < self._lowest
+        self._lowest = torch.where(better, losses, self._lowest)
+        for kept, now in zip(self._weights, self._stack.parameters(), strict=True):
+            kept[better] = now[better]
+        self._waited = 0 if bool(better.any()) else self._waited + 1
+        return [float(x) for x in losses]
+
+    @property
+    def may_improve(self) -> bool:
+        """False once none got better for as long as patience lasts."""
+        return self._waited < self._patience
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Give every off-ramp its best weights back."""
+        for kept, now in zip(self._weights, self._stack.parameters(), strict=True):
+            now.copy_(kept)
+
+    def _losses(self) -> Tensor:
+        self._stack.eval()
+        total = torch.zeros_like(self._lowest)
+        for rows in torch.arange(self._held_out.num_rows).split(4096):
+            batch = self._held_out.batch(rows)
+            total += batch.losses(self._stack(batch.pooled), self._stage.self_distillation) * len(rows)
+        self._stack.train()
+        summed([total])
+        return total / self._held_out.num_rows
+
+
+class OffRampStack(nn.Module):
+    """All off-ramps as one module: R poolers and classifiers in two batched products."""
+
+    def __init__(self, model: DeeBertForSequenceClassification) -> None:
+        super().__init__()
+        ramps = cast(list[OffRamp], list(model.off_ramps))
+        self.activation, self.dropout = ramps[0].activation, nn.Dropout(ramps[0].dropout.p)
+        self.dense = nn.Parameter(torch.stack([r.dense.weight.detach().T for r in ramps]))  # (R, H, H)
+        self.dense_bias = nn.Parameter(torch.stack([r.dense.bias.detach()[None] for r in ramps]))  # (R, 1, H)
+        self.classifier = nn.Parameter(torch.stack([r.classifier.weight.detach().T for r in ramps]))
+        self.classifier_bias = nn.Parameter(torch.stack([r.classifier.bias.detach()[None] for r in ramps]))
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """(R, N, H) -> (R, N, C)."""
+        inner = self.dropout(self.activation(torch.baddbmm(self.dense_bias, pooled, self.dense)))
+        return torch.baddbmm(self.classifier_bias, inner, self.classifier)
+
+    @torch.no_grad()
+    def write_back(self, model: DeeBertForSequenceClassification) -> None:
+        """Copy the trained weights into the model's off-ramps."""
+        for i, ramp in enumerate(cast(list[OffRamp], list(model.off_ramps))):
+            ramp.dense.weight.copy_(self.dense[i].T)
+            ramp.dense.bias.copy_(self.dense_bias[i, 0])
+            ramp.classifier.weight.copy_(self.classifier[i].T)
+            ramp.classifier.bias.copy_(self.classifier_bias[i, 0])

@@ -1,0 +1,166 @@
+"""What the stages minimise: small losses on the answers of one batch, composed from a recipe.
+
+Each is a mean over samples, in float32. Knows nothing of models, optimizers or data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deebert.training.config import Alternating, BackboneStage, Distillation, Joint, OffRampStage, Teacher
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Answers:
+    """What a model says of one batch, and what it should say."""
+
+    off_ramp_logits: Tensor
+    """(R, N, C), shallowest first; R may be 0."""
+    final_logits: Tensor
+    """(N, C)."""
+    labels: Tensor
+    """(N,) int64."""
+    target_logits: Tensor | None = None
+    """(N, C): a teacher's in stage 1, the frozen final classifier's in stage 2."""
+    hidden_distance: Tensor | None = None
+    """Scalar: see `hidden_distance`."""
+
+
+Loss = Callable[[Answers], Tensor]
+"""Answers -> a scalar."""
+
+
+@dataclass(frozen=True)
+class StageLoss:
+    """What a stage minimises: one loss, or several that take turns."""
+
+    turns: tuple[Loss, ...]
+
+    def at(self, step: int) -> Loss:
+        """The loss of one optimizer step, counted from 0."""
+        return self.turns[step % len(self.turns)]
+
+    @property
+    def whole(self) -> Loss:
+        """The one that covers all that the stage trains: what held-out rows are judged by."""
+        return self.turns[-1]
+
+
+def cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy of each classifier: (R, N, C) logits, (N,) labels -> (R,) float32."""
+    per_sample = F.cross_entropy(logits.float().flatten(0, 1), labels.repeat(len(logits)), reduction="none")
+    return per_sample.view(len(logits), -1).mean(1)
+
+
+def divergences(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """T² · KL(softmax(targets/T) ‖ softmax(logits/T)) of each classifier: (R, N, C), (N, C) -> (R,) float32.
+
+    T² keeps the gradient's size whatever the temperature (Hinton et al., 2015). Targets get no gradient.
+    """
+    wanted = F.log_softmax(targets.detach().float() / temperature, dim=-1)
+    said = F.log_softmax(logits.float() / temperature, dim=-1)
+    return temperature**2 * (wanted.exp() * (wanted - said)).sum(-1).mean(1)
+
+
+def distilled(
+    logits: Tensor, labels: Tensor, targets: Tensor | None, distillation: Distillation | None
+) -> Tensor:
+    """Each classifier's loss, labels and targets mixed as `Distillation` says: (R, N, C) -> (R,)."""
+    hard = cross_entropies(logits, labels)
+    if distillation is None:
+        return hard
+    assert targets is not None
+    soft = divergences(logits, targets, distillation.temperature)
+    return (1 - distillation.weight) * hard + distillation.weight * soft
+
+
+def hidden_distance(states: Sequence[Tensor], targets: Sequence[Tensor], attention_mask: Tensor) -> Tensor:
+    """Mean squared distance of a model's token states to its teacher's, over real tokens, widths and layers.
+
+    Args:
+        states: one (N, L, H) a layer.
+        targets: the same of the teacher.
+        attention_mask: (N, L), 1 for real tokens.
+    """
+    real = attention_mask.bool()
+    distances = [F.mse_loss(s[real].float(), t[real].float()) for s, t in zip(states, targets, strict=True)]
+    return torch.stack(distances).mean()
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinalLoss:
+    """The final classifier's, towards the labels and a teacher if there is one."""
+
+    teacher: Teacher | None = None
+
+    def __call__(self, answers: Answers) -> Tensor:
+        """See `Loss`."""
+        loss = distilled(answers.final_logits[None], answers.labels, answers.target_logits, self.teacher)[0]
+        if self.teacher is not None and answers.hidden_distance is not None:
+            loss = loss + self.teacher.hidden_weight * answers.hidden_distance
+        return loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class JointLoss:
+    """The weighted sum of the off-ramps' losses, and the final classifier's with weight 1."""
+
+    weights: tuple[float, ...]
+    """One per off-ramp."""
+    final: FinalLoss
+    self_distillation: Distillation | None = None
+
+    def __call__(self, answers: Answers) -> Tensor:
+        """See `Loss`."""
+        ramps = distilled(
+            answers.off_ramp_logits, answers.labels, answers.final_logits.detach(), self.self_distillation
+        )
+        return self.final(answers) + (ramps * ramps.new_tensor(self.weights)).sum()
+
+
+@dataclass(frozen=True, kw_only=True)
+class OffRampLoss:
+    """The sum of the off-ramps' losses: they share no weight that trains, so each trains as if alone."""
+
+    self_distillation: Distillation | None = None
+
+    def __call__(self, answers: Answers) -> Tensor:
+        """See `Loss`."""
+        return distilled(
+            answers.off_ramp_logits, answers.labels, answers.target_logits, self.self_distillation
+        ).sum()
+
+
+def backbone_loss(stage: BackboneStage, off_ramp_layers: Sequence[int], num_layers: int) -> StageLoss:
+    """Stage 1's loss.
+
+    Args:
+        stage: the objective and the teacher.
+        off_ramp_layers: 1-based.
+        num_layers: the model's depth.
+    """
+    final, objective = FinalLoss(teacher=stage.teacher), stage.objective
+    if not isinstance(objective, Joint):
+        return StageLoss((final,))
+    joint = JointLoss(
+        weights=off_ramp_weights(objective, off_ramp_layers, num_layers),
+        final=final,
+        self_distillation=objective.self_distillation,
+    )
+    return StageLoss((final, joint) if isinstance(objective, Alternating) else (joint,))
+
+
+def off_ramp_loss(stage: OffRampStage) -> StageLoss:
+    """Stage 2's loss."""
+    return StageLoss((OffRampLoss(self_distillation=stage.self_distillation),))
+
+
+def off_ramp_weights(objective: Joint, off_ramp_layers: Sequence[int], num_layers: int) -> tuple[float, ...]:
+    """Each off-ramp's weight in the joint loss."""
+    linear = objective.weighting == "linear"
+    return tuple(layer / num_layers if linear else 1.0 for layer in off_ramp_layers)

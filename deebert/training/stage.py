@@ -1,0 +1,97 @@
+"""What every stage has: its number, its folder, its log, its clock. And what it leaves: a `StageReport`.
+
+Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from deebert.training.config import Recipe
+from deebert.training.log import Record, TrainingLog, read_log, seconds_of
+
+_RECORDS_PER_STAGE = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageReport:
+    """What a stage took and reached."""
+
+    number: int
+    """1 or 2."""
+    seconds: float
+    """Over all attempts; without what a kill threw away."""
+    steps: int
+    loss: float
+    """Mean over the last logged steps."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StageContext:
+    """Where a stage stands."""
+
+    number: int
+    recipe: Recipe
+    work_dir: Path
+    log: TrainingLog
+    """Writes in one process only."""
+    log_path: Path
+    resume: bool
+    show_progress: bool
+    _started: float = field(default_factory=time.monotonic)
+
+    @property
+    def folder(self) -> Path:
+        """Where the stage may keep checkpoints."""
+        return self.work_dir / f"stage-{self.number}"
+
+    def log_every(self, steps: int) -> int:
+        """Steps between records of a stage of `steps`."""
+        return max(1, steps // _RECORDS_PER_STAGE)
+
+    def begin(self, step: int) -> Clock:
+        """Go on after `step`: the log forgets what came later, the clock remembers what came before."""
+        self.log.rewind(self.number, step)
+        before = seconds_of(self._records(), self.number) if step else 0.0
+        return Clock(before=before, started=self._started)
+
+    def done(self, report: StageReport) -> StageReport:
+        """Write the stage's last record."""
+        self.write(done=True, step=report.steps, loss=report.loss, seconds=report.seconds)
+        return report
+
+    def finished(self) -> StageReport | None:
+        """The report that an earlier attempt wrote, if it came to the end."""
+        for record in self._records():
+            if record["stage"] == self.number and record.get("done"):
+                return StageReport(
+                    number=self.number, seconds=record["seconds"], steps=record["step"], loss=record["loss"]
+                )
+        return None
+
+    def last_loss(self) -> float:
+        """Of the latest record of this stage; NaN where there is none."""
+        losses = [r["loss"] for r in self._records() if r["stage"] == self.number and "loss" in r]
+        return float(losses[-1]) if losses else float("nan")
+
+    def write(self, **record: object) -> None:
+        """One record of this stage."""
+        self.log.append({"stage": self.number, **record})
+
+    def _records(self) -> list[Record]:
+        return read_log(self.log_path) if self.log_path.exists() else []
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clock:
+    """Seconds of a stage over all its attempts."""
+
+    before: float
+    started: float
+
+    @property
+    def seconds(self) -> float:
+        """So far."""
+        return round(self.before + time.monotonic() - self.started, 3)

@@ -1,0 +1,433 @@
+"""A stage that runs the backbone: the Hugging Face Trainer with a loss of ours.
+
+The Trainer gives mixed precision, accumulation, several processes, checkpoints and their resumption; here
+are the loss, the order of the rows, the log and the choice of what may move. Knows nothing of recipes'
+meaning beyond the `StageLoss` it is given.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from tqdm import tqdm
+from transformers import (
+    DataCollatorWithPadding,
+    EarlyStoppingCallback,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from deebert.errors import RecipeError
+from deebert.modeling import DeeBertForSequenceClassification
+from deebert.training.config import StageConfig
+from deebert.training.data import LengthGrouped, Rows
+from deebert.training.losses import Answers, StageLoss, cross_entropies, hidden_distance
+from deebert.training.processes import processes, summed
+from deebert.training.stage import Clock, StageContext, StageReport
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StageData:
+    """What a stage learns from."""
+
+    rows: Rows
+    held_out: Rows | None
+    hidden_teacher: DeeBertForSequenceClassification | None = None
+    """In eval mode, where its token states are wanted."""
+
+
+def train_through_backbone(
+    model: DeeBertForSequenceClassification,
+    tokenizer: PreTrainedTokenizerBase,
+    data: StageData,
+    stage: StageConfig,
+    loss: StageLoss,
+    context: StageContext,
+    *,
+    off_ramp_learning_rate: float | None = None,
+) -> StageReport:
+    """Train what is not frozen in `model`, in place; leave it in eval mode.
+
+    The off-ramps' learning rate is the stage's unless they have one of their own.
+
+    Raises:
+        RecipeError: a batch that the processes cannot share evenly, or a precision that the machine lacks.
+    """
+    checkpoint = last_checkpoint(context.folder) if context.resume else None
+    if checkpoint is None and processes().is_main_process:
+        shutil.rmtree(context.folder, ignore_errors=True)
+    processes().wait_for_everyone()
+    steps = -(-len(data.rows) // stage.batch_size)
+    clock = context.begin(step_of(checkpoint))
+    trainer = _StageTrainer(
+        model=model,
+        args=_arguments(stage, loss, context, total_steps=max(1, round(stage.epochs * steps))),
+        train_dataset=data.rows,
+        eval_dataset=data.held_out,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        loss=loss,
+        context=context,
+        clock=clock,
+        sampler=LengthGrouped(data.rows.lengths, stage.batch_size, context.recipe.seed),
+        classifiers=_training_classifiers(model),
+        hidden_teacher=data.hidden_teacher,
+        off_ramp_learning_rate=off_ramp_learning_rate,
+    )
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    # Takes the Trainer's autocast off the model's forward again.
+    trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+    model.train(False)
+    return trainer.report()
+
+
+@contextmanager
+def frozen(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """While the block runs, these modules' parameters get no gradient."""
+    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The latest checkpoint that was written to its end."""
+    found = [path for path in folder.glob("checkpoint-*") if _is_whole(path)]
+    return max(found, key=step_of, default=None)
+
+
+def step_of(checkpoint: Path | None) -> int:
+    """Optimizer steps before a checkpoint; 0 for none."""
+    return 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """The Trainer writes its state last: where that reads, the rest is there."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _arguments(
+    stage: StageConfig, loss: StageLoss, context: StageContext, *, total_steps: int
+) -> TrainingArguments:
+    recipe, world = context.recipe, processes()
+    _check_machine(stage, context)
+    stopping = recipe.early_stopping
+    arguments = TrainingArguments(
+        output_dir=str(context.folder),
+        num_train_epochs=stage.epochs,
+        # Of all processes: accelerate splits each piece among them.
+        per_device_train_batch_size=stage.batch_size // stage.accumulation_steps,
+        per_device_eval_batch_size=8 * world.num_processes * max(1, stage.batch_size // world.num_processes),
+        accelerator_config={"split_batches": True},
+        gradient_accumulation_steps=stage.accumulation_steps,
+        learning_rate=stage.learning_rate,
+        weight_decay=stage.weight_decay,
+        adam_epsilon=stage.adam_epsilon,
+        max_grad_norm=stage.max_grad_norm,
+        lr_scheduler_type="linear",
+        warmup_steps=round(stage.warmup_share * total_steps),
+        seed=recipe.seed,
+        bf16=recipe.precision == "bfloat16",
+        fp16=recipe.precision == "float16",
+        use_cpu=not torch.cuda.is_available(),
+        # Losses that take turns leave the off-ramps out on some steps.
+        ddp_find_unused_parameters=len(loss.turns) > 1,
+        save_strategy="steps",
+        save_steps=recipe.checkpoint_steps if stopping is None else stopping.every_steps,
+        save_total_limit=1,
+        eval_strategy="no" if stopping is None else "steps",
+        eval_steps=None if stopping is None else stopping.every_steps,
+        load_best_model_at_end=stopping is not None,
+        restore_callback_states_from_checkpoint=stopping is not None,
+        metric_for_best_model="loss",
+        prediction_loss_only=True,
+        remove_unused_columns=False,
+        report_to="none",
+        logging_steps=context.log_every(total_steps),
+        disable_tqdm=not context.show_progress,
+    )
+    # One process drives one device: the Trainer would spread a lone process over all, by replicas whose
+    # outputs it joins along the wrong axis.
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments
+
+
+def _training_classifiers(model: DeeBertForSequenceClassification) -> dict[int, int]:
+    """Layer -> place among all classifiers, the final one last, of those whose weights may move."""
+    layers = (*model.config.off_ramp_layers, model.config.num_hidden_layers)
+    classifiers = (*model.off_ramps, model.final_classifier)
+    return {
+        layer: place
+        for place, (layer, module) in enumerate(zip(layers, classifiers, strict=True))
+        if all(p.requires_grad for p in module.parameters())
+    }
+
+
+def _split_groups(optimizer: torch.optim.Optimizer, chosen: set[int], learning_rate: float) -> None:
+    """Move the parameters with these ids to groups that differ in the learning rate alone."""
+    for group in list(optimizer.param_groups):
+        settings = {name: value for name, value in group.items() if name != "params"}
+        moved = [p for p in group["params"] if id(p) in chosen]
+        group["params"] = [p for p in group["params"] if id(p) not in chosen]
+        if moved:
+            optimizer.add_param_group({**settings, "params": moved, "lr": learning_rate})
+
+
+def _check_machine(stage: StageConfig, context: StageContext) -> None:
+    world = processes().num_processes
+    if stage.batch_size % (world * stage.accumulation_steps):
+        raise RecipeError(
+            f"a batch of {stage.batch_size} samples in {stage.accumulation_steps} pieces does not divide among "
+            f"{world} processes: choose a multiple of {world * stage.accumulation_steps}"
+        )
+    if context.recipe.precision == "float16" and not torch.cuda.is_available():
+        raise RecipeError("float16 training needs a GPU: choose bfloat16 or float32")
+
+
+class _StageTrainer(Trainer):
+    """The Trainer with our loss, row order and log."""
+
+    loss_is_scaled_for_ga = True
+    """`compute_loss` divides by the samples of the whole step."""
+
+    def __init__(
+        self,
+        *,
+        loss: StageLoss,
+        context: StageContext,
+        clock: Clock,
+        sampler: LengthGrouped,
+        classifiers: dict[int, int],
+        hidden_teacher: DeeBertForSequenceClassification | None,
+        off_ramp_learning_rate: float | None,
+        **kwargs: Any,
+    ) -> None:
+        self._loss, self._context, self._clock, self._sampler = loss, context, clock, sampler
+        self._off_ramp_learning_rate = off_ramp_learning_rate
+        super().__init__(**kwargs)
+        self._classifiers, self._hidden_teacher = classifiers, hidden_teacher
+        self._meters = {
+            training: _Meter(tuple(classifiers.values()), self.args.device) for training in (True, False)
+        }
+        self._last_loss = context.last_loss()
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
+        self.add_callback(_Conduct(sampler))
+        if context.show_progress:
+            self.add_callback(_Bar(context.number) if sys.stderr.isatty() else _Lines(context.number))
+        if (stopping := context.recipe.early_stopping) is not None:
+            self.add_callback(EarlyStoppingCallback(early_stopping_patience=stopping.patience))
+
+    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> LengthGrouped:
+        return self._sampler
+
+    def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
+        """The Trainer's AdamW; off-ramps in groups of their own where they have a learning rate of their own."""
+        optimizer = super().create_optimizer(*args)
+        if self._off_ramp_learning_rate is not None:
+            ramps = {id(p) for p in self.model.off_ramps.parameters()}  # type: ignore[union-attr]
+            _split_groups(optimizer, ramps, self._off_ramp_learning_rate)
+        return optimizer
+
+    def compute_loss(  # type: ignore[override]
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:
+        """This step's loss, scaled so that pieces and processes add up to a mean over the step's samples."""
+        answers = self._answers(model, inputs)
+        turn = self._loss.at(self.state.global_step) if model.training else self._loss.whole
+        loss = turn(answers)
+        self._meters[model.training].add(answers)
+        if num_items_in_batch is not None and model.training:
+            loss = loss * (len(answers.labels) * self.args.world_size / num_items_in_batch)
+        return (loss, {}) if return_outputs else loss
+
+    def _answers(self, model: nn.Module, inputs: dict[str, Any]) -> Answers:
+        features = {name: inputs[name] for name in _FEATURES if name in inputs}
+        teacher = self._hidden_teacher
+        output = model(**features, output_hidden_states=teacher is not None)
+        ramps = output.off_ramp_logits
+        distance = None
+        if teacher is not None:
+            with torch.no_grad(), self.accelerator.autocast():
+                states = teacher.hidden_states(
+                    features["input_ids"], features["attention_mask"], features.get("token_type_ids")
+                )
+            distance = hidden_distance(output.hidden_states[1:], states[1:], features["attention_mask"])
+        return Answers(
+            off_ramp_logits=output.logits.new_empty(0, *output.logits.shape) if ramps is None else ramps,
+            final_logits=output.logits,
+            labels=inputs["labels"],
+            target_logits=inputs.get("target_logits"),
+            hidden_distance=distance,
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """The Trainer's record, and ours with every classifier's cross-entropy."""
+        super().log(logs, start_time)
+        place = {"step": self.state.global_step, "epoch": round(self.state.epoch or 0.0, 4)}
+        if "loss" in logs:
+            self._last_loss = logs["loss"]
+            self._context.write(
+                **place,
+                loss=logs["loss"],
+                losses=self._drain(training=True),
+                learning_rate=logs["learning_rate"],
+                seconds=self._clock.seconds,
+            )
+        elif "eval_loss" in logs:
+            self._context.write(
+                **place, held_out_loss=logs["eval_loss"], held_out_losses=self._drain(training=False)
+            )
+
+    def _drain(self, *, training: bool) -> dict[str, float]:
+        return dict(zip(map(str, self._classifiers), self._meters[training].drain(), strict=True))
+
+    def report(self) -> StageReport:
+        """What the stage took."""
+        return self._context.done(
+            StageReport(
+                number=self._context.number,
+                seconds=self._clock.seconds,
+                steps=self.state.global_step,
+                loss=self._last_loss,
+            )
+        )
+
+
+_FEATURES = ("input_ids", "attention_mask", "token_type_ids")
+
+
+class _Meter:
+    """Mean cross-entropy of each classifier over samples, on the device: nobody waits for what is not shown."""
+
+    def __init__(self, classifiers: tuple[int, ...], device: torch.device) -> None:
+        self._classifiers = list(classifiers)
+        self._sums = torch.zeros(len(classifiers) + 1, device=device)
+
+    @torch.no_grad()
+    def add(self, answers: Answers) -> None:
+        """One batch."""
+        everyone = torch.cat([answers.off_ramp_logits, answers.final_logits[None]])
+        means = cross_entropies(everyone[self._classifiers], answers.labels)
+        samples = len(answers.labels)
+        self._sums += torch.cat([means * samples, means.new_tensor([samples])])
+
+    def drain(self) -> list[float]:
+        """The means since the last time, over all processes."""
+        summed([self._sums])
+        *means, _ = (self._sums / self._sums[-1]).tolist()
+        self._sums.zero_()
+        return means
+
+
+class _Conduct(TrainerCallback):
+    """Keeps the row order in step with the epoch, and logs where a resumed training will start to count."""
+
+    def __init__(self, sampler: LengthGrouped) -> None:
+        self._sampler = sampler
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """See `LengthGrouped`."""
+        self._sampler.epoch = int(state.epoch or 0)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """A record before every checkpoint and at the end: means never span a kill."""
+        if state.global_step >= state.max_steps:
+            # The best weights may be the last ones; without that question the stage's result is all to keep.
+            control.should_evaluate = control.should_save = args.load_best_model_at_end
+            control.should_log = True
+        if control.should_save or control.should_evaluate:
+            control.should_log = True
+
+
+class _Lines(TrainerCallback):
+    """A line in the log file of a machine for each tenth of the way."""
+
+    def __init__(self, stage: int) -> None:
+        self._stage = stage
+        self._tenths = 0
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """A new tenth begins."""
+        logs, tenths = kwargs.get("logs") or {}, 10 * state.global_step // max(1, state.max_steps)
+        if "loss" in logs and tenths > self._tenths:
+            self._tenths = tenths
+            log.info(
+                "stage %d: step %d of %d, loss %.3f",
+                self._stage,
+                state.global_step,
+                state.max_steps,
+                logs["loss"],
+            )
+
+
+class _Bar(TrainerCallback):
+    """One bar, with the loss."""
+
+    def __init__(self, stage: int) -> None:
+        self._stage = stage
+        self._bar: tqdm[Any] | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Where it starts."""
+        self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc=f"stage {self._stage}")
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """One step on."""
+        if self._bar is not None:
+            self._bar.update(1)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The loss beside the bar."""
+        logs = kwargs.get("logs") or {}
+        if self._bar is not None and "loss" in logs:
+            self._bar.set_postfix(loss=f"{logs['loss']:.3f}")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave the line."""
+        if self._bar is not None:
+            self._bar.close()

@@ -1,0 +1,404 @@
+"""`deebert train`: what the flags mean, what they refuse, and what lies in the model folder afterwards."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from deebert.checkpoint import load_checkpoint
+from deebert.training import (
+    ALTERNATING,
+    BEST,
+    JOINT,
+    OFF_RAMPS,
+    PAPER_STAGE_2,
+    RECIPES,
+    TWO_STAGE,
+    Alternating,
+    BackboneStage,
+    Distillation,
+    EarlyStopping,
+    Joint,
+    OffRampStage,
+    Recipe,
+    Teacher,
+    read_log,
+)
+from jobs import recipes as recipes_job
+from jobs.cli import main
+from jobs.recipes import VARIANTS, accuracy_at
+from jobs.train import _RECIPE_NAMES, TrainJob, recipe_of, train
+from jobs.training_plot import draw_training_log
+
+
+def described(**flags: Any) -> Recipe:
+    """The recipe of these flags, in float32."""
+    return recipe_of(TrainJob(backbone="b", data="d", output="o", precision="float32", **flags))
+
+
+class TestRecipeOfFlags:
+    @pytest.mark.parametrize(
+        ("name", "recipe"),
+        [
+            ("two-stage", TWO_STAGE),
+            ("joint", JOINT),
+            ("alternating", ALTERNATING),
+            ("off-ramps", OFF_RAMPS),
+            ("best", BEST),
+        ],
+    )
+    def test_a_name_alone_is_the_named_recipe(self, name: str, recipe: Recipe) -> None:
+        assert described(recipe=name) == recipe
+
+    def test_every_named_recipe_is_a_choice(self) -> None:
+        assert tuple(RECIPES) == _RECIPE_NAMES
+
+    def test_nothing_is_the_papers(self) -> None:
+        assert described() == TWO_STAGE
+
+    def test_every_number_can_be_set(self) -> None:
+        recipe = described(
+            epochs=1.5,
+            batch_size=16,
+            learning_rate=1e-4,
+            weight_decay=0.01,
+            warmup=0.1,
+            accumulation_steps=2,
+            off_ramp_epochs=5,
+            off_ramp_batch_size=64,
+            off_ramp_learning_rate=1e-3,
+            seed=7,
+            checkpoint_steps=50,
+            held_out=0.2,
+            patience=2,
+            evaluate_every=10,
+        )
+
+        assert recipe == Recipe(
+            stage_1=BackboneStage(
+                epochs=1.5,
+                batch_size=16,
+                learning_rate=1e-4,
+                weight_decay=0.01,
+                warmup_share=0.1,
+                accumulation_steps=2,
+            ),
+            stage_2=OffRampStage(
+                epochs=5, batch_size=64, learning_rate=1e-3, weight_decay=0.01, warmup_share=0.1
+            ),
+            seed=7,
+            checkpoint_steps=50,
+            early_stopping=EarlyStopping(held_out=0.2, patience=2, every_steps=10),
+        )
+
+    def test_losses(self) -> None:
+        recipe = described(
+            recipe="alternating",
+            weighting="uniform",
+            self_distillation=0.3,
+            temperature=4.0,
+            teacher="t",
+            teacher_weight=0.6,
+            teacher_hidden_weight=0.1,
+            stage_2="fast",
+        )
+
+        distilled = Distillation(weight=0.3, temperature=4.0)
+        assert recipe.stage_1 == BackboneStage(
+            objective=Alternating(weighting="uniform", self_distillation=distilled),
+            teacher=Teacher(folder="t", weight=0.6, temperature=4.0, hidden_weight=0.1),
+        )
+        assert recipe.stage_2 == OffRampStage(self_distillation=distilled)
+
+    def test_the_off_ramps_learning_rate_holds_wherever_they_train(self) -> None:
+        recipe = described(recipe="joint", stage_2="fast", off_ramp_learning_rate=1e-3)
+
+        assert recipe.stage_1 == BackboneStage(objective=Joint(off_ramp_learning_rate=1e-3))
+        assert recipe.stage_2 == OffRampStage(learning_rate=1e-3)
+
+    def test_an_exact_stage_2_is_the_papers_and_accumulates_as_stage_1_does(self) -> None:
+        paper = OffRampStage(mode="exact", epochs=3, batch_size=8, learning_rate=2e-5)
+
+        assert described(stage_2="exact").stage_2 == PAPER_STAGE_2 == paper
+        assert described(stage_2="exact", accumulation_steps=4).stage_2 == replace(
+            paper, accumulation_steps=4
+        )
+
+    def test_stage_2_none_ends_a_joint_training_after_stage_1(self) -> None:
+        assert described(recipe="joint", stage_2="none") == JOINT
+
+    def test_from_a_classifier_it_is_stage_2_alone(self) -> None:
+        job = TrainJob(from_classifier="c", data="d", output="o", precision="float32")
+
+        assert recipe_of(job) == OFF_RAMPS
+
+    def test_distillation_of_a_named_recipe_can_be_turned_off(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        taught = replace(JOINT, stage_1=BackboneStage(objective=Joint(self_distillation=Distillation())))
+        monkeypatch.setattr("deebert.training.RECIPES", {**RECIPES, "joint": taught})
+
+        assert described(recipe="joint") == taught
+        assert described(recipe="joint", self_distillation=0.0) == JOINT
+
+
+DATA = "text,label\n" + "the film is good,positive\nthe film is bad,negative\nit is,neutral\n" * 12
+LABELS = "negative,neutral,positive"
+
+
+@pytest.fixture
+def words(saved_model: Path, tmp_path: Path) -> list[str]:
+    """A training of seconds, from a DeeBERT folder."""
+    (tmp_path / "data.csv").write_text(DATA)
+    paths = ["--from-model", str(saved_model), "--data", str(tmp_path / "data.csv")]
+    return [
+        *paths,
+        "--output",
+        str(tmp_path / "model"),
+        "--labels",
+        LABELS,
+        "--epochs",
+        "1",
+        "--precision",
+        "float32",
+    ]
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    assert main(["train", *argv]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    return line.removeprefix("deebert train: ")
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("flags", "sentence"),
+        [
+            (
+                "",
+                "neither of --backbone, --from-classifier and --from-model is given: give the one to start from",
+            ),
+            (
+                "--backbone a --from-model b",
+                "more than one of --backbone, --from-classifier and --from-model is given: give the one to start from",
+            ),
+            (
+                "--from-classifier a --recipe joint",
+                "--from-classifier keeps its weights and --recipe joint would change them: leave --recipe out",
+            ),
+            (
+                "--from-classifier a --off-ramp-pooling cls",
+                "--from-classifier reads what its classifier was trained on: leave --off-ramp-pooling out",
+            ),
+            (
+                "--from-classifier a --epochs 1",
+                "--epochs is for stage 1, which this training has not: leave it out",
+            ),
+            (
+                "--from-model a --recipe off-ramps --teacher t",
+                "--teacher is for stage 1, which this training has not: leave it out",
+            ),
+            (
+                "--backbone a --weighting uniform",
+                "--weighting says nothing to --recipe two-stage: give joint or alternating",
+            ),
+            (
+                "--backbone a --stage-2 none",
+                "a stage 1 of the final loss alone leaves the off-ramps untrained: add stage 2, or train jointly",
+            ),
+            (
+                "--backbone a --recipe alternating --weighting equilibrium",
+                "gradient equilibrium averages over all classifiers and every other step of alternating training "
+                "has one: choose linear or uniform weights",
+            ),
+            (
+                "--backbone a --teacher-weight 0.9",
+                "--teacher-weight says nothing without --teacher: give both or neither",
+            ),
+            ("--backbone a --patience 5", "--patience says nothing without --held-out: give both or neither"),
+            (
+                "--backbone a --recipe joint --off-ramp-epochs 5",
+                "--off-ramp-epochs and --off-ramp-batch-size are for stage 2, which this training has not: give "
+                "--stage-2 fast or leave them out",
+            ),
+            ("--backbone a --batch-size 0", "batch_size is 0: give at least 1"),
+            ("--backbone a --held-out 1.5", "held_out is 1.5: give a share between 0 and 1"),
+        ],
+    )
+    def test_what_cannot_be_meant(
+        self, flags: str, sentence: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    ) -> None:
+        found = refusal(capsys, *flags.split(), "--data", "d.csv", "--output", str(tmp_path / "model"))
+
+        assert found == sentence
+
+    def test_an_unfinished_training_is_not_begun_again_by_accident(
+        self, words: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+    ) -> None:
+        (tmp_path / "model.training").mkdir()
+        (tmp_path / "model.training" / "training.json").write_text("{}")
+
+        assert refusal(capsys, *words) == (
+            f"a training of '{tmp_path / 'model'}' was cut short: give --resume to go on with it or --overwrite to "
+            "begin again"
+        )
+
+    def test_a_model_of_other_labels(self, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+        words[words.index(LABELS)] = "neutral,negative,positive"
+
+        assert "knows negative, neutral, positive and the data has neutral, negative, positive" in refusal(
+            capsys, *words
+        )
+
+
+class TestModelFolder:
+    def test_knows_what_its_training_truncated_to_within_what_its_positions_allow(
+        self, words: list[str], tmp_path: Path
+    ) -> None:
+        for length, kept in ((10, 10), (500, 64)):
+            assert main(["train", *words, "--max-length", str(length), "--overwrite"]) == 0
+            assert load_checkpoint(str(tmp_path / "model")).model.config.max_seq_length == kept
+
+    @pytest.mark.parametrize("recipe", ["two-stage", "joint", "alternating", "best"])
+    def test_is_a_model_with_its_log_and_drawing(self, recipe: str, words: list[str], tmp_path: Path) -> None:
+        assert main(["train", *words, "--recipe", recipe]) == 0
+
+        model = load_checkpoint(str(tmp_path / "model")).model
+        records = read_log(tmp_path / "model" / "training_log.jsonl")
+        drawing = ElementTree.parse(tmp_path / "model" / "training_log.svg")
+        assert model.config.num_hidden_layers == 5
+        assert records[-1]["done"]
+        assert drawing.getroot().tag.endswith("svg")
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["data.csv", "model"]
+
+    def test_off_ramps_alone_keep_the_rest_of_the_model(
+        self, words: list[str], saved_model: Path, tmp_path: Path
+    ) -> None:
+        place = words.index("--epochs")
+        assert main(["train", *words[:place], *words[place + 2 :], "--recipe", "off-ramps"]) == 0
+
+        before, after = (
+            load_checkpoint(str(folder)).model.state_dict() for folder in (saved_model, tmp_path / "model")
+        )
+        assert {n for n in before if not before[n].equal(after[n])} == {
+            n for n in before if n.startswith("off_ramps.")
+        }
+
+    def test_from_a_classifier_the_weights_are_kept(
+        self, words: list[str], tokenizer: Any, tmp_path: Path
+    ) -> None:
+        from transformers import BertConfig, BertForSequenceClassification
+
+        from tests.conftest import VOCABULARY
+
+        names = dict(enumerate(LABELS.split(",")))
+        config = BertConfig(
+            vocab_size=len(VOCABULARY),
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=48,
+            max_position_embeddings=64,
+            id2label=names,
+            label2id={name: i for i, name in names.items()},
+        )
+        classifier = BertForSequenceClassification(config)
+        classifier.save_pretrained(tmp_path / "classifier")
+        tokenizer.save_pretrained(tmp_path / "classifier")
+        data, output = words[words.index("--data") + 1], str(tmp_path / "model")
+
+        start = ["--from-classifier", str(tmp_path / "classifier"), "--labels", LABELS]
+        assert main(["train", *start, "--data", data, "--output", output, "--precision", "float32"]) == 0
+
+        model = load_checkpoint(output).model
+        assert model.final_classifier.classifier.weight.equal(classifier.classifier.weight)
+        kept = classifier.bert.encoder.state_dict()
+        assert all(value.equal(kept[name]) for name, value in model.backbone.encoder.state_dict().items())
+
+
+class TestDrawing:
+    def test_has_a_curve_for_each_trained_classifier_of_each_stage(self, tmp_path: Path) -> None:
+        log = tmp_path / "log.jsonl"
+        records: list[dict[str, Any]] = [
+            {"stage": 1, "step": s, "losses": {"3": 1 / s}, "seconds": float(s)} for s in (1, 2, 3)
+        ]
+        records.append({"stage": 1, "step": 3, "held_out_loss": 1.0, "held_out_losses": {"3": 0.5}})
+        records += [{"stage": 2, "step": s, "losses": {"1": 2.0, "2": 1.0}, "seconds": 9.0} for s in (1, 2)]
+        log.write_text("".join(json.dumps(r) + "\n" for r in records))
+
+        drawing = draw_training_log(log)
+
+        text = drawing.read_text()
+        assert drawing == tmp_path / "log.svg"
+        assert text.count("cross-entropy after each layer") >= 2
+        # matplotlib names curves line2d_…; the two stages' panels hold 2 (trained, held out) and 2 (off-ramps).
+        assert [text.count(f'id="axes_{i}"') for i in (1, 2, 3)] == [1, 1, 0]
+
+    def test_an_empty_log_draws_nothing_and_does_not_fail(self, tmp_path: Path) -> None:
+        (tmp_path / "log.jsonl").write_text("")
+
+        assert draw_training_log(tmp_path / "log.jsonl").exists()
+
+
+class TestRecipesJob:
+    def test_every_variant_is_a_recipe_and_builds_on_variants(self) -> None:
+        for name, variant in VARIANTS.items():
+            assert isinstance(described(**variant.flags), Recipe), name
+            assert {variant.start, variant.teacher} - {None} <= set(VARIANTS)
+
+    def test_accuracy_between_operating_points(self) -> None:
+        points = [(1.0, 0.9), (2.0, 0.8), (4.0, 0.6)]
+
+        assert accuracy_at(points, 1.5) == pytest.approx(0.85)
+        assert accuracy_at(points, 4.0) == pytest.approx(0.6)
+        assert accuracy_at(points, 4.1) is None
+
+    def test_trains_what_a_variant_builds_on_and_does_nothing_twice(
+        self, saved_model: Path, tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        from transformers import BertConfig, BertModel
+
+        from tests.conftest import VOCABULARY
+
+        shape = {
+            "vocab_size": len(VOCABULARY),
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+        }
+        BertModel(BertConfig(**shape, intermediate_size=48)).save_pretrained(tmp_path / "backbone")
+        tokenizer.save_pretrained(tmp_path / "backbone")
+        (tmp_path / "data.csv").write_text(DATA)
+        data = str(tmp_path / "data.csv")
+        words = ["--backbone", str(tmp_path / "backbone"), "--data", data, "--evaluation-data", data]
+        words += ["--output", str(tmp_path / "out"), "--variants", "taught", "--precision", "float32"]
+
+        assert recipes_job.execute(words, prog="recipes") == 0
+        first = capsys.readouterr().out
+        trained = (tmp_path / "out" / "taught" / "model.safetensors").stat()
+        assert recipes_job.execute(words, prog="recipes") == 0
+
+        assert first.splitlines()[0].startswith("| variant | full depth | 2× | 3× | 4× |")
+        assert first.splitlines()[2].startswith("| taught |")
+        assert capsys.readouterr().out == first
+        assert (tmp_path / "out" / "taught" / "model.safetensors").stat() == trained
+        assert sorted(json.loads((tmp_path / "out" / "results.json").read_text())) == ["taught", "two-stage"]
+
+
+def test_python_users_get_the_model_back(words: list[str], tmp_path: Path, saved_model: Path) -> None:
+    model = train(
+        TrainJob(
+            from_model=str(saved_model),
+            data=str(tmp_path / "data.csv"),
+            labels=tuple(LABELS.split(",")),
+            output=str(tmp_path / "model"),
+            recipe="joint",
+            epochs=1,
+            precision="float32",
+        )
+    )
+
+    assert not model.training
