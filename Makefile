@@ -24,8 +24,9 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# Two at a time, a file's tests together: most of them wait for processes to start.
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # 200 random kills (an hour); FAULTS.jsonl gets a line per seed.
 test-faults: setup
