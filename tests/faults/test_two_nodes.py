@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 from ray.cluster_utils import Cluster
 
-from tests.clusters import Head
+from tests.clusters import Head, Node
 from tests.faults.harness import (
     DEADLINE_SECONDS,
     Answers,
@@ -39,45 +38,53 @@ def run(saved_model: Path, corpus: Path, tmp_path: Path) -> Iterator[Run]:
     run.kill_all()
 
 
+@dataclass(frozen=True)
+class TwoNodes:
+    """A cluster of real `ray start` processes, and what a run on it says when nobody disturbs it."""
+
+    head: Head
+    other: Node
+    answers: Answers
+    wall_seconds: float
+
+
 @pytest.fixture(scope="module")
-def undisturbed(saved_model: Path, corpus: Path) -> Answers:
-    run = Run(saved_model, corpus, corpus.parent / "undisturbed")
-    try:
-        run.finish()
-    finally:
-        run.kill_all()
-    return read_answers(run)
-
-
-def finish_without(kill: Any, run: Run) -> float:
-    """Run on both nodes, kill one of them under way; seconds from the kill to the end."""
-    process = run.start()
-    wait_until(lambda: len(run.replica_pids()) == 2, process)
-    started = time.monotonic()
-    kill()
-    _, said = process.communicate(timeout=DEADLINE_SECONDS)
-    assert process.returncode == 0, said
-    return time.monotonic() - started
-
-
-def test_a_killed_node_s_rows_are_done_by_the_other(run: Run, undisturbed: Answers) -> None:
+def two_nodes(saved_model: Path, corpus: Path) -> Iterator[TwoNodes]:
     head = Head(cpus=1)
     try:
         other = head.add_node(cpus=1)
-        run.extra = ("--ray-address", head.address)
         try:
-            seconds = finish_without(other.kill, run)
+            run = Run(
+                saved_model, corpus, corpus.parent / "undisturbed", extra=("--ray-address", head.address)
+            )
+            run.finish()
+            assert len(run.replica_pids()) == 2
+            yield TwoNodes(head, other, read_answers(run), run.record["attempts"][-1]["wall_seconds"])
         finally:
             other.stop()
     finally:
         head.stop()
-    assert_complete(run, undisturbed)
-    attempt = run.record["attempts"][-1]
-    print(json.dumps({"seconds_after_the_kill": round(seconds, 1), "wall_seconds": attempt["wall_seconds"]}))
+
+
+def finish_without(kill: Callable[[], None], run: Run) -> None:
+    """Run on both nodes and kill one of them under way."""
+    process = run.start()
+    wait_until(lambda: len(run.replica_pids()) == 2, process)
+    kill()
+    _, said = process.communicate(timeout=DEADLINE_SECONDS)
+    assert process.returncode == 0, said
+
+
+def test_a_killed_node_s_rows_are_done_by_the_other(run: Run, two_nodes: TwoNodes) -> None:
+    run.extra = ("--ray-address", two_nodes.head.address)
+    finish_without(two_nodes.other.kill, run)
+    assert_complete(run, two_nodes.answers)
+    taken = run.record["attempts"][-1]["wall_seconds"]
+    print(json.dumps({"undisturbed_seconds": two_nodes.wall_seconds, "one_node_killed_seconds": taken}))
 
 
 def test_a_cluster_that_loses_a_node_finishes(
-    run: Run, undisturbed: Answers, monkeypatch: pytest.MonkeyPatch
+    run: Run, two_nodes: TwoNodes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 200 << 20})
@@ -87,4 +94,4 @@ def test_a_cluster_that_loses_a_node_finishes(
         finish_without(lambda: cluster.remove_node(other, allow_graceful=False), run)
     finally:
         cluster.shutdown()
-    assert_complete(run, undisturbed)
+    assert_complete(run, two_nodes.answers)
