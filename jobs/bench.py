@@ -103,7 +103,7 @@ class BenchJob:
     )
     seed: int = flag("of random weights and texts", default=42, parse=int)
     quick: bool = flag(
-        "seconds instead of minutes: a tiny model, few texts, 2 rounds; proves only that it runs",
+        "seconds instead of minutes: a tiny model, few texts, one round; proves only that it runs",
         default=False,
     )
     output: str = flag("folder of the dated result", default="jobs/bench_results")
@@ -169,7 +169,7 @@ def _quick(job: BenchJob) -> BenchJob:
     small: dict[str, Any] = {
         "model": "tiny",
         "samples": 48,
-        "repetitions": 2,
+        "repetitions": 1,
         "mean_exit_layers": (6.0,),
         "micro_batch_tokens": (256,),
         "shards": (2, 8),

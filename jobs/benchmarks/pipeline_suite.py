@@ -34,6 +34,7 @@ def run(workload: Workload, settings: BenchSettings) -> dict[str, Any]:
         timed = take_turns(
             _contenders(workload, settings, session, Path(folder)),
             repetitions=settings.repetitions,
+            warm_up=settings.ray_warm_up,
             device=settings.torch_device,
             title="pipeline",
         )

@@ -53,7 +53,7 @@ def _replicas(
         for n in counts
         for corpus_ in (corpus, row)
     }
-    timed = take_turns(jobs, repetitions=settings.repetitions, title="replicas")
+    timed = take_turns(jobs, repetitions=settings.repetitions, warm_up=settings.ray_warm_up, title="replicas")
     pairs = {n: (timed[f"{n} replicas, corpus"], timed[f"{n} replicas, row"]) for n in counts}
     rates = {n: _rate(whole, start, len(workload.texts)) for n, (whole, start) in pairs.items()}
     return [
@@ -88,7 +88,7 @@ def _shards(workload: Workload, settings: BenchSettings, folder: Path) -> list[d
         )
         for shards in settings.shards
     }
-    timed = take_turns(jobs, repetitions=settings.repetitions, title="shards")
+    timed = take_turns(jobs, repetitions=settings.repetitions, warm_up=settings.ray_warm_up, title="shards")
     return [
         {
             "shards": shards,

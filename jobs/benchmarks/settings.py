@@ -42,6 +42,11 @@ class BenchSettings:
         return DTYPES[self.precision]
 
     @property
+    def ray_warm_up(self) -> int:
+        """Uncounted rounds of whole jobs: one, for Ray's own first times; none for a single trial round."""
+        return min(1, self.repetitions - 1)
+
+    @property
     def torch_device(self) -> torch.device:
         """As torch wants it."""
         return torch.device(self.device)
