@@ -16,10 +16,10 @@ from deebert.memory import keep_freed_memory
 torch.set_num_threads(1)
 if {keep}:
     assert keep_freed_memory()
-x, w = torch.ones(2048, 768), torch.ones(1536, 768)
+x = torch.ones(2048, 1536)
 
 def layer():
-    a = torch.nn.functional.linear(x, w)
+    a = x * 2
     b = a + 1
     return b * a
 
