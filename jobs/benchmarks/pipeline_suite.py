@@ -29,10 +29,9 @@ _START = ", one row"
 
 def run(workload: Workload, settings: BenchSettings) -> dict[str, Any]:
     """Time every contender; JSON-ready."""
-    with tempfile.TemporaryDirectory() as folder, RaySession() as session:
-        session.start()
+    with tempfile.TemporaryDirectory() as folder:
         timed = take_turns(
-            _contenders(workload, settings, session, Path(folder)),
+            _contenders(workload, settings, Path(folder)),
             repetitions=settings.repetitions,
             warm_up=settings.ray_warm_up,
             device=settings.torch_device,
@@ -42,9 +41,7 @@ def run(workload: Workload, settings: BenchSettings) -> dict[str, Any]:
     return {"contenders": [_row(name, timed, workload) for name in names]}
 
 
-def _contenders(
-    workload: Workload, settings: BenchSettings, session: RaySession, folder: Path
-) -> dict[str, Callable[[], int]]:
+def _contenders(workload: Workload, settings: BenchSettings, folder: Path) -> dict[str, Callable[[], int]]:
     corpora = {
         "": ray_jobs.write_corpus(workload.texts, folder / "corpus.parquet"),
         _START: ray_jobs.write_corpus(workload.texts[:1], folder / "row.parquet"),
@@ -52,7 +49,7 @@ def _contenders(
     whole = ray_jobs.save_whole(workload.checkpoint, folder / "model")
     plain = ray_jobs.save_plain(workload.checkpoint, folder / "plain")
     one_layer = ray_jobs.save_one_layer(workload.checkpoint, folder / "one-layer")
-    there_is = session.resources()
+    there_is = RaySession().resources()
     placement = place(
         there_is, on_gpus=settings.device == "cuda", replicas=None, threads=None, weight_bytes=0
     )

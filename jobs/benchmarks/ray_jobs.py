@@ -1,6 +1,7 @@
 """Whole jobs on Ray, as contenders: `classify`, and Ray Data with a transformers pipeline.
 
-Texts from Parquet, answers to Parquet. Knows nothing of time.
+Texts from Parquet, answers to Parquet, each job on a local Ray of its own: as users run it, and so that no
+job waits for what another has left behind. Knows nothing of time.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from deebert.checkpoint import Checkpoint
 from deebert.config import DeeBertConfig
 from deebert.modeling import DeeBertForSequenceClassification
 from jobs.benchmarks.settings import BenchSettings
+from pipeline.cluster import RaySession
 from pipeline.config import ClassifyConfig, Replicas
 from pipeline.run import classify
 
@@ -77,6 +79,11 @@ class RayDataJob:
 
     def __call__(self) -> int:
         """Run the job; returns the rows written."""
+        with RaySession() as session:
+            session.start()
+            return self._run()
+
+    def _run(self) -> int:
         import ray.data
 
         logging.getLogger("ray.data").setLevel(logging.ERROR)

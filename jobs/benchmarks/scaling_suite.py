@@ -22,11 +22,10 @@ _SHARDS_PER_REPLICA = 8
 
 def run(workload: Workload, settings: BenchSettings) -> dict[str, Any]:
     """Time every size; JSON-ready."""
-    with tempfile.TemporaryDirectory() as folder, RaySession() as session:
-        session.start()
-        there_is = session.resources()
-        most = there_is.gpus if settings.device == "cuda" else there_is.cores
-        counts = [n for n in _REPLICAS if n <= max(1, most)]
+    there_is = RaySession().resources()
+    most = there_is.gpus if settings.device == "cuda" else there_is.cores
+    counts = [n for n in _REPLICAS if n <= max(1, most)]
+    with tempfile.TemporaryDirectory() as folder:
         return {
             "replicas": _replicas(workload, settings, Path(folder), counts),
             "shards": _shards(workload, settings, Path(folder)),
