@@ -1,10 +1,10 @@
-# make setup | check | test | demo | replicate | clean; test-faults, test-thorough, fuzz and soak take longer. Every target does its own set-up.
+# make setup | check | test | demo | replicate | bench | clean. Every target does its own set-up.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: setup check format test test-faults test-bad-input test-thorough fuzz soak demo replicate clean
+.PHONY: setup check format test test-faults test-bad-input test-thorough fuzz soak demo replicate bench bench-gpu clean
 
 setup: $(VENV)/.ready
 
@@ -54,6 +54,17 @@ demo: setup
 ASSETS ?= $(or $(DEEBERT_ASSETS),../shared/assets)
 replicate: setup
 	$(BIN)/python -m jobs.replicate --assets $(ASSETS)
+
+# Engine and pipeline against baselines on this machine; results in jobs/bench_results/.
+bench: setup
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[bench]'
+	$(BIN)/python -m jobs.bench --suite all
+
+# One call on a machine with a GPU: parity first, then speed, regrouping against shrinking over micro-batch budgets.
+bench-gpu: setup
+	$(BIN)/python -m pytest -q tests/gpu
+	$(BIN)/python -m jobs.bench --suite engine --device cuda --precision bfloat16 --model bert-base \
+	  --lengths 128 --samples 16384 --micro-batch-tokens 4096,16384,65536,262144 --batch-size 256
 
 clean:
 	rm -rf $(VENV) .demo .replicate build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

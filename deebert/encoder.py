@@ -18,6 +18,7 @@ from transformers.activations import ACT2FN
 
 from deebert.attention import varlen_attention
 from deebert.backbones import Family, family_of
+from deebert.memory import keep_freed_memory
 from deebert.modeling import DeeBertForSequenceClassification
 from deebert.packing import PackedTokens, SequenceLayout
 
@@ -92,6 +93,8 @@ class PackedEncoder:
         """Copy the weights of `model`; the model itself is neither changed nor kept."""
         config, backbone = model.config, model.config.backbone_config
         self.device = torch.device(device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.dtype = dtype
         self.num_layers: int = config.num_hidden_layers
         self.num_labels = len(model.final_classifier.classifier.weight)

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 IntArray = npt.NDArray[np.int64]
+# Of 1, 4, 8 and 16, the fastest for attention on sentences and level on long texts.
+_PADDED_TO = 8
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -64,11 +66,13 @@ class SequenceLayout:
 
         A run is a dense (number, length, …) tensor without a copy.
         """
-        if not len(self.lengths):
-            return ()
-        first = np.concatenate(([0], np.flatnonzero(np.diff(self.lengths)) + 1))
-        count = np.diff(np.append(first, len(self.lengths)))
-        return tuple(zip(first.tolist(), count.tolist(), self.lengths[first].tolist(), strict=True))
+        return _runs(self.lengths)
+
+    @cached_property
+    def padded(self) -> PaddedLayout:
+        """The same sequences, each padded to a multiple of a few tokens, so that neighbours of about equal
+        length are one dense tensor."""
+        return PaddedLayout.of(self)
 
     def token_index(self, sequences: IntArray) -> IntArray:
         """Row numbers of the tokens of `sequences` (indices), in the order given; (T',) int64."""
@@ -76,6 +80,37 @@ class SequenceLayout:
         ends = np.cumsum(lengths)
         shift = self.offsets[sequences] - (ends - lengths)
         return np.repeat(shift, lengths) + np.arange(int(lengths.sum()))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PaddedLayout:
+    """Where the tokens of packed sequences go when each sequence is padded a little; tensors on the host."""
+
+    runs: tuple[tuple[int, int, int], ...]
+    """Like `SequenceLayout.runs`, of the padded lengths."""
+    source: Tensor
+    """(padded_tokens,) int64: the packed row of each padded row; padding repeats row 0."""
+    padding: Tensor
+    """int64: the padded rows that are padding."""
+    target: Tensor
+    """(total_tokens,) int64: the padded row of each packed row."""
+
+    @classmethod
+    def of(cls, layout: SequenceLayout) -> PaddedLayout:
+        """Pad each sequence of `layout` to a multiple of `_PADDED_TO` tokens."""
+        lengths = -(-layout.lengths // _PADDED_TO) * _PADDED_TO
+        offsets = _offsets(lengths)
+        target = np.repeat(offsets[:-1] - layout.offsets[:-1], layout.lengths) + np.arange(
+            layout.total_tokens
+        )
+        source, is_padding = np.zeros(offsets[-1], np.int64), np.ones(offsets[-1], np.bool_)
+        source[target], is_padding[target] = np.arange(layout.total_tokens), False
+        return cls(
+            runs=_runs(lengths),
+            source=torch.from_numpy(source),
+            padding=torch.from_numpy(np.flatnonzero(is_padding)),
+            target=torch.from_numpy(target),
+        )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -164,6 +199,14 @@ class PackedTokens:
                 lengths=layout.lengths, cu_seqlens=layout.cu_seqlens.to(device, non_blocking=True)
             ),
         )
+
+
+def _runs(lengths: IntArray) -> tuple[tuple[int, int, int], ...]:
+    if not len(lengths):
+        return ()
+    first = np.concatenate(([0], np.flatnonzero(np.diff(lengths)) + 1))
+    count = np.diff(np.append(first, len(lengths)))
+    return tuple(zip(first.tolist(), count.tolist(), lengths[first].tolist(), strict=True))
 
 
 def _offsets(lengths: IntArray) -> IntArray:

@@ -21,6 +21,7 @@ VERBS = {
     "classify": "classify a corpus on Ray into Parquet",
     "stream": "classify stdin to stdout, each sample the moment it exits",
     "report": "what a run cost and saved, as a table and an HTML page",
+    "bench": "measure engine and pipeline against baselines",
 }
 
 _HOW_TO_GO_ON = {

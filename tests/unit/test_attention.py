@@ -8,7 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from deebert.attention import varlen_attention
+from deebert.attention import (
+    _onednn_multiplies_bfloat16,
+    _products_by_run,
+    _sdpa_by_run,
+    varlen_attention,
+)
 from deebert.packing import SequenceLayout
 
 
@@ -71,3 +76,62 @@ def test_keeps_bfloat16() -> None:
     assert out.dtype == torch.bfloat16
     expected = torch.cat([plain_attention(part) for part in qkv.float().split([2, 4])])
     torch.testing.assert_close(out.float(), expected, atol=2e-2, rtol=0)
+
+
+class TestBfloat16OnCpus:
+    """Batched products without the row maximum, held to float32."""
+
+    @pytest.fixture(autouse=True)
+    def _needs_bfloat16(self) -> None:
+        if not _onednn_multiplies_bfloat16():
+            pytest.skip("this CPU does not multiply bfloat16")
+
+    @pytest.mark.parametrize(
+        "lengths", [[1], [7], [8, 8, 3], [1, 2, 3, 4], [25, 1, 9, 9, 30], [40, 8, 40], [300, 299, 2]]
+    )
+    def test_is_within_rounding_of_float32(self, lengths: list[int]) -> None:
+        layout = SequenceLayout.of(lengths)
+        qkv = random_qkv(layout.total_tokens).bfloat16()
+
+        attended = _products_by_run(qkv, layout.padded)
+
+        assert attended is not None
+        exact = varlen_attention(qkv.float(), layout)
+        # Values are of order 1; bfloat16 keeps 8 bits, and scores, sums and quotients are each rounded to it.
+        torch.testing.assert_close(attended.float(), exact, atol=0.03, rtol=0)
+        assert (attended.float() - exact).pow(2).mean().sqrt() < 0.005
+
+    def test_more_scores_than_are_held_at_a_time(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        layout = SequenceLayout.of([5, 6, 7, 8, 8, 8, 30])
+        qkv = random_qkv(layout.total_tokens).bfloat16()
+        at_once = _products_by_run(qkv, layout.padded)
+
+        monkeypatch.setattr("deebert.attention._MOST_SCORES", 2 * 2 * 8 * 8)
+
+        assert torch.equal(_products_by_run(qkv, layout.padded), at_once)  # type: ignore[arg-type]
+
+    def test_padding_counts_for_nothing(self) -> None:
+        # One sequence of 3 is padded to 8: were its padding to count, the mean of its values would shrink.
+        qkv = torch.zeros(3, 3, 2, 8, dtype=torch.bfloat16)
+        qkv[:, 2] = 1.0
+
+        out = _products_by_run(qkv, SequenceLayout.of([3]).padded)
+
+        assert out is not None
+        assert torch.equal(out, torch.ones_like(out))
+
+    @pytest.mark.parametrize("size", [200.0, 1e4])
+    def test_scores_out_of_range_take_the_slower_way(self, size: float) -> None:
+        layout = SequenceLayout.of([4, 4, 2])
+        qkv = random_qkv(10).bfloat16()
+        qkv[5] *= size
+
+        assert _products_by_run(qkv, layout.padded) is None
+        assert torch.equal(varlen_attention(qkv, layout), _sdpa_by_run(qkv, layout))
+
+    def test_very_negative_scores_take_the_slower_way(self) -> None:
+        qkv = torch.full((2, 3, 1, 8), 20.0, dtype=torch.bfloat16)
+        qkv[:, 1] = -20.0
+
+        assert _products_by_run(qkv, SequenceLayout.of([2]).padded) is None
+        assert varlen_attention(qkv, SequenceLayout.of([2])).eq(20.0).all()

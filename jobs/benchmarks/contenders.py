@@ -1,0 +1,117 @@
+"""Ours: the packed engine at full depth, with exits and regrouping, and with exits but without regrouping.
+
+All run the same encoder over the same tokens. Knows nothing of time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from deebert.cost import ModelShape
+from deebert.encoder import PackedEncoder
+from deebert.exit_policy import ExitPolicy
+from deebert.packing import PackedTokens
+from pipeline.engine import Engine, EngineConfig, EngineStats, Exits
+from pipeline.engine.batch import SampleBatch
+from pipeline.engine.layer_buffer import LayerBuffer
+from pipeline.engine.runner import Runner
+from pipeline.engine.stats import StatsCounter
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Outcome:
+    """The answers of one pass over the workload, and the work it counted."""
+
+    predictions: npt.NDArray[np.int64]
+    """(N,) label ids, in input order."""
+    layer_tokens: int
+    """Σ over layers of tokens run, padding included."""
+    layer_squared_tokens: int
+    """Σ over layers and sequences of squared length as run: what attention costs."""
+    off_ramp_samples: int
+    """Off-ramps (and final classifiers) computed."""
+    steps: int
+    """Batches run through a layer, summed over layers."""
+    exit_layers: npt.NDArray[np.int64] | None = None
+    """(N,) 1-based, of contenders that can exit."""
+
+    def encoder_flops(self, shape: ModelShape) -> float:
+        """FLOPs of the transformer layers: matrix products and attention."""
+        return shape.layer_flops(self.layer_tokens, self.layer_squared_tokens)
+
+    def work(self, shape: ModelShape) -> dict[str, Any]:
+        """JSON-ready."""
+        flops = self.encoder_flops(shape) + shape.off_ramp_flops(self.off_ramp_samples)
+        return {
+            "layer_tokens": self.layer_tokens,
+            "flops": float(f"{flops:.6g}"),
+            "steps": self.steps,
+            "off_ramp_samples": self.off_ramp_samples,
+            "mean_exit_layer": None if self.exit_layers is None else round(float(self.exit_layers.mean()), 4),
+        }
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Packed:
+    """One way to run the packed encoder over the workload."""
+
+    encoder: PackedEncoder
+    tokens: PackedTokens
+    micro_batch_tokens: int
+    make_policy: Callable[[], ExitPolicy]
+    """A policy for one pass: scripted ones count as they go."""
+    regroups: bool = True
+
+    def __call__(self) -> Outcome:
+        """Run every sample once."""
+        run = self._regrouping if self.regroups else self._shrinking
+        predictions = np.empty(len(self.tokens), np.int64)
+        exit_layers = np.zeros(len(self.tokens), np.int64)
+        stats = run(_keep_answers(predictions, exit_layers))
+        assert exit_layers.all()  # every sample left, once
+        return Outcome(
+            predictions=predictions,
+            layer_tokens=stats.layer_tokens,
+            layer_squared_tokens=sum(stats.squared_tokens),
+            off_ramp_samples=sum(stats.off_ramp_samples),
+            steps=sum(stats.steps),
+            exit_layers=exit_layers,
+        )
+
+    def _regrouping(self, keep: Callable[[Exits], None]) -> EngineStats:
+        config = EngineConfig(micro_batch_tokens=self.micro_batch_tokens)
+        engine = Engine(self.encoder, self.make_policy(), config)
+        engine.submit(np.arange(len(self.tokens)), self.tokens)
+        for exits in engine.drain():
+            keep(exits)
+        return engine.stats
+
+    def _shrinking(self, keep: Callable[[Exits], None]) -> EngineStats:
+        """Each micro-batch runs on alone, smaller after every off-ramp: exits as others do them in batches."""
+        runner = Runner(self.encoder, self.make_policy())
+        counter = StatsCounter(self.encoder.num_layers)
+        waiting = LayerBuffer(self.micro_batch_tokens)
+        waiting.put(SampleBatch.from_tokens(np.arange(len(self.tokens)), self.tokens))
+        while len(waiting):
+            batch: SampleBatch | None = waiting.take()
+            for first in runner.segments:
+                if batch is None:
+                    break
+                exits, batch = runner.run(first, batch, counter)
+                keep(exits)
+        return counter.snapshot()
+
+
+def _keep_answers(
+    predictions: npt.NDArray[np.int64], exit_layers: npt.NDArray[np.int64]
+) -> Callable[[Exits], None]:
+    def keep(exits: Exits) -> None:
+        predictions[exits.sample_ids] = exits.logits.argmax(axis=1)
+        exit_layers[exits.sample_ids] = exits.exit_layer
+
+    return keep

@@ -1,0 +1,99 @@
+"""How `classify` scales: with replicas where the work is the model's, with shards where it is everything else."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+from jobs.benchmarks import ray_jobs
+from jobs.benchmarks.ray_jobs import ClassifyJob
+from jobs.benchmarks.settings import BenchSettings
+from jobs.benchmarks.timing import Timed, take_turns
+from jobs.benchmarks.workload import Workload
+from pipeline.cluster import RaySession
+from pipeline.config import Replicas
+
+_REPLICAS = (1, 2, 4)
+_SHARDS_PER_REPLICA = 8
+
+
+def run(workload: Workload, settings: BenchSettings) -> dict[str, Any]:
+    """Time every size; JSON-ready."""
+    there_is = RaySession().resources()
+    most = there_is.gpus if settings.device == "cuda" else there_is.cores
+    counts = [n for n in _REPLICAS if n <= max(1, most)]
+    with tempfile.TemporaryDirectory() as folder:
+        return {
+            "replicas": _replicas(workload, settings, Path(folder), counts),
+            "shards": _shards(workload, settings, Path(folder)),
+        }
+
+
+def _replicas(
+    workload: Workload, settings: BenchSettings, folder: Path, counts: Sequence[int]
+) -> list[dict[str, Any]]:
+    model = ray_jobs.save_whole(workload.checkpoint, folder / "model")
+    corpus = ray_jobs.write_corpus(workload.texts, folder / "corpus.parquet")
+    row = ray_jobs.write_corpus(workload.texts[:1], folder / "row.parquet")
+    # The same shards for all, enough to keep the most replicas busy.
+    shard_rows = max(1, len(workload.texts) // (_SHARDS_PER_REPLICA * counts[-1]))
+    jobs = {
+        f"{n} replicas, {corpus_.stem}": ClassifyJob(
+            model=model,
+            corpus=corpus_,
+            settings=settings,
+            max_length=workload.max_length,
+            replicas=Replicas(n, n),
+            shard_rows=shard_rows,
+        )
+        for n in counts
+        for corpus_ in (corpus, row)
+    }
+    timed = take_turns(jobs, repetitions=settings.repetitions, warm_up=settings.ray_warm_up, title="replicas")
+    pairs = {n: (timed[f"{n} replicas, corpus"], timed[f"{n} replicas, row"]) for n in counts}
+    rates = {n: _rate(whole, start, len(workload.texts)) for n, (whole, start) in pairs.items()}
+    return [
+        {
+            "replicas": n,
+            "seconds": whole.seconds.to_dict(),
+            "start_up_seconds": start.seconds.to_dict(),
+            "rows_per_second": round(len(workload.texts) / whole.seconds.median, 2),
+            "rows_per_second_after_start": round(rates[n], 2),
+            "efficiency": round(rates[n] / (n * rates[counts[0]]), 4),
+        }
+        for n, (whole, start) in pairs.items()
+    ]
+
+
+def _rate(whole: Timed[int], start: Timed[int], rows: int) -> float:
+    return rows / max(whole.seconds.median - start.seconds.median, 1e-9)
+
+
+def _shards(workload: Workload, settings: BenchSettings, folder: Path) -> list[dict[str, Any]]:
+    """The same rows in more and more shards, through a model that costs next to nothing."""
+    model = ray_jobs.save_one_layer(workload.checkpoint, folder / "one-layer")
+    rows = max(settings.shards)
+    corpus = ray_jobs.write_corpus(list(islice(cycle(workload.texts), rows)), folder / "many.parquet")
+    jobs = {
+        f"{shards} shards": ClassifyJob(
+            model=model,
+            corpus=corpus,
+            settings=settings,
+            max_length=workload.max_length,
+            shard_rows=rows // shards,
+        )
+        for shards in settings.shards
+    }
+    timed = take_turns(jobs, repetitions=settings.repetitions, warm_up=settings.ray_warm_up, title="shards")
+    return [
+        {
+            "shards": shards,
+            "rows": rows,
+            "seconds": (seconds := timed[f"{shards} shards"].seconds).to_dict(),
+            "milliseconds_per_shard": round(1000 * seconds.median / shards, 3),
+        }
+        for shards in settings.shards
+    ]

@@ -1,0 +1,56 @@
+"""How a benchmark runs, with everything that the command line may leave open settled."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from deebert.exit_policy import EntropyThreshold
+from deebert.precision import DTYPES, Precision
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchSettings:
+    """What all suites share."""
+
+    device: str
+    """``cpu`` or ``cuda``."""
+    precision: Precision
+    """Ours; rivals name their own."""
+    threads: int
+    """CPU threads of every contender of the engine suite."""
+    repetitions: int
+    """Timed rounds; one more warms up."""
+    batch_size: int
+    """Samples in a padded batch of the rivals."""
+    micro_batch_tokens: tuple[int, ...]
+    """Budgets to try; the first is the pipeline's."""
+    mean_exit_layers: tuple[float, ...]
+    """Of scripted profiles, for a model of 12 layers; scaled to others."""
+    policy: EntropyThreshold
+    """The model's own operating point, or the one asked for; full depth where there is none."""
+    rivals: tuple[str, ...]
+    """Libraries to compare with."""
+    shards: tuple[int, ...]
+    """Numbers of shards that the scaling suite tries."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Ours."""
+        return DTYPES[self.precision]
+
+    @property
+    def ray_warm_up(self) -> int:
+        """Uncounted rounds of whole jobs: one, for Ray's own first times; none for a single trial round."""
+        return min(1, self.repetitions - 1)
+
+    @property
+    def torch_device(self) -> torch.device:
+        """As torch wants it."""
+        return torch.device(self.device)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {**asdict(self), "policy": self.policy.to_dict()}
