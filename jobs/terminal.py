@@ -1,7 +1,8 @@
 """Keeps the terminal for what the user should read.
 
 Ray's C++ side writes to descriptor 2, at every start, warnings about Ray Data's own actors that nobody can
-act on. While a command runs, they go to a file, which is kept only when the command fails.
+act on, and Ray's driver prints to stdout what it hears of dying processes. While a command runs, both go to a
+file, which is kept only when the command fails.
 """
 
 from __future__ import annotations
@@ -26,12 +27,17 @@ def quiet_libraries() -> None:
 
 @contextmanager
 def native_messages_aside() -> Iterator[None]:
-    """While the block runs, descriptor 2 is a file, and Python's stderr and logging keep the terminal."""
+    """While the block runs, descriptors 1 and 2 are a file; Python's stderr and logging keep the terminal.
+
+    Nothing of ours is written to stdout meanwhile; Ray reports there that a process has died.
+    """
+    sys.stdout.flush()
     sys.stderr.flush()
-    before, kept_descriptor = sys.stderr, os.dup(2)
+    before, kept_output, kept_descriptor = sys.stderr, os.dup(1), os.dup(2)
     terminal = os.fdopen(kept_descriptor, "w", buffering=1, closefd=False)
     # Nameless, so that nothing is left behind however the process ends.
     with tempfile.TemporaryFile() as messages:
+        os.dup2(messages.fileno(), 1)
         os.dup2(messages.fileno(), 2)
         _point_python_at(terminal, instead_of=before)
         try:
@@ -40,8 +46,11 @@ def native_messages_aside() -> Iterator[None]:
             _keep(messages)
             raise
         finally:
+            sys.stdout.flush()
+            os.dup2(kept_output, 1)
             os.dup2(kept_descriptor, 2)
             _point_python_at(before, instead_of=terminal)
+            os.close(kept_output)
             os.close(kept_descriptor)
 
 

@@ -44,6 +44,8 @@ class Soak:
     kills: list[str] = field(default_factory=list)
     outputs: int = 0
     rows: int = 0
+    next_kill: float = field(default_factory=time.monotonic)
+    """Due across attempts: what was due while nothing could be killed is done as soon as something can."""
     replica_bytes: list[tuple[float, int]] = field(default_factory=list)
     """Seconds since the start, and the largest replica's resident memory."""
 
@@ -64,19 +66,18 @@ def replica_bytes(driver: int) -> Iterator[int]:
 def attempt(run: Run, soak: Soak, rng: random.Random) -> int:
     """One start of the command, killed or not; its exit code."""
     process = run.start()
-    next_kill = time.monotonic() + rng.expovariate(1 / MEAN_SECONDS_BETWEEN_KILLS)
     give_up = time.monotonic() + HANG_SECONDS
     while process.poll() is None:
         assert time.monotonic() < give_up, "hung"
         soak.replica_bytes += [
             (soak.seconds, size) for size in [max(replica_bytes(process.pid), default=0)] if size
         ]
-        if time.monotonic() >= next_kill and (victim := _victim(run, process.pid, rng)):
+        if time.monotonic() >= soak.next_kill and (victim := _victim(run, process.pid, rng)):
             name, pid = victim
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
                 soak.kills.append(name)
-            next_kill = time.monotonic() + rng.expovariate(1 / MEAN_SECONDS_BETWEEN_KILLS)
+            soak.next_kill += rng.expovariate(1 / MEAN_SECONDS_BETWEEN_KILLS)
         time.sleep(POLL_SECONDS)
     process.communicate()
     run.kill_all()

@@ -14,6 +14,7 @@ print("before", file=sys.stderr)
 try:
     with native_messages_aside():
         os.write(2, b"native\\n")
+        print("to stdout")
         print("printed", file=sys.stderr)
         logging.info("logged")
         if sys.argv[1:]: raise ValueError("no")
@@ -38,5 +39,5 @@ def test_a_failed_run_keeps_the_messages_and_says_where() -> None:
     *said, where, caught, after = run("fail")
     assert (said, caught, after) == (["before", "printed", "logged"], "caught", "after")
     file = Path(where.removeprefix("Ray's own messages are in "))
-    assert file.read_text() == "native\n"
+    assert file.read_text() == "native\nto stdout\n"
     file.unlink()
