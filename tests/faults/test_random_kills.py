@@ -1,6 +1,6 @@
 """Kills drawn at random, at every point of a run: nothing lost, nothing doubled, nothing corrupt, nothing hung.
 
-`make test-faults` runs 40 seeds, 200 kills; every test run takes a sample of them.
+`make test-faults` runs 45 seeds, about 200 kills; every test run takes a sample of them.
 """
 
 from __future__ import annotations
