@@ -16,14 +16,16 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
+from deebert.backbones import family_of
 from deebert.modeling import DeeBertForSequenceClassification
 
 
 def gradient_scales(model: DeeBertForSequenceClassification) -> dict[str, float]:
     """One over the number of classifiers that each of the backbone's parameters feeds, by parameter name."""
     layers = (*model.config.off_ramp_layers, model.config.num_hidden_layers)
+    inside = f"backbone.{family_of(model.config.backbone_config).layers}."
     return {
-        name: 1 / sum(at >= _depth(name) for at in layers)
+        name: 1 / sum(at >= _depth(name, inside) for at in layers)
         for name, _ in model.named_parameters()
         if name.startswith("backbone.")
     }
@@ -45,10 +47,9 @@ def gradient_equilibrium(model: DeeBertForSequenceClassification) -> Iterator[No
             handle.remove()
 
 
-def _depth(name: str) -> int:
-    """1-based layer of a backbone parameter; the embeddings lie at 0."""
-    _, found, after = name.partition("encoder.layer.")
-    return int(after.split(".")[0]) + 1 if found else 0
+def _depth(name: str, inside: str) -> int:
+    """1-based layer of a backbone parameter, whose name then begins with `inside`; the embeddings lie at 0."""
+    return int(name.removeprefix(inside).split(".")[0]) + 1 if name.startswith(inside) else 0
 
 
 def _times(scale: float) -> Callable[[Tensor], Tensor]:

@@ -205,7 +205,7 @@ class TestEquilibrium:
                 own = sum(g.get(name, torch.tensor(0.0)) for g in alone)
                 torch.testing.assert_close(found, own, rtol=1e-5, atol=1e-7)
                 continue
-            layer = int(name.split("layer.")[1].split(".")[0]) if "encoder" in name else 0
+            layer = int(name.split(".layer.")[1].split(".")[0]) if ".layer." in name else 0
             parts = [g[name] for g in alone[layer:]]
             # From the top: what a layer gets is (own classifier + (k - i) · what the layer above got) / (k - i + 1).
             expected = parts[-1]
