@@ -32,7 +32,8 @@ from deebert.training import (
 from jobs import recipes as recipes_job
 from jobs.cli import main
 from jobs.recipes import VARIANTS, accuracy_at
-from jobs.train import _RECIPE_NAMES, TrainJob, recipe_of, train
+from jobs.train import _RECIPE_NAMES, TrainJob, train
+from jobs.train_recipe import recipe_of
 from jobs.training_plot import draw_training_log
 
 

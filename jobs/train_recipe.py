@@ -1,0 +1,117 @@
+"""The flags of `deebert train` as a recipe. Knows nothing of data, models or folders."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import UsageError
+
+if TYPE_CHECKING:
+    from deebert.training import BackboneStage, Distillation, OffRampStage, Recipe, Teacher
+    from jobs.train import TrainJob
+
+
+def recipe_of(job: TrainJob) -> Recipe:
+    """The recipe that the flags describe.
+
+    Raises:
+        RecipeError: they contradict each other.
+    """
+    from deebert.precision import resolve_precision
+    from deebert.training import RECIPES, EarlyStopping
+
+    named = RECIPES[job.recipe]
+    keeps_weights = job.from_classifier is not None
+    return replace(
+        named,
+        stage_1=None if keeps_weights or named.stage_1 is None else _stage_1(job, named.stage_1),
+        stage_2=_stage_2(job, named.stage_2),
+        early_stopping=None
+        if job.held_out is None
+        else EarlyStopping(held_out=job.held_out, patience=job.patience, every_steps=job.evaluate_every),
+        seed=job.seed,
+        precision=resolve_precision(job.precision),
+        checkpoint_steps=job.checkpoint_steps,
+    )
+
+
+def _stage_1(job: TrainJob, stage: BackboneStage) -> BackboneStage:
+    from deebert.training import Joint
+
+    objective = stage.objective
+    if isinstance(objective, Joint):
+        objective = replace(
+            objective,
+            **_given(weighting=job.weighting, off_ramp_learning_rate=job.off_ramp_learning_rate),
+            self_distillation=_distillation(job, objective.self_distillation),
+        )
+    return replace(
+        stage,
+        objective=objective,
+        teacher=_teacher(job),
+        **_given(
+            epochs=job.epochs,
+            batch_size=job.batch_size,
+            learning_rate=job.learning_rate,
+            weight_decay=job.weight_decay,
+            warmup_share=job.warmup,
+            accumulation_steps=job.accumulation_steps,
+        ),
+    )
+
+
+def _stage_2(job: TrainJob, stage: OffRampStage | None) -> OffRampStage | None:
+    from deebert.training import PAPER_STAGE_2, OffRampStage
+
+    if job.stage_2 == "none" or (job.stage_2 is None and stage is None):
+        if job.off_ramp_epochs is not None or job.off_ramp_batch_size is not None:
+            raise UsageError(
+                "--off-ramp-epochs and --off-ramp-batch-size are for stage 2, which this training has not: give "
+                "--stage-2 fast or leave them out"
+            )
+        return None
+    distillation = _distillation(job, None if stage is None else stage.self_distillation)
+    mode = job.stage_2 or (stage or OffRampStage()).mode
+    if stage is None or stage.mode != mode:
+        stage = PAPER_STAGE_2 if mode == "exact" else OffRampStage()
+    return replace(
+        stage,
+        self_distillation=distillation,
+        **_given(
+            epochs=job.off_ramp_epochs,
+            batch_size=job.off_ramp_batch_size,
+            learning_rate=job.off_ramp_learning_rate,
+            weight_decay=job.weight_decay,
+            warmup_share=job.warmup,
+            accumulation_steps=job.accumulation_steps if mode == "exact" else None,
+        ),
+    )
+
+
+def _distillation(job: TrainJob, named: Distillation | None) -> Distillation | None:
+    from deebert.training import Distillation
+
+    if job.self_distillation is None:
+        return None if named is None else replace(named, temperature=job.temperature)
+    if job.self_distillation == 0:
+        return None
+    return Distillation(weight=job.self_distillation, temperature=job.temperature)
+
+
+def _teacher(job: TrainJob) -> Teacher | None:
+    from deebert.training import Teacher
+
+    if job.teacher is None:
+        return None
+    return Teacher(
+        folder=job.teacher,
+        weight=job.teacher_weight,
+        temperature=job.temperature,
+        hidden_weight=job.teacher_hidden_weight,
+    )
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    """The flags that were given."""
+    return {name: value for name, value in values.items() if value is not None}
