@@ -2,7 +2,8 @@
 
 Ray's C++ side writes to descriptor 2, at every start, warnings about Ray Data's own actors that nobody can
 act on, and Ray's driver prints to stdout what it hears of dying processes. While a command runs, both go to a
-file, which is kept only when the command fails.
+file, which is kept when the command fails, or dies without a word: Ray's C++ side ends the process itself when
+it loses its node, and says why in that file alone.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import IO, TextIO
+from pathlib import Path
+from typing import TextIO
 
 log = logging.getLogger(__name__)
 
@@ -35,31 +37,27 @@ def native_messages_aside() -> Iterator[None]:
     sys.stderr.flush()
     before, kept_output, kept_descriptor = sys.stderr, os.dup(1), os.dup(2)
     terminal = os.fdopen(kept_descriptor, "w", buffering=1, closefd=False)
-    # Nameless, so that nothing is left behind however the process ends.
-    with tempfile.TemporaryFile() as messages:
+    with tempfile.NamedTemporaryFile(prefix="deebert-messages-", suffix=".log", delete=False) as messages:
         os.dup2(messages.fileno(), 1)
         os.dup2(messages.fileno(), 2)
-        _point_python_at(terminal, instead_of=before)
-        try:
-            yield
-        except Exception:
-            _keep(messages)
-            raise
-        finally:
-            sys.stdout.flush()
-            os.dup2(kept_output, 1)
-            os.dup2(kept_descriptor, 2)
-            _point_python_at(before, instead_of=terminal)
-            os.close(kept_output)
-            os.close(kept_descriptor)
-
-
-def _keep(messages: IO[bytes]) -> None:
-    messages.seek(0)
-    if content := messages.read():
-        with tempfile.NamedTemporaryFile(prefix="deebert-messages-", suffix=".log", delete=False) as file:
-            file.write(content)
-        log.error("Ray's own messages are in %s", file.name)
+    path = Path(messages.name)
+    is_kept = False
+    _point_python_at(terminal, instead_of=before)
+    try:
+        yield
+    except Exception:
+        if is_kept := path.stat().st_size > 0:
+            log.error("Ray's own messages are in %s", path)
+        raise
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept_output, 1)
+        os.dup2(kept_descriptor, 2)
+        _point_python_at(before, instead_of=terminal)
+        os.close(kept_output)
+        os.close(kept_descriptor)
+        if not is_kept:
+            path.unlink()
 
 
 def _point_python_at(stream: TextIO, *, instead_of: TextIO) -> None:

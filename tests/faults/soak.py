@@ -12,6 +12,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -67,7 +68,7 @@ def attempt(run: Run, soak: Soak, rng: random.Random) -> int:
     """One start of the command, killed or not; its exit code."""
     process = run.start()
     give_up = time.monotonic() + HANG_SECONDS
-    while process.poll() is None:
+    while not _ended(process):
         assert time.monotonic() < give_up, "hung"
         soak.replica_bytes += [
             (soak.seconds, size) for size in [max(replica_bytes(process.pid), default=0)] if size
@@ -78,10 +79,17 @@ def attempt(run: Run, soak: Soak, rng: random.Random) -> int:
                 os.kill(pid, signal.SIGKILL)
                 soak.kills.append(name)
             soak.next_kill += rng.expovariate(1 / MEAN_SECONDS_BETWEEN_KILLS)
-        time.sleep(POLL_SECONDS)
-    process.communicate()
     run.kill_all()
     return int(process.returncode)
+
+
+def _ended(process: subprocess.Popen[str]) -> bool:
+    """Whether it ended within a moment; reads what it says meanwhile, or a full pipe would stop it."""
+    try:
+        process.communicate(timeout=POLL_SECONDS)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
 
 
 def _victim(run: Run, driver: int, rng: random.Random) -> tuple[str, int] | None:

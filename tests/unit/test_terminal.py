@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,27 +18,40 @@ try:
         print("to stdout")
         print("printed", file=sys.stderr)
         logging.info("logged")
-        if sys.argv[1:]: raise ValueError("no")
+        if "fail" in sys.argv: raise ValueError("no")
+        if "die" in sys.argv: os._exit(1)
 except ValueError:
     logging.info("caught")
 os.write(2, b"after\\n")
 """
 
 
-def run(*arguments: str) -> list[str]:
+def run(folder: Path, *arguments: str) -> list[str]:
+    """What the program says; its temporary files go to `folder`."""
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *arguments], capture_output=True, text=True, check=True
+        [sys.executable, "-c", PROGRAM, *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TMPDIR": str(folder)},
     )
+    assert done.returncode == int("die" in arguments)
     return done.stderr.splitlines()
 
 
-def test_a_good_run_shows_its_own_words_only() -> None:
-    assert run() == ["before", "printed", "logged", "after"]
+def test_a_good_run_shows_its_own_words_only(tmp_path: Path) -> None:
+    assert run(tmp_path) == ["before", "printed", "logged", "after"]
+    assert not list(tmp_path.iterdir())
 
 
-def test_a_failed_run_keeps_the_messages_and_says_where() -> None:
-    *said, where, caught, after = run("fail")
+def test_a_failed_run_keeps_the_messages_and_says_where(tmp_path: Path) -> None:
+    *said, where, caught, after = run(tmp_path, "fail")
     assert (said, caught, after) == (["before", "printed", "logged"], "caught", "after")
     file = Path(where.removeprefix("Ray's own messages are in "))
+    assert list(tmp_path.iterdir()) == [file]
     assert file.read_text() == "native\nto stdout\n"
-    file.unlink()
+
+
+def test_a_process_that_is_ended_from_below_leaves_the_messages(tmp_path: Path) -> None:
+    assert run(tmp_path, "die") == ["before", "printed", "logged"]
+    (file,) = tmp_path.iterdir()
+    assert file.read_text().startswith("native\n")
