@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -101,6 +102,12 @@ class BenchJob:
     shards: tuple[int, ...] = flag(
         "numbers of shards of the scaling suite", default=(10, 100, 1_000, 10_000), parse=_whole_numbers
     )
+    memory_rows: tuple[int, ...] = flag(
+        "numbers of rows at which the scaling suite looks at memory",
+        default=(100_000, 1_000_000),
+        parse=_whole_numbers,
+        metavar="N,N",
+    )
     seed: int = flag("of random weights and texts", default=42, parse=int)
     quick: bool = flag(
         "seconds instead of minutes: a tiny model, few texts, one round; proves only that it runs",
@@ -133,6 +140,7 @@ def bench(job: BenchJob) -> dict[str, Any]:
     from jobs.benchmarks import machine
 
     quiet_libraries()
+    logging.getLogger("pipeline").setLevel(logging.WARNING)  # a line per shard between the bar's
     job = _quick(job) if job.quick else job
     _check(job)
     workload = _workload(job)
@@ -173,6 +181,7 @@ def _quick(job: BenchJob) -> BenchJob:
         "mean_exit_layers": (6.0,),
         "micro_batch_tokens": (256,),
         "shards": (2, 8),
+        "memory_rows": (100, 200),
     }
     asked = {name for name in small if getattr(job, name) != getattr(default, name)}
     return replace(job, **{name: value for name, value in small.items() if name not in asked})
@@ -224,6 +233,7 @@ def _settings(job: BenchJob, checkpoint: Checkpoint) -> BenchSettings:
         policy=resolve_policy(job.entropy_threshold, checkpoint),
         rivals=job.rivals,
         shards=job.shards,
+        memory_rows=job.memory_rows,
     )
 
 

@@ -321,8 +321,9 @@ def _outcomes(spec: ReplicaSpec, placement: Placement, shards: Any) -> Iterator[
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     items = [{"shard": pickle.dumps(shard)} for shard in shards]
     pool = ray.data.ActorPoolStrategy(
-        min_size=placement.replicas.least,
-        max_size=placement.replicas.most,
+        # No more replicas than shards: the others would start for nothing, and Ray Data would warn of them.
+        min_size=min(placement.replicas.least, len(items)),
+        max_size=min(placement.replicas.most, len(items)),
         max_concurrent_calls_per_actor=_SHARDS_IN_FLIGHT,
         # Twice what runs: the pool grows only when replicas have more than they can work on.
         max_tasks_in_flight_per_actor=2 * _SHARDS_IN_FLIGHT,

@@ -90,7 +90,8 @@ class RayDataJob:
         ray.data.DataContext.get_current().enable_progress_bars = False
         output = self.corpus.with_name(f"{self.corpus.stem}-ray-data-{id(self)}-{next(self._count)}")
         on_gpu = self.settings.device == "cuda"
-        rows = ray.data.read_parquet(str(self.corpus), override_num_blocks=2 * self.replicas)
+        # One small file is one block, which would keep one actor busy.
+        rows = ray.data.read_parquet(str(self.corpus)).repartition(4 * self.replicas)
         rows.map_batches(
             TransformersPipeline,
             batch_size=8 * self.settings.batch_size,

@@ -57,7 +57,7 @@ def _engine_tables(suite: Row) -> Iterator[str]:
                 f"{row['speed_up']['median']:.2f}",
                 row["work"]["layer_tokens"],
                 f"{row['work']['flops'] / 1e9:.0f}",
-                "" if row["label_agreement"] is None else _percent(row["label_agreement"], 2),
+                _percent(row["label_agreement"], 2),
             )
             for row in suite["contenders"]
         ),
@@ -113,17 +113,28 @@ def _roofline_table(roofline: Row) -> str:
 
 def _pipeline_tables(suite: Row) -> Iterator[str]:
     yield _table(
-        ("contender", "seconds", "spread %", "rows/s", "tokens/s", "rows/s after start-up"),
+        (
+            "contender",
+            "rows",
+            "seconds",
+            "spread %",
+            "rows/s",
+            "tokens/s",
+            "of engine %",
+            "rows/s after start-up",
+            "of engine %",
+        ),
         (
             (
                 row["name"],
+                row["rows"],
                 f"{row['seconds']['median']:.2f}",
                 _percent(row["seconds"]["spread"]),
                 f"{row['rows_per_second']:.1f}",
                 f"{row['tokens_per_second']:.0f}",
-                ""
-                if row["rows_per_second_after_start"] is None
-                else f"{row['rows_per_second_after_start']:.1f}",
+                _percent(row["of_engine_alone"]["median"]),
+                _rate(row["rows_per_second_after_start"]),
+                _percent(row["of_engine_alone_after_start"]),
             )
             for row in suite["contenders"]
         ),
@@ -139,7 +150,7 @@ def _scaling_tables(suite: Row) -> Iterator[str]:
                 f"{row['seconds']['median']:.2f}",
                 _percent(row["seconds"]["spread"]),
                 f"{row['rows_per_second']:.1f}",
-                f"{row['rows_per_second_after_start']:.1f}",
+                _rate(row["rows_per_second_after_start"]),
                 _percent(row["efficiency"]),
             )
             for row in suite["replicas"]
@@ -158,10 +169,18 @@ def _scaling_tables(suite: Row) -> Iterator[str]:
             for row in suite["shards"]
         ),
     )
+    yield _table(
+        ("rows", "largest replica, MiB", "driver, MiB"),
+        ((row["rows"], row["largest_replica_mib"], row["driver_mib"]) for row in suite["memory"]),
+    )
 
 
-def _percent(share: float, digits: int = 1) -> str:
-    return f"{100 * share:.{digits}f}"
+def _percent(share: float | None, digits: int = 1) -> str:
+    return "" if share is None else f"{100 * share:.{digits}f}"
+
+
+def _rate(rows_per_second: float | None) -> str:
+    return "" if rows_per_second is None else f"{rows_per_second:.1f}"
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

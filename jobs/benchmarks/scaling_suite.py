@@ -1,4 +1,8 @@
-"""How `classify` scales: with replicas where the work is the model's, with shards where it is everything else."""
+"""How `classify` scales.
+
+In time with replicas, where the work is the model's, and with shards, where it is everything else; in memory
+with rows, where it should not.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from jobs.benchmarks import ray_jobs
+from jobs.benchmarks.memory import PeakMemory
+from jobs.benchmarks.pipeline_suite import rate_after_start
 from jobs.benchmarks.ray_jobs import ClassifyJob
 from jobs.benchmarks.settings import BenchSettings
-from jobs.benchmarks.timing import Timed, take_turns
+from jobs.benchmarks.timing import take_turns
 from jobs.benchmarks.workload import Workload
 from pipeline.cluster import RaySession
 from pipeline.config import Replicas
@@ -29,6 +35,7 @@ def run(workload: Workload, settings: BenchSettings) -> dict[str, Any]:
         return {
             "replicas": _replicas(workload, settings, Path(folder), counts),
             "shards": _shards(workload, settings, Path(folder)),
+            "memory": _memory(workload, settings, Path(folder)),
         }
 
 
@@ -54,29 +61,29 @@ def _replicas(
     }
     timed = take_turns(jobs, repetitions=settings.repetitions, warm_up=settings.ray_warm_up, title="replicas")
     pairs = {n: (timed[f"{n} replicas, corpus"], timed[f"{n} replicas, row"]) for n in counts}
-    rates = {n: _rate(whole, start, len(workload.texts)) for n, (whole, start) in pairs.items()}
+    rates = {
+        n: rate_after_start(whole.seconds, start.seconds, len(workload.texts))
+        for n, (whole, start) in pairs.items()
+    }
+    one = rates[counts[0]]
     return [
         {
             "replicas": n,
             "seconds": whole.seconds.to_dict(),
             "start_up_seconds": start.seconds.to_dict(),
             "rows_per_second": round(len(workload.texts) / whole.seconds.median, 2),
-            "rows_per_second_after_start": round(rates[n], 2),
-            "efficiency": round(rates[n] / (n * rates[counts[0]]), 4),
+            "rows_per_second_after_start": None if rate is None else round(rate, 2),
+            "efficiency": None if rate is None or one is None else round(rate / (n * one), 4),
         }
-        for n, (whole, start) in pairs.items()
+        for (n, (whole, start)), rate in zip(pairs.items(), rates.values(), strict=True)
     ]
-
-
-def _rate(whole: Timed[int], start: Timed[int], rows: int) -> float:
-    return rows / max(whole.seconds.median - start.seconds.median, 1e-9)
 
 
 def _shards(workload: Workload, settings: BenchSettings, folder: Path) -> list[dict[str, Any]]:
     """The same rows in more and more shards, through a model that costs next to nothing."""
     model = ray_jobs.save_one_layer(workload.checkpoint, folder / "one-layer")
     rows = max(settings.shards)
-    corpus = ray_jobs.write_corpus(list(islice(cycle(workload.texts), rows)), folder / "many.parquet")
+    corpus = _repeated(workload, rows, folder)
     jobs = {
         f"{shards} shards": ClassifyJob(
             model=model,
@@ -97,3 +104,31 @@ def _shards(workload: Workload, settings: BenchSettings, folder: Path) -> list[d
         }
         for shards in settings.shards
     ]
+
+
+def _memory(workload: Workload, settings: BenchSettings, folder: Path) -> list[dict[str, Any]]:
+    """More and more rows in shards of one size: the most that a replica, and the driver, ever held."""
+    model = ray_jobs.save_one_layer(workload.checkpoint, folder / "one-layer")
+    measured = []
+    for rows in settings.memory_rows:
+        job = ClassifyJob(
+            model=model,
+            corpus=_repeated(workload, rows, folder),
+            settings=settings,
+            max_length=workload.max_length,
+        )
+        with PeakMemory() as peak:
+            done = job()
+        assert done == rows
+        measured.append(
+            {
+                "rows": rows,
+                "largest_replica_mib": round(peak.largest_replica / 2**20),
+                "driver_mib": round(peak.own / 2**20),
+            }
+        )
+    return measured
+
+
+def _repeated(workload: Workload, rows: int, folder: Path) -> Path:
+    return ray_jobs.write_corpus(list(islice(cycle(workload.texts), rows)), folder / f"rows-{rows}.parquet")

@@ -35,6 +35,8 @@ class BenchSettings:
     """Libraries to compare with."""
     shards: tuple[int, ...]
     """Numbers of shards that the scaling suite tries."""
+    memory_rows: tuple[int, ...]
+    """Numbers of rows at which the scaling suite looks at memory."""
 
     @property
     def dtype(self) -> torch.dtype:

@@ -16,17 +16,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import duckdb
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from jobs.benchmarks.memory import replica_bytes
 from tests.conftest import save_tiny_model
 from tests.faults.harness import Run, assert_sound
 from tests.integration.conftest import sentences
@@ -53,15 +52,6 @@ class Soak:
     @property
     def seconds(self) -> float:
         return time.monotonic() - self.started
-
-
-def replica_bytes(driver: int) -> Iterator[int]:
-    """Resident memory of each replica of a driver."""
-    with suppress(psutil.Error):
-        for process in psutil.Process(driver).children(recursive=True):
-            with suppress(psutil.Error):
-                if "MapBatches(Replica)" in " ".join(process.cmdline()):
-                    yield process.memory_info().rss
 
 
 def attempt(run: Run, soak: Soak, rng: random.Random) -> int:

@@ -46,7 +46,9 @@ def environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
 
 
-def test_a_terminal_shows_our_words_only(command: list[str]) -> None:
+@pytest.mark.parametrize("shard_rows", [400, 400 * SHARDS], ids=["many shards", "fewer than replicas"])
+def test_a_terminal_shows_our_words_only(command: list[str], shard_rows: int) -> None:
+    command = [*command, "--shard-rows", str(shard_rows)]
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (40, 160))
     process = subprocess.Popen(

@@ -14,13 +14,16 @@ from deebert.cost import ModelShape, mean_exit_layer
 from deebert.encoder import PackedEncoder
 from deebert.exit_policy import FULL_DEPTH
 from deebert.packing import PackedTokens
-from jobs.bench import BenchJob, _quick
+from jobs.bench import BenchJob, _quick, _settings, _workload
 from jobs.benchmarks import results, rivals, roofline
 from jobs.benchmarks.contenders import Outcome, Packed
+from jobs.benchmarks.pipeline_suite import EnginesAlone, rate_after_start
 from jobs.benchmarks.profiles import ScriptedExits, nobody_leaves, shares_with_mean
 from jobs.benchmarks.timing import Spread, paired_ratios, take_turns
 from jobs.benchmarks.workload import SHAPES, draw_lengths, prepare, random_checkpoint
 from jobs.cli import main
+from pipeline.cluster import Placement
+from pipeline.config import Replicas
 from tests.conftest import make_model
 
 
@@ -240,6 +243,23 @@ class TestWorkload:
 
         h, i = SHAPES["e5-small"][1], SHAPES["e5-small"][3]
         assert layer == 4 * (h * h + h) + 2 * h * i + h + i + 4 * h
+
+
+class TestPipelineSuite:
+    def test_engines_alone_answer_every_text_once(self) -> None:
+        job = _quick(BenchJob(quick=True, samples=31, precision="float32", device="cpu"))
+        work = _workload(job)
+        placement = Placement(replicas=Replicas(2, 2), device="cpu", threads=1, num_cpus=1.0)
+        alone = EnginesAlone(workload=work, settings=_settings(job, work.checkpoint), placement=placement)
+
+        assert alone() == 31
+
+    def test_start_up_is_taken_off_only_where_it_can_be_told(self) -> None:
+        whole, start = Spread.of([30.0, 31.0, 32.0]), Spread.of([10.0, 11.0, 12.0])
+
+        assert rate_after_start(whole, start, 100) == pytest.approx(5.0)
+        assert rate_after_start(start, whole, 100) is None
+        assert rate_after_start(Spread.of([13.0, 14.0]), Spread.of([11.0, 12.5]), 100) is None
 
 
 def test_products_count_their_flops() -> None:
