@@ -152,7 +152,9 @@ class PackedEncoder:
             return torch.segment_reduce(states.float(), "mean", offsets=layout.cu_seqlens.long()).to(
                 states.dtype
             )
-        return _mean_by_run(states, layout)
+        # Its CPU kernel sums rows in one pass, sequence after sequence; `segment_reduce` takes ten times as long.
+        every_row = torch.arange(len(states), dtype=torch.int32)
+        return F.embedding_bag(every_row, states, starts, mode="mean")
 
     @torch.inference_mode()
     def off_ramp(self, index: int, states: Tensor, layout: SequenceLayout) -> Tensor:
@@ -172,16 +174,6 @@ class PackedEncoder:
         counted = F.pad(real.cumsum(0), (1, 0))
         before = counted.index_select(0, torch.from_numpy(starts).to(self.device, non_blocking=True))
         return (counted[1:] - before) * real + padding
-
-
-def _mean_by_run(states: Tensor, layout: SequenceLayout) -> Tensor:
-    """Mean of each sequence's rows; runs of equal lengths are dense views."""
-    means = states.new_empty(len(layout), states.shape[1])
-    token = 0
-    for first, count, length in layout.runs:
-        rows = states[token : (token := token + count * length)]
-        torch.mean(rows.view(count, length, -1), dim=1, out=means[first : first + count])
-    return means
 
 
 @dataclass(frozen=True)

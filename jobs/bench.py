@@ -98,6 +98,12 @@ class BenchJob:
     )
     device: str = flag("auto is cuda where there is one", default="auto", choices=("auto", "cpu", "cuda"))
     threads: int | None = flag("CPU threads; left out, all cores", default=None, parse=positive)
+    replicas: int | None = flag(
+        "how many of each contender run side by side, the threads shared out among them; left out, one per "
+        "thread on CPUs, as classify has it, and one on a GPU",
+        default=None,
+        parse=positive,
+    )
     repetitions: int = flag("timed rounds, after one that warms up", default=5, parse=positive)
     shards: tuple[int, ...] = flag(
         "numbers of shards of the scaling suite", default=(10, 100, 1_000, 10_000), parse=_whole_numbers
@@ -145,7 +151,7 @@ def bench(job: BenchJob) -> dict[str, Any]:
     _check(job)
     workload = _workload(job)
     settings = _settings(job, workload.checkpoint)
-    torch.set_num_threads(settings.threads)
+    torch.set_num_threads(settings.threads_each)
     names = SUITES if job.suite == "all" else (job.suite,)
     return {
         "format_version": FORMAT_VERSION,
@@ -222,10 +228,12 @@ def _settings(job: BenchJob, checkpoint: Checkpoint) -> BenchSettings:
     from pipeline.planning import resolve_policy
 
     on_gpu = job.device == "cuda" or (job.device == "auto" and torch.cuda.is_available())
+    threads = job.threads or machine.available_cores()
     return BenchSettings(
         device="cuda" if on_gpu else "cpu",
         precision=resolve_precision(job.precision, has_gpu=on_gpu),
-        threads=job.threads or machine.available_cores(),
+        threads=threads,
+        replicas=job.replicas or (1 if on_gpu else threads),
         repetitions=job.repetitions,
         batch_size=job.batch_size,
         micro_batch_tokens=job.micro_batch_tokens,

@@ -5,7 +5,7 @@ All run the same encoder over the same tokens. Knows nothing of time.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from deebert.cost import ModelShape
 from deebert.encoder import PackedEncoder
 from deebert.exit_policy import ExitPolicy
 from deebert.packing import PackedTokens
+from jobs.benchmarks.side_by_side import side_by_side
 from pipeline.engine import Engine, EngineConfig, EngineStats, Exits
 from pipeline.engine.batch import SampleBatch
 from pipeline.engine.layer_buffer import LayerBuffer
@@ -105,6 +106,42 @@ class Packed:
                 exits, batch = runner.run(first, batch, counter)
                 keep(exits)
         return counter.snapshot()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Shared:
+    """A contender that shares the workload out among replicas of itself, which run side by side."""
+
+    parts: Sequence[Callable[[], Outcome]]
+    """Part i answers every k-th sample from the i-th on."""
+    threads: int
+    """Of each."""
+
+    def __call__(self) -> Outcome:
+        """Run every sample once."""
+        done = side_by_side(self.parts, threads=self.threads)
+        layers = [one.exit_layers for one in done if one.exit_layers is not None]
+        return Outcome(
+            predictions=_interleaved([one.predictions for one in done]),
+            layer_tokens=sum(one.layer_tokens for one in done),
+            layer_squared_tokens=sum(one.layer_squared_tokens for one in done),
+            off_ramp_samples=sum(one.off_ramp_samples for one in done),
+            steps=sum(one.steps for one in done),
+            exit_layers=_interleaved(layers) if layers else None,
+        )
+
+
+def every_kth(tokens: PackedTokens, first: int, k: int) -> PackedTokens:
+    """The part of the samples that one of `k` replicas runs."""
+    return tokens.take(np.arange(first, len(tokens), k))
+
+
+def _interleaved(parts: Sequence[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
+    """The inverse of `every_kth`, of answers."""
+    whole = np.empty(sum(map(len, parts)), np.int64)
+    for first, part in enumerate(parts):
+        whole[first :: len(parts)] = part
+    return whole
 
 
 def _keep_answers(

@@ -1,13 +1,14 @@
 """The engine against padded batches and against itself: same weights, token ids, dtype and threads.
 
-Tokenization is left out: every contender starts from token ids on the host and ends with label ids there.
+Tokenization is left out: every contender starts from token ids on the host and ends with label ids there. On
+CPUs every contender runs as `classify` does, and as serves throughput best: one replica on each core.
 """
 
 from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 from deebert.encoder import PackedEncoder
 from deebert.exit_policy import FULL_DEPTH, ExitPolicy
 from jobs.benchmarks import rivals, roofline
-from jobs.benchmarks.contenders import Outcome, Packed
+from jobs.benchmarks.contenders import Outcome, Packed, Shared, every_kth
 from jobs.benchmarks.profiles import ScriptedExits, Shares, nobody_leaves, shares_with_mean
 from jobs.benchmarks.settings import BenchSettings
 from jobs.benchmarks.timing import Spread, Timed, paired_ratios, take_turns
@@ -55,6 +56,8 @@ def run(workload: Workload, settings: BenchSettings) -> dict[str, Any]:
             settings.micro_batch_tokens[0],
             device=settings.torch_device,
             dtype=settings.dtype,
+            replicas=settings.replicas,
+            threads=settings.threads_each,
         )
         timed: dict[str, Timed[Any]] = take_turns(
             {**{name: entry.run for name, entry in entries.items()}, **products},
@@ -77,12 +80,15 @@ def run(workload: Workload, settings: BenchSettings) -> dict[str, Any]:
 def _rivals(
     workload: Workload, settings: BenchSettings, folder: Path, skipped: dict[str, str]
 ) -> dict[str, Entry]:
-    makers: dict[str, Callable[[], dict[str, rivals.Classifier]]] = {
-        "transformers": lambda: {settings.precision: _transformers(workload, settings)},
+    makers: dict[str, Callable[[], dict[str, Sequence[rivals.Classifier]]]] = {
+        "transformers": lambda: {settings.precision: [_transformers(workload, settings)] * settings.replicas},
         "onnxruntime": lambda: _onnxruntime(workload, settings, folder),
         "openvino": lambda: {
-            rivals.BFLOAT16: rivals.openvino_classifier(
-                _exported(workload, folder), threads=settings.threads, precision=rivals.BFLOAT16
+            rivals.BFLOAT16: rivals.openvino_classifiers(
+                _exported(workload, folder),
+                threads=settings.threads,
+                streams=settings.replicas,
+                precision=rivals.BFLOAT16,
             )
         },
     }
@@ -97,11 +103,11 @@ def _rivals(
             skipped[library] = reason
             log.info("%s is left out: %s", library, reason)
             continue
-        for precision, classify in makers[library]().items():
+        for precision, replicas in makers[library]().items():
             for order in ("input order", "length-sorted"):
                 entries[f"{library} {precision}, {order}"] = Entry(
                     kind=RIVAL,
-                    run=_padded(workload, settings, classify, sort=order == "length-sorted"),
+                    run=_padded(workload, settings, replicas, sort=order == "length-sorted"),
                     precision=precision,
                 )
     return entries
@@ -113,11 +119,14 @@ def _transformers(workload: Workload, settings: BenchSettings) -> rivals.Classif
     )
 
 
-def _onnxruntime(workload: Workload, settings: BenchSettings, folder: Path) -> dict[str, rivals.Classifier]:
+def _onnxruntime(
+    workload: Workload, settings: BenchSettings, folder: Path
+) -> dict[str, Sequence[rivals.Classifier]]:
     exported = _exported(workload, folder)
     paths = {rivals.FLOAT32: exported, rivals.INT8: rivals.quantize_onnx(exported)}
     return {
-        precision: rivals.onnxruntime_classifier(path, threads=settings.threads)
+        # One session: its runs on several threads share the weights and nothing else.
+        precision: [rivals.onnxruntime_classifier(path, threads=settings.threads_each)] * settings.replicas
         for precision, path in paths.items()
     }
 
@@ -128,15 +137,21 @@ def _exported(workload: Workload, folder: Path) -> Path:
 
 
 def _padded(
-    workload: Workload, settings: BenchSettings, classify: rivals.Classifier, *, sort: bool
-) -> rivals.Padded:
-    return rivals.Padded(
-        classify=classify,
-        tokens=workload.tokens,
-        batch_size=settings.batch_size,
-        sort_by_length=sort,
-        num_layers=workload.shape.num_layers,
-        padding_id=int(workload.checkpoint.tokenizer.pad_token_id or 0),
+    workload: Workload, settings: BenchSettings, replicas: Sequence[rivals.Classifier], *, sort: bool
+) -> Shared:
+    return Shared(
+        parts=[
+            rivals.Padded(
+                classify=classify,
+                tokens=every_kth(workload.tokens, i, len(replicas)),
+                batch_size=settings.batch_size,
+                sort_by_length=sort,
+                num_layers=workload.shape.num_layers,
+                padding_id=int(workload.checkpoint.tokenizer.pad_token_id or 0),
+            )
+            for i, classify in enumerate(replicas)
+        ],
+        threads=settings.threads_each,
     )
 
 
@@ -147,12 +162,18 @@ def _ours(workload: Workload, settings: BenchSettings) -> dict[str, Entry]:
         for name, kind, profile, make_policy in _ways_to_run(workload, settings):
             entries[f"{name} @{budget}"] = Entry(
                 kind=kind,
-                run=Packed(
-                    encoder=encoder,
-                    tokens=workload.tokens,
-                    micro_batch_tokens=max(budget, workload.tokens.max_seqlen),
-                    make_policy=make_policy,
-                    regroups=kind != SHRINKING,
+                run=Shared(
+                    parts=[
+                        Packed(
+                            encoder=encoder,
+                            tokens=every_kth(workload.tokens, i, settings.replicas),
+                            micro_batch_tokens=max(budget, workload.tokens.max_seqlen),
+                            make_policy=make_policy,
+                            regroups=kind != SHRINKING,
+                        )
+                        for i in range(settings.replicas)
+                    ],
+                    threads=settings.threads_each,
                 ),
                 precision=settings.precision,
                 micro_batch_tokens=budget,

@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from deebert.encoder import PackedEncoder
 from deebert.exit_policy import FULL_DEPTH
@@ -24,6 +22,7 @@ from jobs.benchmarks import ray_jobs
 from jobs.benchmarks.contenders import Packed
 from jobs.benchmarks.ray_jobs import ClassifyJob, RayDataJob
 from jobs.benchmarks.settings import BenchSettings
+from jobs.benchmarks.side_by_side import side_by_side
 from jobs.benchmarks.timing import Spread, Timed, take_turns
 from jobs.benchmarks.workload import Workload
 from pipeline.cluster import Placement, RaySession, place
@@ -76,10 +75,8 @@ class EnginesAlone:
 
     def __call__(self) -> int:
         """Run every sample once; returns how many there were."""
-        with ThreadPoolExecutor(
-            self._count, initializer=torch.set_num_threads, initargs=(self.placement.threads,)
-        ) as pool:
-            return sum(len(done.predictions) for done in pool.map(Packed.__call__, self._engines))
+        done = side_by_side(self._engines, threads=self.placement.threads)
+        return sum(len(outcome.predictions) for outcome in done)
 
     @property
     def _count(self) -> int:

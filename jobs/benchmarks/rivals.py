@@ -175,19 +175,21 @@ def onnxruntime_classifier(path: Path, *, threads: int) -> Classifier:
     return classify
 
 
-def openvino_classifier(path: Path, *, threads: int, precision: str) -> Classifier:
-    """An OpenVINO request in the precision asked for, tuned for one stream."""
+def openvino_classifiers(path: Path, *, threads: int, streams: int, precision: str) -> list[Classifier]:
+    """OpenVINO requests in the precision asked for, one for each of the streams that share the threads."""
     import openvino
 
     core: Any = openvino.Core()
     options = {
         "INFERENCE_NUM_THREADS": threads,
-        "NUM_STREAMS": 1,
+        "NUM_STREAMS": streams,
         "INFERENCE_PRECISION_HINT": {BFLOAT16: "bf16", FLOAT32: "f32"}[precision],
     }
     compiled = core.compile_model(core.read_model(str(path)), "CPU", options)
-    request = compiled.create_infer_request()
+    return [_openvino_request(compiled.create_infer_request()) for _ in range(streams)]
 
+
+def _openvino_request(request: Any) -> Classifier:
     def classify(ids: Ids, mask: Ids) -> npt.NDArray[np.float32]:
         results = request.infer({"input_ids": ids, "attention_mask": mask})
         return np.array(results["logits"])

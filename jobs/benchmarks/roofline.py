@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deebert.cost import ModelShape
+from jobs.benchmarks.side_by_side import side_by_side
 from jobs.benchmarks.timing import wait_for
 
 # Long enough for a clock, and a square product that no cache holds.
@@ -33,8 +34,16 @@ class Products:
     """Of each product once."""
     times: int
 
+    replicas: int
+    """How many threads do so at the same time."""
+    threads: int
+    """Of torch's, for each."""
+
     def __call__(self) -> float:
         """Run all; returns the FLOPs done."""
+        return sum(side_by_side([self._multiply] * self.replicas, threads=self.threads))
+
+    def _multiply(self) -> float:
         for _ in range(self.times):
             for multiply in self.multiply:
                 multiply()
@@ -42,7 +51,13 @@ class Products:
 
 
 def products(
-    shape: ModelShape, tokens: int, *, device: torch.device, dtype: torch.dtype
+    shape: ModelShape,
+    tokens: int,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    replicas: int = 1,
+    threads: int = 1,
 ) -> dict[str, Products]:
     """What to time, by name: ``layer`` and ``large``, and the same ``prepacked`` where that exists.
 
@@ -51,6 +66,8 @@ def products(
         tokens: rows of the left matrices, a micro-batch.
         device: where.
         dtype: of both sides.
+        replicas: how many threads multiply at the same time.
+        threads: of torch's, for each of them.
     """
     h, i, n = shape.hidden_size, shape.intermediate_size, _LARGE[device.type]
     sizes = {
@@ -59,7 +76,7 @@ def products(
     }
     kinds = {"": _plain, " prepacked": _prepacked} if _can_prepack(device, dtype) else {"": _plain}
     return {
-        name + suffix: _repeated(each, kind, device, dtype)
+        name + suffix: replace(_repeated(each, kind, device, dtype), replicas=replicas, threads=threads)
         for name, each in sizes.items()
         for suffix, kind in kinds.items()
     }
@@ -79,7 +96,7 @@ def _repeated(
         )
         for rows, inner, outer in sizes
     ]
-    once = Products(multiply=multiply, flops=flops, times=1)
+    once = Products(multiply=multiply, flops=flops, times=1, replicas=1, threads=1)
     return replace(once, times=max(1, math.ceil(_SECONDS_PER_RUN / _seconds(once, device))))
 
 

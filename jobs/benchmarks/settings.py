@@ -20,7 +20,9 @@ class BenchSettings:
     precision: Precision
     """Ours; rivals name their own."""
     threads: int
-    """CPU threads of every contender of the engine suite."""
+    """CPU threads of every contender of the engine suite, in all."""
+    replicas: int
+    """How many of each contender run side by side, the threads shared out among them."""
     repetitions: int
     """Timed rounds; one more warms up."""
     batch_size: int
@@ -42,6 +44,11 @@ class BenchSettings:
     def dtype(self) -> torch.dtype:
         """Ours."""
         return DTYPES[self.precision]
+
+    @property
+    def threads_each(self) -> int:
+        """CPU threads of one replica."""
+        return max(1, self.threads // self.replicas)
 
     @property
     def ray_warm_up(self) -> int:

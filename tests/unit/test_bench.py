@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from deebert.exit_policy import FULL_DEPTH
 from deebert.packing import PackedTokens
 from jobs.bench import BenchJob, _quick, _settings, _workload
 from jobs.benchmarks import results, rivals, roofline
-from jobs.benchmarks.contenders import Outcome, Packed
+from jobs.benchmarks.contenders import Outcome, Packed, Shared, every_kth
 from jobs.benchmarks.pipeline_suite import EnginesAlone, rate_after_start
 from jobs.benchmarks.profiles import ScriptedExits, nobody_leaves, shares_with_mean
 from jobs.benchmarks.timing import Spread, paired_ratios, take_turns
@@ -125,6 +126,18 @@ class TestContenders:
         assert outcome.layer_tokens == int((lengths * outcome.exit_layers).sum())
         assert outcome.layer_squared_tokens == int((lengths**2 * outcome.exit_layers).sum())
 
+    @pytest.mark.parametrize("k", [1, 2, 3])
+    def test_side_by_side_is_the_same_work(self, packed: Callable[..., Packed], k: int) -> None:
+        alone = packed()
+        parts = [dataclasses.replace(alone, tokens=every_kth(alone.tokens, i, k)) for i in range(k)]
+        together, outcome = Shared(parts=parts, threads=1)(), alone()
+
+        assert np.array_equal(together.predictions, outcome.predictions)
+        assert np.array_equal(together.exit_layers, outcome.exit_layers)  # type: ignore[arg-type]
+        assert together.layer_tokens == outcome.layer_tokens
+        assert together.layer_squared_tokens == outcome.layer_squared_tokens
+        assert together.off_ramp_samples == outcome.off_ramp_samples
+
     def test_shrinking_takes_more_steps_for_the_same_work(self, packed: Callable[..., Packed]) -> None:
         shares = shares_with_mean(3.0, 5).tolist()
         regrouping, shrinking = packed(shares)(), packed(shares, regroups=False)()
@@ -190,7 +203,7 @@ class TestRivals:
         theirs = (
             rivals.onnxruntime_classifier(path, threads=1)
             if library == "onnxruntime"
-            else rivals.openvino_classifier(path, threads=1, precision="float32")
+            else rivals.openvino_classifiers(path, threads=1, streams=1, precision="float32")[0]
         )
 
         np.testing.assert_allclose(theirs(ids, mask), exact(ids, mask), atol=1e-4)
