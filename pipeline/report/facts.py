@@ -84,16 +84,23 @@ def _unfinished(record: RunRecord) -> str:
 
 
 def _headline(record: RunRecord, accounting: Accounting) -> Iterator[Fact]:
-    layers, work_saved = record.model.num_layers, q.percent(accounting.layer_work_saved)
+    work_saved = q.percent(accounting.layer_work_saved)
     yield _time_saved(accounting)
     yield Fact(name="Rows classified", value=q.count(accounting.rows), basis=_rows_basis(record, accounting))
     yield Fact(
         name="Mean exit layer",
         value=q.decimal(accounting.mean_exit_layer),
-        basis=f"of {layers} layers; {work_saved} of layer work saved",
+        basis=f"of {record.model.num_layers} layers{_windows(record)}; {work_saved} of layer work saved",
     )
     yield _agreement(accounting)
     yield _cost(accounting)
+
+
+def _windows(record: RunRecord) -> str:
+    """What a mean is over, where it is not over rows."""
+    if record.identity.window_stride is None:
+        return ""
+    return f", over {q.count(sum(record.totals.exit_windows))} windows"
 
 
 def _rows_basis(record: RunRecord, accounting: Accounting) -> str:

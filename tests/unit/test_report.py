@@ -65,6 +65,7 @@ TOTALS = Totals(
     tokens=12,
     squared_tokens=42,
     exit_rows=(3, 1),
+    exit_windows=(3, 1),
     exit_tokens=(10, 2),
     compute=COMPUTE,
     control=CONTROL,
