@@ -52,17 +52,22 @@ def execute(argv: Sequence[str], *, prog: str) -> int:
     from deebert.precision import resolve_precision
     from pipeline.planning import resolve_max_length, resolve_policy
     from pipeline.stream import StreamConfig, stream
-    from pipeline.tokenization import refuse_windows_of_pairs
+    from pipeline.tokenization import check_windows
 
     quiet_libraries()
-    if job.text_pair_column is not None:
-        refuse_windows_of_pairs(job.window_stride)
     checkpoint = load_checkpoint(job.model)
+    max_length = resolve_max_length(job.max_length, job.micro_batch_tokens, checkpoint)
+    check_windows(
+        checkpoint.tokenizer,
+        max_length=max_length,
+        window_stride=job.window_stride,
+        of_pairs=job.text_pair_column is not None,
+    )
     config = StreamConfig(
         text_column=job.text_column,
         text_pair_column=job.text_pair_column,
         id_column=job.id_column,
-        max_length=resolve_max_length(job.max_length, job.micro_batch_tokens, checkpoint),
+        max_length=max_length,
         window_stride=job.window_stride,
         micro_batch_tokens=job.micro_batch_tokens,
         precision=resolve_precision(job.precision),

@@ -23,7 +23,7 @@ from pipeline.records import Identity, ModelRecord, RunRecord
 from pipeline.schema import RESERVED_COLUMNS, Answers, part_table
 from pipeline.shards import Shard, parse_part_name, part_name, plan, source_key
 from pipeline.sink import SUCCESS, Output
-from pipeline.tokenization import TextTokenizer, refuse_windows_of_pairs
+from pipeline.tokenization import TextTokenizer, check_windows
 
 log = logging.getLogger(__name__)
 
@@ -187,9 +187,13 @@ def _columns(config: ClassifyConfig, schema: InputSchema, labels: tuple[str, ...
 
 def _identity(config: ClassifyConfig, checkpoint: Checkpoint, *, has_gpu: bool) -> Identity:
     max_length = resolve_max_length(config.max_length, config.micro_batch_tokens, checkpoint)
-    if config.text_pair_column is not None:
-        refuse_windows_of_pairs(config.window_stride)
-    tokenizer = TextTokenizer(checkpoint.tokenizer, max_length=max_length, window_stride=config.window_stride)
+    check_windows(
+        checkpoint.tokenizer,
+        max_length=max_length,
+        window_stride=config.window_stride,
+        of_pairs=config.text_pair_column is not None,
+    )
+    tokenizer = TextTokenizer(checkpoint.tokenizer, max_length=max_length)
     content: dict[str, Any] = {
         "model_digest": weights_digest(checkpoint.model),
         "exit_policy": resolve_policy(config.entropy_threshold, checkpoint).to_dict(),

@@ -22,6 +22,11 @@ from deebert.errors import CheckpointError
 from deebert.packing import IntArray, PackedTokens, SequenceLayout
 from pipeline.errors import UsageError
 
+_NOT_OF_PAIRS = (
+    "--window-stride cuts one long text into windows, which is not defined for pairs: "
+    "leave it out, or give no --text-pair-column"
+)
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TokenizedBatch:
@@ -66,8 +71,7 @@ class TextTokenizer:
         self._backend = RustTokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self._backend.no_padding()
         self._truncation_side = tokenizer.truncation_side
-        if window_stride is not None:
-            _check_stride(window_stride, max_length, self._backend.num_special_tokens_to_add(False))
+        check_windows(tokenizer, max_length=max_length, window_stride=window_stride, of_pairs=False)
         self._backend.enable_truncation(
             max_length,
             stride=window_stride or 0,
@@ -94,8 +98,8 @@ class TextTokenizer:
         Raises:
             UsageError: pairs, to be cut into windows.
         """
-        if pairs is not None:
-            refuse_windows_of_pairs(self.window_stride)
+        if pairs is not None and self.window_stride is not None:
+            raise UsageError(_NOT_OF_PAIRS)
         batch = texts if pairs is None else list(zip(texts, pairs, strict=True))
         encodings = self._backend.encode_batch_fast(batch)
         windows, truncated = np.ones(len(batch), np.int64), np.zeros(len(batch), np.bool_)
@@ -122,21 +126,20 @@ class TextTokenizer:
         )
 
 
-def refuse_windows_of_pairs(window_stride: int | None) -> None:
-    """Pairs are not cut into windows: it is not said which segment would repeat.
+def check_windows(
+    tokenizer: PreTrainedTokenizerBase, *, max_length: int, window_stride: int | None, of_pairs: bool
+) -> None:
+    """Refuse windows that cannot be meant; None is always fine.
 
     Raises:
-        UsageError: a stride.
+        UsageError: windows of pairs, without room for text, or that share more than half of it.
     """
-    if window_stride is not None:
-        raise UsageError(
-            "--window-stride cuts one long text into windows, which is not defined for pairs: "
-            "leave it out, or give no --text-pair-column"
-        )
-
-
-def _check_stride(stride: int, max_length: int, special_tokens: int) -> None:
-    # At most half: each token of a text is in at most two windows, so that windows cost at most twice the
+    if window_stride is None:
+        return
+    if of_pairs:
+        raise UsageError(_NOT_OF_PAIRS)
+    special_tokens = tokenizer.num_special_tokens_to_add(pair=False)
+    # At most half: each token of a text is in at most two windows, so that windows take at most twice the
     # memory and the time of the text, however long it is.
     most = (max_length - special_tokens) // 2
     if most < 1:
@@ -144,9 +147,9 @@ def _check_stride(stride: int, max_length: int, special_tokens: int) -> None:
             f"--max-length {max_length} leaves windows no room for text beside {special_tokens} special tokens: "
             "give more"
         )
-    if not 0 <= stride <= most:
+    if not 0 <= window_stride <= most:
         raise UsageError(
-            f"--window-stride {stride} is not between 0 and {most}, half of what a window of --max-length "
+            f"--window-stride {window_stride} is not between 0 and {most}, half of what a window of --max-length "
             f"{max_length} holds: give at most that"
         )
 

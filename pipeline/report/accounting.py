@@ -67,7 +67,9 @@ class LayerAccount:
     """1-based."""
     has_off_ramp: bool
     exit_rows: int
-    """Rows that left after this layer."""
+    """Rows that left after this layer; a row in windows with the deepest of them."""
+    exit_windows: int
+    """The same, each window of a longer row by itself."""
     samples: int
     """Rows, or windows of longer ones, that ran through it."""
     tokens: int
@@ -86,6 +88,8 @@ class Accounting:
     """The account of a run."""
 
     rows: int
+    windows: int
+    """What was run: rows, each window of a longer one by itself."""
     tokens: int
     mean_exit_layer: float | None
     """Of what was run: a row, or each window of a longer one."""
@@ -139,6 +143,7 @@ def account(record: RunRecord, *, price_per_hour: float | None = None, currency:
     has_rows = totals.rows > 0
     return Accounting(
         rows=totals.rows,
+        windows=sum(totals.exit_windows),
         tokens=totals.tokens,
         mean_exit_layer=mean_exit_layer(totals.exit_windows) if has_rows else None,
         layer_work_saved=expected_saving(totals.exit_windows) if has_rows else None,
@@ -168,7 +173,7 @@ def executed_flops(shape: ModelShape, stats: EngineStats) -> float:
 
 
 def full_depth_flops(shape: ModelShape, totals: Totals) -> float:
-    """FLOPs of all written rows through all layers and the final classifier."""
+    """FLOPs of all written rows, or of their windows, through all layers and the final classifier."""
     layer = shape.layer_flops(totals.tokens, totals.squared_tokens)
     return shape.num_layers * layer + shape.off_ramp_flops(sum(totals.exit_windows))
 
@@ -253,6 +258,7 @@ def _layers(record: RunRecord) -> tuple[LayerAccount, ...]:
             layer=i + 1,
             has_off_ramp=i + 1 in record.model.off_ramp_layers,
             exit_rows=totals.exit_rows[i],
+            exit_windows=totals.exit_windows[i],
             samples=compute.samples[i],
             tokens=compute.tokens[i],
             saved_tokens=totals.tokens - compute.tokens[i],

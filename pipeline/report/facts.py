@@ -90,17 +90,15 @@ def _headline(record: RunRecord, accounting: Accounting) -> Iterator[Fact]:
     yield Fact(
         name="Mean exit layer",
         value=q.decimal(accounting.mean_exit_layer),
-        basis=f"of {record.model.num_layers} layers{_windows(record)}; {work_saved} of layer work saved",
+        basis=f"of {record.model.num_layers} layers{_windows(accounting)}; {work_saved} of layer work saved",
     )
     yield _agreement(accounting)
     yield _cost(accounting)
 
 
-def _windows(record: RunRecord) -> str:
-    """What a mean is over, where it is not over rows."""
-    if record.identity.window_stride is None:
-        return ""
-    return f", over {q.count(sum(record.totals.exit_windows))} windows"
+def _windows(accounting: Accounting) -> str:
+    """What the mean is over, where it is not over rows."""
+    return "" if accounting.windows == accounting.rows else f", over {q.count(accounting.windows)} windows"
 
 
 def _rows_basis(record: RunRecord, accounting: Accounting) -> str:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,9 +23,11 @@ from deebert.exit_policy import EntropyThreshold
 from deebert.packing import PackedTokens
 from deebert.reference import classify_one, classify_windows, windows_of
 from deebert.windows import distribution_entropy, text_means, text_sums
+from pipeline.config import ClassifyConfig
 from pipeline.engine import Engine, EngineConfig, Exits
 from pipeline.errors import UsageError
 from pipeline.lanes import Lanes, Submission
+from pipeline.planning import make_plan
 from pipeline.schema import NOT_AUDITED
 from pipeline.tokenization import TextTokenizer, TokenizedBatch
 from pipeline.windows import Answered, TextsInFlight, WindowedTexts
@@ -318,6 +326,21 @@ def test_a_very_long_text_stays_within_the_engines_buffers(
     assert len(batch.tokens) > 2800
     assert answered == [5]
     assert max(tokens for layer, tokens in engine.peak_buffer_tokens.items() if layer > 1) < 2 * 256
+
+
+def test_a_run_without_windows_has_the_digest_that_it_always_had(saved_model: Path, tmp_path: Path) -> None:
+    """So that outputs begun before there were windows are gone on with."""
+    pq.write_table(pa.table({"text": ["a good film"]}), tmp_path / "texts.parquet")
+    config = ClassifyConfig(
+        model=str(saved_model), input=(str(tmp_path / "texts.parquet"),), output=str(tmp_path / "out")
+    )
+
+    identity = make_plan(config, has_gpu=False).identity
+
+    named = {k: v for k, v in vars(identity).items() if k not in ("digest", "window_stride")}
+    assert identity.digest == hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
+    digests = {make_plan(replace(config, window_stride=n), has_gpu=False).identity.digest for n in (0, 1, 8)}
+    assert len({identity.digest, *digests}) == 4
 
 
 def test_the_reference_of_one_window_is_the_windows(tiny_model: ModelFactory) -> None:
