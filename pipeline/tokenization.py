@@ -24,7 +24,7 @@ from pipeline.errors import UsageError
 
 _NOT_OF_PAIRS = (
     "--window-stride cuts one long text into windows, which is not defined for pairs: "
-    "leave it out, or give no --text-pair-column"
+    "leave it out, or classify one text column"
 )
 
 
