@@ -52,7 +52,7 @@ log = logging.getLogger(__name__)
 
 # Rows read, tokenized and submitted at a time: enough to fill micro-batches, little enough to overlap.
 _BATCH_ROWS = 1024
-# And bytes of text, but for a single row: a tokenizer takes up to 100 bytes for each of them meanwhile.
+# And bytes of text, but for a single row: a tokenizer takes about 100 bytes for each of them meanwhile.
 _PIECE_BYTES = 1 << 20
 # A shard that was in hand when its replica died once may have stood beside the cause; twice, it is the cause.
 _WHOLE_ATTEMPTS = 2
