@@ -18,6 +18,7 @@ from deebert.cost import ModelShape, expected_saving, mean_exit_layer
 from deebert.encoder import PackedEncoder
 from deebert.exit_policy import EntropyThreshold, ExitPolicy, entropy
 from deebert.packing import IntArray, PackedTokens
+from deebert.windows import first_windows, text_means
 
 Metric = Callable[[Tensor, Tensor], float]
 """Labels (N,) int64 and predictions (N,) int64 -> a score between 0 and 1; larger is better."""
@@ -34,13 +35,16 @@ class LabelledSequences:
 
     tokens: PackedTokens
     labels: Tensor
-    """(N,) int64."""
+    """(N,) int64; (M,) with `windows`."""
+    windows: IntArray | None = None
+    """(M,) windows of each of M texts, whose N sequences lie text by text; None: a text is a sequence."""
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def take(self, rows: npt.ArrayLike) -> LabelledSequences:
-        """The samples with these indices."""
+        """The samples with these indices; not of texts in windows."""
+        assert self.windows is None
         chosen = np.asarray(rows, dtype=np.int64)
         return LabelledSequences(
             tokens=self.tokens.take(chosen), labels=self.labels[torch.from_numpy(chosen)]
@@ -57,6 +61,8 @@ class Trace:
     """(R, N, C) float32."""
     lengths: IntArray
     """(N,) tokens."""
+    windows: IntArray | None = None
+    """(M,) where the N samples are the windows of M texts, text by text: of how many each text is the mean."""
 
     @property
     def num_layers(self) -> int:
@@ -73,6 +79,7 @@ class OperatingPointScore:
     """By the task's metric; accuracy where none was named."""
     accuracy: float
     mean_exit_layer: float
+    """Of samples: each window counts by itself."""
     saving: float
     """Share of layer work saved (paper, Eq. 2)."""
     exit_histogram: tuple[int, ...]
@@ -102,8 +109,14 @@ def length_sorted_batches(
         start = stop
 
 
-def trace(encoder: PackedEncoder, tokens: PackedTokens, *, micro_batch_tokens: int = 4096) -> Trace:
-    """Run all samples at full depth and keep what every off-ramp said."""
+def trace(
+    encoder: PackedEncoder,
+    tokens: PackedTokens,
+    *,
+    windows: IntArray | None = None,
+    micro_batch_tokens: int = 4096,
+) -> Trace:
+    """Run all samples at full depth and keep what every off-ramp said; `windows` as in `Trace`."""
     layers = tuple(sorted(encoder.off_ramp_layers))
     place = {layer: i for i, layer in enumerate(layers)}
     logits = torch.empty(len(layers), len(tokens), encoder.num_labels)
@@ -114,21 +127,41 @@ def trace(encoder: PackedEncoder, tokens: PackedTokens, *, micro_batch_tokens: i
             states = encoder.layer(layer - 1, states, batch.layout)
             if layer in place:
                 logits[place[layer], rows] = encoder.off_ramp(layer - 1, states, batch.layout).cpu()
-    return Trace(layers=layers, logits=logits, lengths=tokens.layout.lengths)
+    return Trace(layers=layers, logits=logits, lengths=tokens.layout.lengths, windows=windows)
 
 
 def off_ramp_accuracy(trace: Trace, labels: Tensor) -> tuple[float, ...]:
     """Accuracy of each off-ramp alone, in the order of `trace.layers`."""
-    return tuple((trace.logits.argmax(-1) == labels).float().mean(1).tolist())
+    return off_ramp_scores(trace, labels)
 
 
 def off_ramp_scores(trace: Trace, labels: Tensor, metric: Metric = accuracy) -> tuple[float, ...]:
     """`metric` of each off-ramp alone, in the order of `trace.layers`."""
-    return tuple(metric(labels, logits.argmax(-1)) for logits in trace.logits)
+    return tuple(metric(labels, _of_texts(trace, logits)) for logits in trace.logits)
+
+
+def predictions(trace: Trace, policy: ExitPolicy) -> Tensor:
+    """What is said of each text under `policy`: (N,) int64, or (M,) where texts are the means of windows."""
+    exit_layer, prediction = exits(trace, policy)
+    if trace.windows is None:
+        return prediction
+    places = torch.searchsorted(torch.tensor(trace.layers), exit_layer)
+    return _of_texts(trace, trace.logits[places, torch.arange(len(exit_layer))])
+
+
+def _of_texts(trace: Trace, logits: Tensor) -> Tensor:
+    """Predictions from the logits (N, C) that answered for each sample."""
+    prediction = logits.argmax(-1)
+    if trace.windows is None:
+        return prediction
+    means = text_means(logits.softmax(-1).numpy(), trace.windows).argmax(axis=1)
+    alone = trace.windows == 1
+    means[alone] = prediction.numpy()[first_windows(trace.windows)[alone]]
+    return torch.from_numpy(means)
 
 
 def exits(trace: Trace, policy: ExitPolicy) -> tuple[Tensor, Tensor]:
-    """Exit layers (N,) int64, 1-based, and predictions (N,) int64 under `policy`."""
+    """Exit layers (N,) int64, 1-based, and predictions (N,) int64 of the samples under `policy`."""
     num_samples = trace.logits.shape[1]
     exit_layer = torch.zeros(num_samples, dtype=torch.long)
     prediction = torch.zeros(num_samples, dtype=torch.long)
@@ -177,7 +210,8 @@ def _flops(trace: Trace, exit_layer: Tensor, off_ramps: Sequence[int], shape: Mo
 
 def score(trace: Trace, labels: Tensor, policy: ExitPolicy, metric: Metric = accuracy) -> OperatingPointScore:
     """Score and saving of `policy` on a labelled trace."""
-    exit_layer, prediction = exits(trace, policy)
+    exit_layer, _ = exits(trace, policy)
+    prediction = predictions(trace, policy)
     histogram = torch.bincount(exit_layer, minlength=trace.num_layers + 1)[1:].tolist()
     return OperatingPointScore(
         policy=policy,

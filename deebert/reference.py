@@ -31,6 +31,21 @@ class ReferenceResult:
     """Smallest |entropy - threshold| met on the way; a sample within floating-point reach of 0 is a tie."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class WindowedReferenceResult:
+    """The answer for one text in windows."""
+
+    label: int
+    """The largest of `probabilities`."""
+    exit_layer: int
+    """1-based, of the deepest window."""
+    probabilities: tuple[float, ...]
+    """Mean of the windows' distributions."""
+    entropy: float
+    """Nats, of `probabilities`."""
+    windows: tuple[ReferenceResult, ...]
+
+
 @torch.no_grad()
 def classify_one(
     model: DeeBertForSequenceClassification,
@@ -65,6 +80,49 @@ def classify_one(
         if surprise < threshold:
             return _answer(logits, layer, margin)
     raise AssertionError("the last layer always answers")
+
+
+def windows_of(tokens: Sequence[int], *, room: int, stride: int) -> list[list[int]]:
+    """Cut the tokens of a text, special tokens aside, into windows.
+
+    Args:
+        tokens: of the whole text.
+        room: most tokens of the text in a window: the maximal length less the special tokens.
+        stride: tokens that neighbouring windows share.
+
+    Returns:
+        Windows from the beginning on, each full but the last, which ends with the text.
+    """
+    windows = [list(tokens[:room])]
+    start = 0
+    while start + room < len(tokens):
+        start += room - stride
+        windows.append(list(tokens[start : start + room]))
+    return windows
+
+
+def classify_windows(
+    model: DeeBertForSequenceClassification,
+    windows: Sequence[Sequence[int]],
+    thresholds: Sequence[float | None],
+) -> WindowedReferenceResult:
+    """Run each window of a text on its own, and answer with the mean.
+
+    Args:
+        model: in eval mode, float32.
+        windows: token ids of each, special tokens included.
+        thresholds: those of `classify_one`, for every window.
+    """
+    results = [classify_one(model, window, thresholds) for window in windows]
+    distributions = [torch.tensor(r.logits).double().softmax(-1).tolist() for r in results]
+    mean = [sum(column) / len(results) for column in zip(*distributions, strict=True)]
+    return WindowedReferenceResult(
+        label=max(range(len(mean)), key=lambda i: mean[i]),
+        exit_layer=max(r.exit_layer for r in results),
+        probabilities=tuple(mean),
+        entropy=-sum(p * math.log(p) for p in mean if p > 0),
+        windows=tuple(results),
+    )
 
 
 def _entropy(logits: torch.Tensor) -> float:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from jobs.flags import comma_list, flag, parse_job
 from jobs.glue import TASK_NAMES, Columns
 from jobs.terminal import quiet_libraries
-from pipeline.config import positive
+from pipeline.config import WINDOW_STRIDE_HELP, positive, whole
 from pipeline.errors import UsageError
 
 if TYPE_CHECKING:
@@ -24,13 +24,6 @@ def _numbers(text: str) -> tuple[float, ...]:
 
 def _depths(text: str) -> tuple[int, ...]:
     return tuple(positive(part) for part in comma_list(text))
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise ValueError(f"{text!r} is not a whole number from 0")
-    return value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,13 +60,14 @@ class EvaluateJob:
     max_length: int | None = flag(
         "tokens a text is cut to; left out, what the model was trained with", default=None, parse=positive
     )
+    window_stride: int | None = flag(WINDOW_STRIDE_HELP, default=None, parse=whole, metavar="TOKENS")
     precision: str = flag(
         "auto is bfloat16 where the hardware multiplies it natively, else float32",
         default="float32",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     timing_rows: int = flag(
-        "samples to measure time on, one at a time; 0 measures nothing", default=100, parse=_count
+        "samples to measure time on, one at a time; 0 measures nothing", default=100, parse=whole
     )
     engine_rows: int = flag("and through the engine", default=1000, parse=positive)
     timing_rounds: int = flag("rounds of measuring; the median counts", default=3, parse=positive)

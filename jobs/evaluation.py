@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deebert.baselines import StaticStyle, kept_layers
-from deebert.evaluation import LabelledSequences, trace
+from deebert.evaluation import LabelledSequences, predictions, trace
 from deebert.exit_policy import FULL_DEPTH, EntropyThreshold
 from deebert.precision import resolve_precision
 from deebert.training import BackboneStage, Recipe
@@ -33,6 +33,7 @@ from jobs.traces import (
 )
 from pipeline.errors import UsageError
 from pipeline.report.evaluated import FULL_DEPTH_NAME, EvaluatedSet
+from pipeline.tokenization import TextTokenizer
 
 if TYPE_CHECKING:
     from jobs.evaluate import EvaluateJob
@@ -65,9 +66,15 @@ def run(job: EvaluateJob) -> Evaluation:
     return Evaluation(
         model=file.origin.model,
         task=file.origin.task,
-        origin=f"{file.origin.precision}, texts cut to {file.origin.max_length} tokens",
+        origin=f"{file.origin.precision}, {_lengths(file.origin)}",
         sets=tuple(evaluated(name, file, job.thresholds, statics) for name in file.sets),
     )
+
+
+def _lengths(origin: TraceOrigin) -> str:
+    if origin.window_stride is None:
+        return f"texts cut to {origin.max_length} tokens"
+    return f"texts in windows of {origin.max_length} tokens that share {origin.window_stride}"
 
 
 def _traced(job: EvaluateJob, subject: Subject | None) -> TraceFile:
@@ -79,7 +86,7 @@ def _traced(job: EvaluateJob, subject: Subject | None) -> TraceFile:
         return file
     assert subject is not None  # as `evaluate` checked
     sets = {
-        name: TracedSet(trace=trace(subject.encoder, data.tokens), labels=data.labels)
+        name: TracedSet(trace=trace(subject.encoder, data.tokens, windows=data.windows), labels=data.labels)
         for name, data in subject.data.items()
     }
     return _kept(job, TraceFile(origin=origin_of(subject), sets=sets))
@@ -102,6 +109,7 @@ def _check_origin(job: EvaluateJob, origin: TraceOrigin, subject: Subject) -> No
     ]
     if subject.data:
         checks += [
+            ("another window stride", origin.window_stride, given.window_stride),
             ("other data or another length", origin.data_digest, given.data_digest),
             ("another task", origin.task, given.task),
         ]
@@ -154,7 +162,9 @@ def _training_data(job: EvaluateJob, subject: Subject) -> LabelledSequences:
         raise UsageError(
             "--static-depths would train on the very rows that it is scored on: give --train-data"
         )
-    everything = source.training_texts(subject.labels).tokenized(subject.tokenizer)
+    # Cut, as `train` does it: a text's label need not be that of each of its windows.
+    tokenizer = TextTokenizer(subject.checkpoint.tokenizer, max_length=subject.tokenizer.max_length)
+    everything = source.training_texts(subject.labels).tokenized(tokenizer)
     return sample(everything, job.max_train_rows, seed=job.seed)
 
 
@@ -177,7 +187,8 @@ def _with_answers(
         answers = dict(sets[name].static_predictions)
         for static in fresh:
             encoder = packed_encoder(static.model, subject.precision)
-            answers[static.record.name] = trace(encoder, data.tokens).logits[-1].argmax(-1)
+            answered = trace(encoder, data.tokens, windows=data.windows)
+            answers[static.record.name] = predictions(answered, FULL_DEPTH)
         sets[name] = replace(sets[name], static_predictions=answers)
     records = {record.name: record for record in (*file.statics, *(static.record for static in fresh))}
     return _kept(job, replace(file, sets=sets, statics=tuple(records.values())))

@@ -40,7 +40,11 @@ class LabelledTexts:
     def tokenized(self, tokenizer: TextTokenizer) -> LabelledSequences:
         """The same as packed tokens."""
         batch = tokenizer(self.texts, self.pairs)
-        return LabelledSequences(tokens=batch.tokens, labels=torch.tensor(self.labels, dtype=torch.long))
+        return LabelledSequences(
+            tokens=batch.tokens,
+            labels=torch.tensor(self.labels, dtype=torch.long),
+            windows=None if tokenizer.window_stride is None else batch.windows,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from typing import Literal
 from torch import Tensor
 
 from deebert.cost import ModelShape
-from deebert.evaluation import exits, flop_saving, off_ramp_scores, score, static_flop_saving
+from deebert.evaluation import flop_saving, off_ramp_scores, predictions, score, static_flop_saving
 from deebert.exit_policy import FULL_DEPTH, EntropyThreshold
 from jobs.glue import find_task
 from jobs.metrics import NamedMetric, metrics_of
@@ -62,10 +62,9 @@ class _SetScorer:
     def point(self, name: str, policy: EntropyThreshold) -> EvaluatedPoint:
         trace, labels = self.traced.trace, self.traced.labels
         found = score(trace, labels, policy)
-        _, predictions = exits(trace, policy)
         return EvaluatedPoint(
             name=name,
-            scores=self._scores(predictions),
+            scores=self._scores(predictions(trace, policy)),
             mean_exit_layer=found.mean_exit_layer,
             speed_up=found.speed_up,
             saving=found.saving,
@@ -89,8 +88,8 @@ class _SetScorer:
             engine=self._measured(static.name, "engine"),
         )
 
-    def _scores(self, predictions: Tensor) -> tuple[float, ...]:
-        return tuple(metric.compute(self.traced.labels, predictions) for metric in self.metrics)
+    def _scores(self, found: Tensor) -> tuple[float, ...]:
+        return tuple(metric.compute(self.traced.labels, found) for metric in self.metrics)
 
     def _measured(self, name: str, way: Literal["alone", "engine"]) -> Measured | None:
         if name not in self.timings or FULL_DEPTH_NAME not in self.timings:

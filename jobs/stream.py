@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from jobs.flags import flag, parse_job
 from jobs.terminal import quiet_libraries
-from pipeline.config import Thresholds, positive, thresholds
+from pipeline.config import WINDOW_STRIDE_HELP, Thresholds, positive, thresholds, whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +30,7 @@ class StreamJob:
         "tokens a text is cut to; left out, what the model was trained with", default=None, parse=positive
     )
     micro_batch_tokens: int = flag("most tokens in a micro-batch", default=2048, parse=positive)
+    window_stride: int | None = flag(WINDOW_STRIDE_HELP, default=None, parse=whole, metavar="TOKENS")
     precision: str = flag(
         "auto is bfloat16 where the hardware multiplies it natively, else float32",
         default="auto",
@@ -51,14 +52,23 @@ def execute(argv: Sequence[str], *, prog: str) -> int:
     from deebert.precision import resolve_precision
     from pipeline.planning import resolve_max_length, resolve_policy
     from pipeline.stream import StreamConfig, stream
+    from pipeline.tokenization import check_windows
 
     quiet_libraries()
     checkpoint = load_checkpoint(job.model)
+    max_length = resolve_max_length(job.max_length, job.micro_batch_tokens, checkpoint)
+    check_windows(
+        checkpoint.tokenizer,
+        max_length=max_length,
+        window_stride=job.window_stride,
+        of_pairs=job.text_pair_column is not None,
+    )
     config = StreamConfig(
         text_column=job.text_column,
         text_pair_column=job.text_pair_column,
         id_column=job.id_column,
-        max_length=resolve_max_length(job.max_length, job.micro_batch_tokens, checkpoint),
+        max_length=max_length,
+        window_stride=job.window_stride,
         micro_batch_tokens=job.micro_batch_tokens,
         precision=resolve_precision(job.precision),
         device="cuda" if torch.cuda.is_available() else "cpu",

@@ -52,7 +52,9 @@ def load_subject(job: EvaluateJob, model: str) -> Subject:
     if len(labels) != len(checkpoint.labels):
         raise UsageError(f"--labels names {len(labels)} labels but the model has {len(checkpoint.labels)}")
     tokenizer = TextTokenizer(
-        checkpoint.tokenizer, max_length=job.max_length or checkpoint.default_max_length
+        checkpoint.tokenizer,
+        max_length=job.max_length or checkpoint.default_max_length,
+        window_stride=job.window_stride,
     )
     precision = resolve_precision(job.precision)
     source = _labelled_source(job)
@@ -94,6 +96,7 @@ def origin_of(subject: Subject) -> TraceOrigin:
         labels=subject.labels,
         precision=subject.precision,
         max_length=subject.tokenizer.max_length,
+        window_stride=subject.tokenizer.window_stride,
         shape=ModelShape(
             num_layers=config.num_hidden_layers,
             hidden_size=config.hidden_size,

@@ -1,7 +1,8 @@
 """Traces as Parquet: every off-ramp's logits, the lengths and the labels of labelled sets.
 
 One row per sample: `set` (MNLI has two), `label` (id), `num_tokens`, `logits_i` for each off-ramp layer i,
-and the prediction of each static baseline. The footer says
+and the prediction of each static baseline. Where texts are classified in windows, a sample is a window, `text`
+numbers the text that it is of, and what is known of the text stands at each of its windows. The footer says
 of what model and data they are, and holds the seconds measured on them, so that a later evaluation runs no
 model at all. Knows nothing of texts.
 """
@@ -26,11 +27,13 @@ from deebert.baselines import StaticStyle
 from deebert.cost import ModelShape
 from deebert.errors import DataError
 from deebert.evaluation import LabelledSequences, Trace
+from deebert.windows import first_windows
 from jobs.timing import Measure, Timing
 from pipeline.errors import UsageError
 
 _KEY = b"deebert.trace"
 _LOGITS = "logits_"
+_TEXT = "text"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +52,8 @@ class TraceOrigin:
     precision: str
     max_length: int
     shape: ModelShape
+    window_stride: int | None = None
+    """None: longer texts were cut."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +77,7 @@ class TracedSet:
 
     trace: Trace
     labels: Tensor
-    """(N,) int64."""
+    """(N,) int64, one for each text."""
     static_predictions: Mapping[str, Tensor] = field(default_factory=dict)
     """By the baseline's name, (N,) int64."""
 
@@ -97,6 +102,8 @@ def data_digest(sets: Mapping[str, LabelledSequences]) -> str:
         digest.update(f"{name} {len(data)}".encode())
         for array in (data.tokens.input_ids, data.tokens.cu_seqlens, data.labels):
             digest.update(array.numpy().tobytes())
+        if data.windows is not None:
+            digest.update(data.windows.tobytes())
     return digest.hexdigest()
 
 
@@ -158,32 +165,39 @@ def _timing(values: dict[str, Any]) -> Timing:
 
 
 def _table(name: str, traced: TracedSet) -> pa.Table:
-    trace = traced.trace
+    trace, samples = traced.trace, len(traced.trace.lengths)
     num_labels = trace.logits.shape[-1]
+    texts = np.arange(samples)
+    if trace.windows is not None:
+        texts = np.repeat(np.arange(len(trace.windows)), trace.windows)
     columns = {
-        "set": pa.array([name] * len(traced.labels)).dictionary_encode(),
-        "label": pa.array(traced.labels.numpy().astype(np.int32)),
+        "set": pa.array([name] * samples).dictionary_encode(),
+        **({} if trace.windows is None else {_TEXT: pa.array(texts)}),
+        "label": pa.array(traced.labels.numpy().astype(np.int32)[texts]),
         "num_tokens": pa.array(trace.lengths.astype(np.int32)),
     }
     for layer, logits in zip(trace.layers, trace.logits, strict=True):
         flat = pa.array(logits.contiguous().numpy().reshape(-1))
         columns[f"{_LOGITS}{layer}"] = pa.FixedSizeListArray.from_arrays(flat, num_labels)
     for baseline, predictions in traced.static_predictions.items():
-        columns[baseline] = pa.array(predictions.numpy().astype(np.int32))
+        columns[baseline] = pa.array(predictions.numpy().astype(np.int32)[texts])
     return pa.table(columns)
 
 
 def _traced_set(table: pa.Table, statics: tuple[StaticRecord, ...]) -> TracedSet:
     columns = [name for name in table.column_names if name.startswith(_LOGITS)]
     logits = [np.array(table[name].combine_chunks().flatten()).reshape(len(table), -1) for name in columns]
+    windows = np.bincount(table[_TEXT].to_numpy()) if _TEXT in table.column_names else None
+    first = np.arange(len(table)) if windows is None else first_windows(windows)
     return TracedSet(
         trace=Trace(
             layers=tuple(int(name.removeprefix(_LOGITS)) for name in columns),
             logits=torch.from_numpy(np.stack(logits)),
             lengths=table["num_tokens"].to_numpy().astype(np.int64),
+            windows=windows,
         ),
-        labels=_ids(table["label"]),
-        static_predictions={record.name: _ids(table[record.name]) for record in statics},
+        labels=_ids(table["label"])[first],
+        static_predictions={record.name: _ids(table[record.name])[first] for record in statics},
     )
 
 

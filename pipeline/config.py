@@ -13,6 +13,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+WINDOW_STRIDE_HELP = (
+    "do not cut longer texts but classify them in windows of --max-length, of which neighbours share so many "
+    "tokens (0: none), and average the windows' probabilities"
+)
 Thresholds = float | tuple[float | None, ...]
 
 
@@ -93,6 +97,14 @@ def positive(text: str) -> int:
     return value
 
 
+def whole(text: str) -> int:
+    """A whole number from 0."""
+    value = int(text)
+    if value < 0:
+        raise ValueError(f"{text!r} is not a whole number from 0")
+    return value
+
+
 def positive_number(text: str) -> float:
     """A number above 0."""
     value = float(text)
@@ -150,6 +162,12 @@ class ClassifyConfig:
     micro_batch_tokens: int = flag("most tokens in a micro-batch", default=2048, parse=positive)
     max_length: int | None = flag(
         "tokens a text is cut to; left out, what the model was trained with", default=None, parse=positive
+    )
+    window_stride: int | None = flag(
+        WINDOW_STRIDE_HELP,
+        default=None,
+        parse=whole,
+        metavar="TOKENS",
     )
     precision: str = flag(
         "auto is bfloat16 where the hardware multiplies it natively, else float32",

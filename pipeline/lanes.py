@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -21,6 +21,7 @@ from deebert.exit_policy import FULL_DEPTH, ExitPolicy
 from deebert.packing import IntArray, PackedTokens
 from pipeline.engine import Engine, EngineConfig, EngineStats, Exits
 from pipeline.schema import NOT_AUDITED
+from pipeline.windows import Answered, WindowedTexts
 
 _ROW_BITS = 32
 _ROW_MASK = (1 << _ROW_BITS) - 1
@@ -31,31 +32,47 @@ _PATIENCE_SECONDS = 0.05
 _REPORT_SECONDS = 0.5
 
 ProgressCallback = Callable[[int, int], None]
-"""Called with rows and Σ exit layers since the last call."""
+"""Called with rows answered and Σ of their exit layers since the last call."""
 Limit = Callable[[str], AbstractContextManager[None]]
 """Holds a block, named by what it does, to a time (`pipeline.watchdog`)."""
 
 
 class Submission:
-    """N rows in the lanes, and their answers as they come."""
+    """N rows in the lanes, and their answers as they come.
 
-    def __init__(self, tokens: PackedTokens, audited: npt.NDArray[np.bool_], num_labels: int) -> None:
-        rows = len(tokens)
-        self._input: tuple[PackedTokens, npt.NDArray[np.bool_]] | None = (tokens, audited)
+    A row is a sample, or as many as it has windows: then it is answered when the last of them has left.
+    """
+
+    def __init__(
+        self,
+        tokens: PackedTokens,
+        audited: npt.NDArray[np.bool_],
+        num_labels: int,
+        windows: IntArray | None = None,
+    ) -> None:
+        samples_audited = audited if windows is None else np.repeat(audited, windows)
+        self._input: tuple[PackedTokens, npt.NDArray[np.bool_]] | None = (tokens, samples_audited)
         self.total_tokens = tokens.layout.total_tokens
+        rows = len(audited)
         self.prediction = np.zeros(rows, np.int32)
         self.exit_layer = np.zeros(rows, np.int16)
         self.entropy = np.zeros(rows, np.float32)
         self.probabilities = np.zeros((rows, num_labels), np.float32)
         self.audit_prediction = np.full(rows, NOT_AUDITED, np.int32)
-        self._outstanding = rows + int(audited.sum())
+        self.samples_left: Counter[int] = Counter()
+        """Samples (rows, or their windows) that left after each layer, 1-based."""
+        self._exit_windows = None if windows is None else WindowedTexts(windows, num_labels)
+        self._audit_windows = (
+            None if windows is None or not audited.any() else WindowedTexts(windows, num_labels)
+        )
+        self._outstanding = len(tokens) + int(samples_audited.sum())
         self._done = threading.Event()
         self._error: BaseException | None = None
         if not rows:
             self._done.set()
 
     def take_input(self) -> tuple[PackedTokens, npt.NDArray[np.bool_]]:
-        """The tokens, and which rows are audited; let go here, for a shard may be long."""
+        """The samples, and which of them are audited; let go here, for a shard may be long."""
         assert self._input is not None
         taken, self._input = self._input, None
         return taken
@@ -75,20 +92,33 @@ class Submission:
         self._error = error
         self._done.set()
 
-    def answer(self, rows: IntArray, exits: Exits, chosen: npt.NDArray[np.bool_], *, audit: bool) -> bool:
-        """Take the answers of `rows`; True when that was the last of them."""
-        logits = exits.logits[chosen]
+    def answer(
+        self, samples: IntArray, exits: Exits, chosen: npt.NDArray[np.bool_], *, audit: bool
+    ) -> IntArray:
+        """Take the answers of `samples`, which are those of `exits` that are `chosen`; the rows now answered."""
+        rows, answers = samples, Answered.of(exits, chosen)
+        if (texts := self._audit_windows if audit else self._exit_windows) is not None:
+            rows, answers = texts.leave(samples, answers)
         if audit:
-            self.audit_prediction[rows] = logits.argmax(axis=1)
+            self.audit_prediction[rows] = answers.prediction
         else:
-            self.prediction[rows] = logits.argmax(axis=1)
-            self.exit_layer[rows] = exits.exit_layer
-            self.entropy[rows] = exits.entropy[chosen]
-            self.probabilities[rows] = exits.probabilities[chosen]
-        self._outstanding -= len(rows)
-        if self._outstanding == 0:
-            self._done.set()
+            self.samples_left[exits.exit_layer] += len(samples)
+            self.prediction[rows] = answers.prediction
+            self.exit_layer[rows] = answers.exit_layer
+            self.entropy[rows] = answers.entropy
+            self.probabilities[rows] = answers.probabilities
+        self._outstanding -= len(samples)
+        return rows
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every row has its answer."""
         return self._outstanding == 0
+
+    def finish(self) -> None:
+        """Let those who wait go on; what was kept of windows is let go."""
+        self._exit_windows = self._audit_windows = None
+        self._done.set()
 
 
 class Lanes:
@@ -132,14 +162,17 @@ class Lanes:
                 self._feeders -= 1
                 self._changed.notify_all()
 
-    def submit(self, tokens: PackedTokens, audited: npt.NDArray[np.bool_]) -> Submission:
+    def submit(
+        self, tokens: PackedTokens, audited: npt.NDArray[np.bool_], windows: IntArray | None = None
+    ) -> Submission:
         """Hand over rows; blocks while enough input is queued.
 
         Args:
-            tokens: N sequences.
-            audited: (N,) which of them also run at full depth.
+            tokens: N sequences, or one for each window of N rows, row by row.
+            audited: (N,) which rows also run at full depth.
+            windows: (N,) windows of each row; None: a row is a sequence.
         """
-        submission = Submission(tokens, audited, self._num_labels)
+        submission = Submission(tokens, audited, self._num_labels, windows)
         if not len(tokens):
             return submission
         with self._changed:
@@ -211,22 +244,27 @@ class Lanes:
             return bool(self._changed.wait_for(lambda: self._arrived, timeout=_PATIENCE_SECONDS))
 
     def _deliver(self, exits: Exits, *, audit: bool) -> None:
-        if not audit:
-            self._count(exits)
-        slots, rows = exits.sample_ids >> _ROW_BITS, exits.sample_ids & _ROW_MASK
+        slots, samples = exits.sample_ids >> _ROW_BITS, exits.sample_ids & _ROW_MASK
+        complete: list[Submission] = []
         for slot in np.unique(slots).tolist():
-            chosen = slots == slot
-            if self._open[slot].answer(rows[chosen], exits, chosen, audit=audit):
-                del self._open[slot]
+            chosen, submission = slots == slot, self._open[slot]
+            rows = submission.answer(samples[chosen], exits, chosen, audit=audit)
+            if not audit:
+                self._unreported[0] += len(rows)
+                self._unreported[1] += int(submission.exit_layer[rows].sum())
+            if submission.is_complete:
+                complete.append(self._open.pop(slot))
+        if not audit:
+            self._count()
+        for submission in complete:
+            submission.finish()
 
-    def _count(self, exits: Exits) -> None:
+    def _count(self) -> None:
         with self._changed:
             self._queued_tokens = self._exit_lane.waiting_tokens + sum(
                 submission.total_tokens for _, submission in self._arrived
             )
             self._changed.notify_all()
-        self._unreported[0] += len(exits)
-        self._unreported[1] += len(exits) * exits.exit_layer
         now = time.monotonic()
         if now - self._last_report >= _REPORT_SECONDS or not self._exit_lane.in_flight:
             self._on_progress(*self._unreported)

@@ -23,7 +23,7 @@ from pipeline.records import Identity, ModelRecord, RunRecord
 from pipeline.schema import RESERVED_COLUMNS, Answers, part_table
 from pipeline.shards import Shard, parse_part_name, part_name, plan, source_key
 from pipeline.sink import SUCCESS, Output
-from pipeline.tokenization import TextTokenizer
+from pipeline.tokenization import TextTokenizer, check_windows
 
 log = logging.getLogger(__name__)
 
@@ -180,12 +180,19 @@ def _columns(config: ClassifyConfig, schema: InputSchema, labels: tuple[str, ...
         keep_columns=config.keep_columns,
         labels=labels,
         with_probabilities=config.probabilities,
+        with_windows=config.window_stride is not None,
     )
     return tuple(f"{field.name} {field.type}" for field in table.schema)
 
 
 def _identity(config: ClassifyConfig, checkpoint: Checkpoint, *, has_gpu: bool) -> Identity:
     max_length = resolve_max_length(config.max_length, config.micro_batch_tokens, checkpoint)
+    check_windows(
+        checkpoint.tokenizer,
+        max_length=max_length,
+        window_stride=config.window_stride,
+        of_pairs=config.text_pair_column is not None,
+    )
     tokenizer = TextTokenizer(checkpoint.tokenizer, max_length=max_length)
     content: dict[str, Any] = {
         "model_digest": weights_digest(checkpoint.model),
@@ -195,6 +202,8 @@ def _identity(config: ClassifyConfig, checkpoint: Checkpoint, *, has_gpu: bool) 
         "max_length": max_length,
         "precision": resolve_precision(config.precision, has_gpu=has_gpu),
     }
+    if config.window_stride is not None:  # without windows, the digest that earlier versions gave
+        content["window_stride"] = config.window_stride
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return Identity(**content, digest=digest)
 

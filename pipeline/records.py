@@ -32,6 +32,8 @@ class Identity:
     """Tokens a sequence is truncated to."""
     precision: str
     """``float32``, ``bfloat16`` or ``float16``."""
+    window_stride: int | None = None
+    """Tokens that neighbouring windows of a longer text share; None: it is truncated."""
     digest: str
     """SHA-256 over all of the above."""
 
@@ -61,11 +63,13 @@ class Totals:
     """Rows written to the dead letters."""
     truncated_rows: int
     tokens: int
-    """Tokens of all written rows, special tokens included."""
+    """Tokens of all written rows, special tokens included; of all their windows, where there are several."""
     squared_tokens: int
-    """Σ (sequence length)² over written rows."""
+    """Σ (sequence length)² over written rows, or over their windows."""
     exit_rows: tuple[int, ...]
-    """The exit-layer histogram."""
+    """The exit-layer histogram; a row in windows counts with the deepest of them."""
+    exit_windows: tuple[int, ...]
+    """The exit-layer histogram of what was run: of rows, each window of a longer text by itself."""
     exit_tokens: tuple[int, ...]
     """Tokens of the rows that left after each layer."""
     compute: EngineStats
@@ -93,6 +97,7 @@ class Totals:
             tokens=0,
             squared_tokens=0,
             exit_rows=(0,) * num_layers,
+            exit_windows=(0,) * num_layers,
             exit_tokens=(0,) * num_layers,
             compute=none,
             control=none,
@@ -119,7 +124,8 @@ class Totals:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Totals:
-        """The inverse of `to_dict`."""
+        """The inverse of `to_dict`; in what was recorded before there were windows, each row was one."""
+        values = {"exit_windows": values["exit_rows"], **values}
         made: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         made["compute"] = EngineStats.from_dict(values["compute"])
         made["control"] = EngineStats.from_dict(values["control"])

@@ -11,6 +11,7 @@ import os
 import pickle
 import socket
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -27,7 +28,9 @@ from ray.exceptions import RayError
 from deebert.checkpoint import Checkpoint
 from deebert.encoder import PackedEncoder
 from deebert.exit_policy import policy_from_dict
+from deebert.packing import IntArray
 from deebert.precision import DTYPES, Precision
+from deebert.windows import text_sums
 from pipeline import sabotage
 from pipeline.board import History
 from pipeline.engine import EngineConfig
@@ -49,6 +52,8 @@ log = logging.getLogger(__name__)
 
 # Rows read, tokenized and submitted at a time: enough to fill micro-batches, little enough to overlap.
 _BATCH_ROWS = 1024
+# And bytes of text, but for a single row: a tokenizer takes about 100 bytes for each of them meanwhile.
+_PIECE_BYTES = 1 << 20
 # A shard that was in hand when its replica died once may have stood beside the cause; twice, it is the cause.
 _WHOLE_ATTEMPTS = 2
 
@@ -94,7 +99,11 @@ class _Rows:
     """Rows of a shard in the lanes, and what the part will say of them; their texts are let go."""
 
     source_rows: npt.NDArray[np.int64]
-    lengths: npt.NDArray[np.int64]
+    tokens: IntArray
+    """Of all windows of a row; without windows, a row is one."""
+    squared_tokens: int
+    """Σ over rows, or their windows."""
+    windows: IntArray
     truncated: npt.NDArray[np.bool_]
     kept: pa.Table
     submission: Submission
@@ -103,7 +112,8 @@ class _Rows:
         done = self.submission
         return Answers(
             source_rows=self.source_rows,
-            num_tokens=self.lengths.astype(np.int32),
+            num_tokens=self.tokens.astype(np.int32),
+            num_windows=self.windows.astype(np.int32),
             truncated=self.truncated,
             prediction=done.prediction,
             exit_layer=done.exit_layer,
@@ -149,6 +159,7 @@ class Replica:
             checkpoint.tokenizer,
             max_length=spec.identity.max_length,
             has_token_types=encoder.has_token_types,
+            window_stride=spec.identity.window_stride,
         )
         self._lanes = Lanes(
             encoder,
@@ -222,7 +233,7 @@ class Replica:
                 return
             sabotage.reach("shard-read")
             work.bad.extend(batch.bad)
-            yield batch
+            yield from batch.pieces(_PIECE_BYTES)
 
     def _submit(self, work: _Work, batch: SourceBatch) -> Submission:
         """Tokenize a batch and hand it to the lanes."""
@@ -230,11 +241,18 @@ class Replica:
         with work.timing("tokenize_seconds"), self._watchdog.limit("the tokenization of a batch"):
             sabotage.taste(texts[0])
             tokenized = self._tokenizer(*texts)
-        submission = self._lanes.submit(tokenized.tokens, _control_sample(batch.rows, self._spec.control))
+        windows, layout = tokenized.windows, tokenized.tokens.layout
+        submission = self._lanes.submit(
+            tokenized.tokens,
+            _control_sample(batch.rows, self._spec.control),
+            None if self._tokenizer.window_stride is None else windows,
+        )
         work.rows.append(
             _Rows(
                 source_rows=batch.rows,
-                lengths=tokenized.tokens.layout.lengths,
+                tokens=text_sums(layout.lengths, windows),
+                squared_tokens=layout.squared_tokens,
+                windows=windows,
                 truncated=tokenized.truncated,
                 kept=batch.kept,
                 submission=submission,
@@ -268,6 +286,7 @@ class Replica:
             keep_columns=spec.keep_columns,
             labels=self._labels,
             with_probabilities=spec.probabilities,
+            with_windows=spec.identity.window_stride is not None,
         )
         record = ShardRecord(
             part=name,
@@ -289,14 +308,16 @@ class Replica:
         audited = answers.audit_prediction != NOT_AUDITED
         agree = answers.audit_prediction[audited] == answers.prediction[audited]
         layers = answers.exit_layer - 1
+        left = sum((rows.submission.samples_left for rows in work.rows), Counter[int]())
         return Totals(
             shards=1,
             rows=len(lengths),
             bad_rows=len(work.bad),
             truncated_rows=int(answers.truncated.sum()),
             tokens=int(lengths.sum()),
-            squared_tokens=int(np.square(lengths).sum()),
+            squared_tokens=sum(rows.squared_tokens for rows in work.rows),
             exit_rows=tuple(np.bincount(layers, minlength=self._num_layers).tolist()),
+            exit_windows=tuple(left[layer] for layer in range(1, self._num_layers + 1)),
             exit_tokens=tuple(
                 np.bincount(layers, weights=lengths, minlength=self._num_layers).astype(np.int64).tolist()
             ),

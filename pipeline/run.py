@@ -290,14 +290,14 @@ def _flawed(name: str, shard: Shard) -> ShardFailure:
 def _shard_line(record: ShardRecord, num_layers: int) -> str:
     """One line of ``key=value`` for whoever collects logs."""
     totals = record.totals
-    exit_layers = sum(layer * rows for layer, rows in enumerate(totals.exit_rows, start=1))
+    exit_layers = sum(layer * left for layer, left in enumerate(totals.exit_windows, start=1))
     facts = {
         "shard": record.part,
         "source_file": json.dumps(record.source_file),
         "first_row": record.first_row,
         "rows": totals.rows,
         "bad_rows": totals.bad_rows,
-        "mean_exit_layer": f"{exit_layers / max(1, totals.rows):.2f}/{num_layers}",
+        "mean_exit_layer": f"{exit_layers / max(1, sum(totals.exit_windows)):.2f}/{num_layers}",
         "tokens": totals.tokens,
         "read_seconds": f"{totals.read_seconds:.3f}",
         "tokenize_seconds": f"{totals.tokenize_seconds:.3f}",

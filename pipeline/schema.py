@@ -27,6 +27,7 @@ RESERVED_COLUMNS = (
     "exit_layer",
     "entropy",
     "num_tokens",
+    "num_windows",
     "truncated",
     "audit_prediction",
     "probabilities",
@@ -40,9 +41,13 @@ class Answers:
 
     source_rows: npt.NDArray[np.int64]
     num_tokens: npt.NDArray[np.int32]
+    """As run: a token that two windows of a text share counts twice."""
+    num_windows: npt.NDArray[np.int32]
+    """1 but for texts that were longer than the model reads at once."""
     truncated: npt.NDArray[np.bool_]
     prediction: npt.NDArray[np.int32]
     exit_layer: npt.NDArray[np.int16]
+    """1-based; of a text in windows, that of the deepest (`deebert.windows`)."""
     entropy: npt.NDArray[np.float32]
     probabilities: npt.NDArray[np.float32]
     """(N, C)."""
@@ -62,6 +67,7 @@ class Answers:
         return Answers(
             source_rows=np.zeros(0, np.int64),
             num_tokens=np.zeros(0, np.int32),
+            num_windows=np.zeros(0, np.int32),
             truncated=np.zeros(0, np.bool_),
             prediction=np.zeros(0, np.int32),
             exit_layer=np.zeros(0, np.int16),
@@ -80,6 +86,7 @@ def part_table(
     keep_columns: tuple[str, ...],
     labels: tuple[str, ...],
     with_probabilities: bool,
+    with_windows: bool = False,
 ) -> pa.Table:
     """The rows of a part.
 
@@ -91,6 +98,7 @@ def part_table(
         keep_columns: the columns of `kept` that are copied.
         labels: label names, in the order of their ids.
         with_probabilities: whether to add ``probabilities``.
+        with_windows: whether to add ``num_windows``.
     """
     rows = len(answers.source_rows)
     source = _constant(source_file, rows)
@@ -106,6 +114,7 @@ def part_table(
         "exit_layer": pa.array(answers.exit_layer),
         "entropy": pa.array(answers.entropy),
         "num_tokens": pa.array(answers.num_tokens),
+        **({"num_windows": pa.array(answers.num_windows)} if with_windows else {}),
         "truncated": pa.array(answers.truncated),
         "audit_prediction": pa.array(answers.audit_prediction, mask=~audited),
     }

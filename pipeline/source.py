@@ -50,6 +50,16 @@ class SourceBatch:
             bad=(),
         )
 
+    def pieces(self, max_bytes: int) -> Iterator[SourceBatch]:
+        """The good rows, cut so that each piece holds at most `max_bytes` of text, or a single row."""
+        ends = np.cumsum(np.sum([_byte_lengths(column) for column in self.texts], axis=0))
+        start, rows = 0, len(self.rows)
+        while start < rows:
+            before = ends[start - 1] if start else 0
+            stop = max(start + 1, int(np.searchsorted(ends, before + max_bytes, side="right")))
+            yield self.slice(start, stop)
+            start = stop
+
 
 def read_shard(
     shard: Shard,
@@ -163,6 +173,13 @@ def _checked(raw: RawRows, text_columns: Sequence[str], kept: Any) -> SourceBatc
         kept=_kept_table(rows, columns, kept),
         bad=tuple(sorted([*raw.bad, *reasons.values()], key=lambda row: row.source_row)),
     )
+
+
+def _byte_lengths(texts: Any) -> Rows:
+    """(N,) int64 of a string or large string array without nulls."""
+    import pyarrow.compute as pc
+
+    return np.asarray(pc.binary_length(texts).cast(pa.int64()))
 
 
 def _kept_table(rows: Rows, columns: Any, kept: Any) -> Any:

@@ -19,12 +19,17 @@ import numpy as np
 from deebert.checkpoint import Checkpoint
 from deebert.encoder import PackedEncoder
 from deebert.exit_policy import ExitPolicy
+from deebert.packing import IntArray
 from deebert.precision import DTYPES, Precision
+from deebert.windows import text_sums
 from pipeline.engine import Engine, EngineConfig, Exits
 from pipeline.tokenization import TextTokenizer
+from pipeline.windows import Answered, TextsInFlight
 
 # Lines taken at a time: a few micro-batches of short texts.
 _LINES = 256
+# And bytes: long lines become many windows.
+_LINE_BYTES = 1 << 20
 _QUEUED_LINES = 4096
 _END = None
 
@@ -40,6 +45,8 @@ class StreamConfig:
     """Field that names the sample in the answer, where a JSON line has it."""
     max_length: int | None = None
     """Tokens a text is cut to; None: what the model was trained with."""
+    window_stride: int | None = None
+    """Longer texts are not cut but classified in windows that share so many tokens (`deebert.windows`)."""
     micro_batch_tokens: int = 2048
     precision: Precision = "float32"
     device: str = "cpu"
@@ -85,8 +92,10 @@ class _Stream:
             checkpoint.tokenizer,
             max_length=config.max_length or checkpoint.default_max_length,
             has_token_types=encoder.has_token_types,
+            window_stride=config.window_stride,
         )
         self._labels = checkpoint.labels
+        self._in_windows = None if config.window_stride is None else TextsInFlight(len(self._labels))
         self._out, self._config = out, config
         self._waiting: dict[int, dict[str, Any]] = {}  # what the answer repeats of the sample, by index
 
@@ -100,7 +109,8 @@ class _Stream:
                 self._submit(taken)
             exits = self._engine.step(drain=ended or arriving.empty())
             if exits is not None and len(exits):
-                self._write(self._answers(exits))
+                for indices, answers in self._answered(exits):
+                    self._write(self._spelled(indices, answers))
 
     def _submit(self, lines: list[tuple[int, bytes]]) -> None:
         samples: list[_Sample] = []
@@ -113,22 +123,36 @@ class _Stream:
             return
         pairs = None if self._config.text_pair_column is None else [s.pair or "" for s in samples]
         batch = self._tokenizer([s.text for s in samples], pairs)
-        rows = zip(samples, batch.tokens.layout.lengths.tolist(), batch.truncated.tolist(), strict=True)
-        for sample, num_tokens, truncated in rows:
-            self._waiting[sample.index] = {**sample.names, "num_tokens": num_tokens, "truncated": truncated}
-        self._engine.submit(np.array([s.index for s in samples], np.int64), batch.tokens)
+        facts = {
+            "num_tokens": text_sums(batch.tokens.layout.lengths, batch.windows),
+            **({} if self._in_windows is None else {"num_windows": batch.windows}),
+            "truncated": batch.truncated,
+        }
+        for sample, *values in zip(samples, *(column.tolist() for column in facts.values()), strict=True):
+            self._waiting[sample.index] = {**sample.names, **dict(zip(facts, values, strict=True))}
+        ids = np.array([s.index for s in samples], np.int64)
+        if self._in_windows is not None:
+            ids = self._in_windows.admit(ids, batch.windows)
+        self._engine.submit(ids, batch.tokens)
 
-    def _answers(self, exits: Exits) -> Iterator[dict[str, Any]]:
-        predictions = exits.logits.argmax(axis=1)
-        columns = (exits.sample_ids, predictions, exits.probabilities.max(axis=1), exits.entropy)
-        for index, prediction, score, entropy in zip(*(c.tolist() for c in columns), strict=True):
+    def _answered(self, exits: Exits) -> Iterator[tuple[IntArray, Answered]]:
+        """Indices of the lines that are answered now, and their answers."""
+        if self._in_windows is None:
+            return iter([(exits.sample_ids, Answered.of(exits))])
+        return self._in_windows.leave(exits)
+
+    def _spelled(self, indices: IntArray, answers: Answered) -> Iterator[dict[str, Any]]:
+        scores = answers.probabilities.max(axis=1, initial=0.0)
+        columns = (indices, answers.prediction, scores, answers.exit_layer, answers.entropy)
+        rows = zip(*(c.tolist() for c in columns), strict=True)
+        for index, prediction, score, exit_layer, entropy in rows:
             yield {
                 "index": index,
                 **self._waiting.pop(index),
                 "prediction": prediction,
                 "label": self._labels[prediction],
                 "score": round(score, 6),
-                "exit_layer": exits.exit_layer,
+                "exit_layer": exit_layer,
                 "entropy": round(entropy, 6),
             }
 
@@ -151,7 +175,8 @@ def _take(
 ) -> tuple[list[tuple[int, bytes]], bool]:
     """The lines that are there, and whether they were the last; sleeps for the first one if `wait`."""
     taken: list[tuple[int, bytes]] = []
-    while len(taken) < _LINES:
+    size = 0
+    while len(taken) < _LINES and size < _LINE_BYTES:
         try:
             line = arriving.get(block=wait and not taken)
         except queue.Empty:
@@ -159,6 +184,7 @@ def _take(
         if line is _END:
             return taken, True
         taken.append(line)
+        size += len(line[1])
     return taken, False
 
 

@@ -67,9 +67,11 @@ class LayerAccount:
     """1-based."""
     has_off_ramp: bool
     exit_rows: int
-    """Rows that left after this layer."""
+    """Rows that left after this layer; a row in windows with the deepest of them."""
+    exit_windows: int
+    """The same, each window of a longer row by itself."""
     samples: int
-    """Rows that ran through it."""
+    """Rows, or windows of longer ones, that ran through it."""
     tokens: int
     """Tokens that ran through it."""
     saved_tokens: int
@@ -86,14 +88,17 @@ class Accounting:
     """The account of a run."""
 
     rows: int
+    windows: int
+    """What was run: rows, each window of a longer one by itself."""
     tokens: int
     mean_exit_layer: float | None
+    """Of what was run: a row, or each window of a longer one."""
     layer_work_saved: float | None
-    """1 - mean exit layer / layers (DeeBERT, Eq. 2); every row counts the same, whatever its length."""
+    """1 - mean exit layer / layers (DeeBERT, Eq. 2); every sample counts the same, whatever its length."""
     executed_flops: float
     """Layers and off-ramps that ran, at the lengths of the rows that ran through them."""
     full_depth_flops: float
-    """All rows through all layers and the final classifier."""
+    """All rows, or their windows, through all layers and the final classifier."""
     flops_saved: float | None
     """Share of full-depth FLOPs, 0 to 1."""
     compute_seconds: float
@@ -138,9 +143,10 @@ def account(record: RunRecord, *, price_per_hour: float | None = None, currency:
     has_rows = totals.rows > 0
     return Accounting(
         rows=totals.rows,
+        windows=sum(totals.exit_windows),
         tokens=totals.tokens,
-        mean_exit_layer=mean_exit_layer(totals.exit_rows) if has_rows else None,
-        layer_work_saved=expected_saving(totals.exit_rows) if has_rows else None,
+        mean_exit_layer=mean_exit_layer(totals.exit_windows) if has_rows else None,
+        layer_work_saved=expected_saving(totals.exit_windows) if has_rows else None,
         executed_flops=executed,
         full_depth_flops=at_full_depth,
         flops_saved=_saved_share(executed, at_full_depth),
@@ -167,9 +173,9 @@ def executed_flops(shape: ModelShape, stats: EngineStats) -> float:
 
 
 def full_depth_flops(shape: ModelShape, totals: Totals) -> float:
-    """FLOPs of all written rows through all layers and the final classifier."""
+    """FLOPs of all written rows, or of their windows, through all layers and the final classifier."""
     layer = shape.layer_flops(totals.tokens, totals.squared_tokens)
-    return shape.num_layers * layer + shape.off_ramp_flops(totals.rows)
+    return shape.num_layers * layer + shape.off_ramp_flops(sum(totals.exit_windows))
 
 
 def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
@@ -204,7 +210,7 @@ def _control_scale(totals: Totals) -> float | None:
 def _full_depth(totals: Totals, executed: float, at_full_depth: float) -> FullDepth | None:
     scale = _control_scale(totals)
     if scale is not None:
-        seconds, rows = totals.control.total_seconds * scale, totals.control.samples[-1]
+        seconds, rows = totals.control.total_seconds * scale, totals.audited_rows
         return FullDepth(seconds=seconds, basis="measured", control_rows=rows)
     if executed > 0 and totals.compute.total_seconds > 0:
         seconds = totals.compute.total_seconds * at_full_depth / executed
@@ -252,6 +258,7 @@ def _layers(record: RunRecord) -> tuple[LayerAccount, ...]:
             layer=i + 1,
             has_off_ramp=i + 1 in record.model.off_ramp_layers,
             exit_rows=totals.exit_rows[i],
+            exit_windows=totals.exit_windows[i],
             samples=compute.samples[i],
             tokens=compute.tokens[i],
             saved_tokens=totals.tokens - compute.tokens[i],

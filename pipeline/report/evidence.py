@@ -23,6 +23,8 @@ from pipeline.errors import PipelineError
 from pipeline.records import ModelRecord, RunRecord
 
 COLUMNS = ["prediction", "label", "score", "exit_layer", "num_tokens", "truncated", "audit_prediction"]
+WINDOWS_COLUMN = "num_windows"
+"""Beside them, where longer texts were classified in windows."""
 SCORE_BINS = 200
 FOOTER_THREADS = 8
 
@@ -65,6 +67,8 @@ class Evidence:
     tokens: int
     squared_tokens: int
     truncated_rows: int
+    windows: int
+    """Of all rows; a row that was not cut is one."""
     exit_rows: tuple[int, ...]
     exit_tokens: tuple[int, ...]
     impossible_exit_rows: int
@@ -95,9 +99,11 @@ def gather_evidence(paths: Sequence[str], record: RunRecord) -> Evidence:
     Raises:
         EvidenceError: A part cannot be read.
     """
-    recount = _Recount(record.model)
+    has_windows = record.identity.window_stride is not None
+    columns = [*COLUMNS, WINDOWS_COLUMN] if has_windows else COLUMNS
+    recount = _Recount(record.model, record.identity.max_length)
     for path in paths:
-        for frame in _row_groups(path):
+        for frame in _row_groups(path, columns):
             recount.add(frame)
     return recount.conclude(len(paths), record)
 
@@ -137,13 +143,13 @@ def _footer_rows(path: str) -> int:
     return int(_open(path).fmd.num_rows)
 
 
-def _row_groups(path: str) -> Iterator[pd.DataFrame]:
+def _row_groups(path: str, columns: list[str]) -> Iterator[pd.DataFrame]:
     part = _open(path)
-    missing = [column for column in COLUMNS if column not in part.columns]
+    missing = [column for column in columns if column not in part.columns]
     if missing:
         raise EvidenceError(f"the part {path} lacks the column {missing[0]}: it is not a part of such a run.")
     try:
-        yield from part.iter_row_groups(columns=COLUMNS)
+        yield from part.iter_row_groups(columns=columns)
     except Exception as error:  # a damaged page: the footer was sound, the data are not
         raise EvidenceError(
             f"the part {path} is damaged ({type(error).__name__}: {error}): "
@@ -154,10 +160,11 @@ def _row_groups(path: str) -> Iterator[pd.DataFrame]:
 class _Recount:
     """The counters; index 0 of per-layer counters takes exit layers that the model does not have."""
 
-    def __init__(self, model: ModelRecord) -> None:
-        self._model = model
+    def __init__(self, model: ModelRecord, max_length: int) -> None:
+        self._model, self._max_length = model, max_length
         size = model.num_layers + 1
-        self._sums: Ints = np.zeros(5, np.int64)  # rows, tokens, squared tokens, truncated, mislabelled
+        # rows, tokens, squared tokens, truncated, mislabelled, windows
+        self._sums: Ints = np.zeros(6, np.int64)
         self._layers: Ints = np.zeros((4, size), np.int64)  # rows, tokens, audited, agreeing
         self._labels: Ints = np.zeros(len(model.labels) + 1, np.int64)  # the last one: unknown labels
         self._scores: Ints = np.zeros((size, SCORE_BINS), np.int64)
@@ -174,10 +181,25 @@ class _Recount:
         agreeing = audited & (frame["audit_prediction"].fillna(-1).to_numpy(np.int64) == prediction)
         truncated = int(frame["truncated"].to_numpy(bool).sum())
         mislabelled = int((labels != self._class_labels(prediction)).sum())
-        self._sums += [len(frame), tokens.sum(), (tokens * tokens).sum(), truncated, mislabelled]
+        windows = self._windows(frame)
+        squared = self._squared_tokens(tokens, windows)
+        self._sums += [len(frame), tokens.sum(), squared, truncated, mislabelled, windows.sum()]
         self._labels += np.bincount(labels, minlength=self._labels.size)
         self._add_layers(exit_layers, tokens, audited, agreeing)
         self._add_scores(exit_layers, frame["score"].to_numpy(np.float64))
+
+    @staticmethod
+    def _windows(frame: pd.DataFrame) -> Ints:
+        return (
+            frame[WINDOWS_COLUMN].to_numpy(np.int64)
+            if WINDOWS_COLUMN in frame
+            else np.ones(len(frame), np.int64)
+        )
+
+    def _squared_tokens(self, tokens: Ints, windows: Ints) -> int:
+        # All windows of a row but its last are full.
+        full = (windows - 1) * self._max_length
+        return int((full * self._max_length + (tokens - full) ** 2).sum())
 
     def _exit_layers(self, frame: pd.DataFrame) -> Ints:
         layers = frame["exit_layer"].to_numpy(np.int64)
@@ -206,7 +228,7 @@ class _Recount:
 
     def conclude(self, parts: int, record: RunRecord) -> Evidence:
         """The counts, and where they differ from `record`."""
-        rows, tokens, squared_tokens, truncated, mislabelled = self._sums.tolist()
+        rows, tokens, squared_tokens, truncated, mislabelled, windows = self._sums.tolist()
         exit_rows, exit_tokens, audited, agreeing = (tuple(row) for row in self._layers[:, 1:].tolist())
         counted: dict[str, Any] = {
             "parts": parts,
@@ -214,6 +236,7 @@ class _Recount:
             "tokens": tokens,
             "squared_tokens": squared_tokens,
             "truncated_rows": truncated,
+            "windows": windows,
             "exit_rows": exit_rows,
             "exit_tokens": exit_tokens,
             "impossible_exit_rows": int(self._layers[0, 0]),
@@ -252,6 +275,7 @@ def _findings(counted: dict[str, Any], record: RunRecord) -> Iterator[Finding]:
         ("tokens", totals.tokens, counted["tokens"]),
         ("squared tokens", totals.squared_tokens, counted["squared_tokens"]),
         ("truncated rows", totals.truncated_rows, counted["truncated_rows"]),
+        ("windows", sum(totals.exit_windows), counted["windows"]),
         ("rows per exit layer", totals.exit_rows, counted["exit_rows"]),
         ("tokens per exit layer", totals.exit_tokens, counted["exit_tokens"]),
         ("audited rows", totals.audited_rows, sum(counted["audited_rows"])),

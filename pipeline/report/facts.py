@@ -84,16 +84,21 @@ def _unfinished(record: RunRecord) -> str:
 
 
 def _headline(record: RunRecord, accounting: Accounting) -> Iterator[Fact]:
-    layers, work_saved = record.model.num_layers, q.percent(accounting.layer_work_saved)
+    work_saved = q.percent(accounting.layer_work_saved)
     yield _time_saved(accounting)
     yield Fact(name="Rows classified", value=q.count(accounting.rows), basis=_rows_basis(record, accounting))
     yield Fact(
         name="Mean exit layer",
         value=q.decimal(accounting.mean_exit_layer),
-        basis=f"of {layers} layers; {work_saved} of layer work saved",
+        basis=f"of {record.model.num_layers} layers{_windows(accounting)}; {work_saved} of layer work saved",
     )
     yield _agreement(accounting)
     yield _cost(accounting)
+
+
+def _windows(accounting: Accounting) -> str:
+    """What the mean is over, where it is not over rows."""
+    return "" if accounting.windows == accounting.rows else f", over {q.count(accounting.windows)} windows"
 
 
 def _rows_basis(record: RunRecord, accounting: Accounting) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeline.records import RunRecord
+from pipeline.records import Identity, RunRecord
 from pipeline.report import quantities as q
 from pipeline.report.accounting import Accounting, LayerAccount
 from pipeline.report.evidence import Evidence
@@ -114,6 +114,7 @@ def _identity_table(record: RunRecord) -> Table:
             ("Exit policy", _policy(identity.exit_policy)),
             ("Text columns", ", ".join(identity.text_columns)),
             ("Max length", f"{q.count(identity.max_length)} tokens"),
+            *_windows(identity),
             ("Precision", identity.precision),
             ("Model digest", identity.model_digest),
             ("Tokenizer digest", identity.tokenizer_digest),
@@ -122,6 +123,13 @@ def _identity_table(record: RunRecord) -> Table:
         ),
         is_text=True,
     )
+
+
+def _windows(identity: Identity) -> tuple[tuple[str, str], ...]:
+    """How longer texts were read, where they were not cut."""
+    if identity.window_stride is None:
+        return ()
+    return (("Longer texts", f"in windows; neighbours share {q.count(identity.window_stride)} tokens"),)
 
 
 def _policy(policy: dict[str, object]) -> str:

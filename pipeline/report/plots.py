@@ -43,17 +43,18 @@ def fits_half_width(num_layers: int) -> bool:
 
 
 def exit_histogram(accounting: Accounting) -> str:
-    """Share of the rows that left after each layer, and the mean."""
+    """Share of the rows, or of their windows, that left after each layer, and the mean."""
     figure, axes = new_axes(FULL_WIDTH_INCHES, 2.5)
-    shares = [100 * layer.exit_rows / max(accounting.rows, 1) for layer in accounting.layers]
+    shares = [100 * layer.exit_windows / max(accounting.windows, 1) for layer in accounting.layers]
+    what = "rows" if accounting.windows == accounting.rows else "windows"
     _layer_bars(axes, shares, EXECUTED)
     for i, share in enumerate(shares):
         _above(axes, i + 1, share, _share_label(share))
     if accounting.mean_exit_layer is not None:
         _mean_mark(axes, accounting.mean_exit_layer)
     _layer_axis(axes, len(shares), 1.1 * max(shares, default=0.0))
-    axes.set_xlabel("exit layer (bars: % of rows)")
-    return to_svg(figure, name="exits", title="Share of rows per exit layer")
+    axes.set_xlabel(f"exit layer (bars: % of {what})")
+    return to_svg(figure, name="exits", title=f"Share of {what} per exit layer")
 
 
 def layer_work(accounting: Accounting) -> str:

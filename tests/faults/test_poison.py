@@ -42,11 +42,12 @@ def test_rows_that_kill_are_dead_letters_and_the_rest_commits(run: Run) -> None:
     assert run.record["totals"]["bad_rows"] == 3
 
 
-def test_a_row_that_hangs_is_found_by_the_deadline(run: Run) -> None:
+def test_a_row_that_hangs_is_found_by_the_deadline_among_rows_in_windows(run: Run) -> None:
     corpus(run, {17: "endless"})
-    run.extra = ("--hang-seconds", "3")
+    run.extra = ("--hang-seconds", "3", "--max-length", "16", "--window-stride", "4")
 
     run.finish(DEEBERT_TEST_HANG="endless")
 
     assert [letter["source_row"] for letter in run.dead_letters()] == [17]
     assert len(read_answers(run).rows) == ROWS - 1
+    assert sum(run.record["totals"]["exit_windows"]) > 1.5 * ROWS

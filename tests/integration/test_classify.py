@@ -22,11 +22,12 @@ import pytest
 import safetensors.torch
 
 from deebert.checkpoint import load_checkpoint
-from deebert.reference import classify_one
+from deebert.reference import classify_one, classify_windows
 from pipeline import ClassifyConfig, classify
 from pipeline.config import Replicas
 from pipeline.errors import RunFailedError, UsageError
 from pipeline.records import RunRecord
+from pipeline.report import write_report
 from tests.integration.conftest import sentences, write_parquet
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -262,6 +263,56 @@ class TestInputs:
             (16, False),
             (16, True),
         ]
+
+    def test_long_texts_in_windows(self, config: ClassifyConfig, tmp_path: Path) -> None:
+        """Each row once, as the reference answers it, and the work counted window by window."""
+        texts = [*sentences(60, seed=9, longest=60), " ".join(sentences(400, seed=10)), "", "film " * 14]
+        write_parquet(tmp_path / "long.parquet", texts)
+        windowed = replace(
+            config,
+            input=(str(tmp_path / "long.parquet"),),
+            max_length=16,
+            window_stride=5,
+            shard_rows=25,
+            control=0.3,
+            probabilities=True,
+        )
+        totals = classify(windowed).record.totals
+
+        table, checkpoint = rows_of(windowed.output), load_checkpoint(config.model)
+        assert table.schema.field("num_windows").type == pa.int32()
+        rows = table.to_pylist()
+        assert [row["source_row"] for row in rows] == list(range(63))
+        left, squared, ties = np.zeros(5, np.int64), 0, 0
+        for text, row in zip(texts, rows, strict=True):
+            cut = {"truncation": True, "max_length": 16, "stride": 5, "return_overflowing_tokens": True}
+            windows = checkpoint.tokenizer(text, **cut)["input_ids"]
+            assert (row["num_windows"], row["num_tokens"]) == (len(windows), sum(map(len, windows)))
+            assert not row["truncated"]
+            expected = classify_windows(checkpoint.model, windows, [0.7] * 4)
+            left += np.bincount([window.exit_layer - 1 for window in expected.windows], minlength=5)
+            squared += sum(len(window) ** 2 for window in windows)
+            if row["audit_prediction"] is not None:
+                at_full_depth = classify_windows(checkpoint.model, windows, [None] * 4)
+                assert row["audit_prediction"] == at_full_depth.label
+            if tied := sum(window.margin < TIE for window in expected.windows):
+                ties += tied
+                continue
+            assert (row["prediction"], row["exit_layer"]) == (expected.label, expected.exit_layer)
+            assert row["probabilities"] == pytest.approx(expected.probabilities, abs=1e-4)
+            assert row["score"] == max(row["probabilities"])
+            assert row["entropy"] == pytest.approx(expected.entropy, abs=1e-4)
+
+        assert ties <= 2
+        assert max(row["num_windows"] for row in rows) > 500
+        assert np.abs(np.array(totals.exit_windows) - left).sum() <= 2 * ties
+        assert totals.squared_tokens == squared
+        assert totals.compute.samples == tuple(np.cumsum(totals.exit_windows[::-1])[::-1].tolist())
+        audited = [row["num_windows"] for row in rows if row["audit_prediction"] is not None]
+        assert (totals.audited_rows, totals.control.samples) == (len(audited), (sum(audited),) * 5)
+        assert write_report(windowed.output, price_per_hour=None).evidence.findings == ()
+        with pytest.raises(UsageError, match="its window stride is 5, this one's is null; choose another"):
+            classify(replace(windowed, window_stride=None))
 
     def test_output_inside_the_input_is_not_input(self, config: ClassifyConfig, tmp_path: Path) -> None:
         inside = replace(config, output=str(tmp_path / "in" / "out"))

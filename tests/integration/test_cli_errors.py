@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -143,6 +144,21 @@ class TestOutput:
         assert '"thresholds": 0.5' in message
         assert "--overwrite" in message
 
+    @pytest.mark.parametrize(("begun", "now"), [(None, 8), (4, 8), (8, None)])
+    def test_another_window_stride(
+        self,
+        refused: Refusal,
+        saved_model: Path,
+        texts: Path,
+        tmp_path: Path,
+        begun: int | None,
+        now: int | None,
+    ) -> None:
+        config = ClassifyConfig(model=str(saved_model), input=(str(texts),), output=str(tmp_path / "out"))
+        begin_run(dataclasses.replace(config, window_stride=begun))
+        message = refused(*(() if now is None else ("--window-stride", now)))
+        assert f"its window stride is {json.dumps(begun)}, this one's is {json.dumps(now)}; " in message
+
     def test_another_shard_size(
         self, refused: Refusal, saved_model: Path, texts: Path, tmp_path: Path
     ) -> None:
@@ -281,6 +297,24 @@ class TestLengths:
     def test_more_than_the_models_positions(self, refused: Refusal) -> None:
         message = refused("--max-length", 65)
         assert "--max-length 65 is more than the 64 tokens that the model has positions for" in message
+
+    @pytest.mark.parametrize(
+        ("words", "says"),
+        [
+            (("--window-stride", 32), "--window-stride 32 is not between 0 and 31, half of what a window"),
+            (("--window-stride", 0, "--max-length", 3), "--max-length 3 leaves windows no room for text"),
+            (
+                ("--window-stride", 8, "--text-pair-column", "label"),
+                "which is not defined for pairs: leave it",
+            ),
+            (("--window-stride", -1), "'-1' is not a whole number from 0"),
+        ],
+    )
+    def test_windows_that_cannot_be_meant(
+        self, refused: Refusal, refusal: Refusal, saved_model: Path, words: tuple[object, ...], says: str
+    ) -> None:
+        assert says in refused(*words)
+        assert says in refusal("stream", "--model", saved_model, *words)
 
     def test_stream_refuses_the_same(self, refusal: Refusal, saved_model: Path) -> None:
         stream = ("stream", "--model", saved_model)

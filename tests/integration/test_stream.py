@@ -20,7 +20,7 @@ import torch
 
 from deebert.checkpoint import Checkpoint, load_checkpoint
 from deebert.exit_policy import EntropyThreshold
-from deebert.reference import ReferenceResult, classify_one
+from deebert.reference import ReferenceResult, classify_one, classify_windows
 from pipeline.stream import StreamConfig, stream
 
 THRESHOLD = 0.6
@@ -178,6 +178,31 @@ class TestAnswers:
             0: (4, False),
             1: (8, True),
         }
+
+    def test_long_texts_in_windows_are_answered_once_by_the_mean(
+        self, start: Start, checkpoint: Checkpoint
+    ) -> None:
+        texts = ["good film", "the film is very dull and not good " * 40, "", "bad story " * 9]
+        flags = ("--max-length", "16", "--window-stride", "5")
+        answers, err, code = start(*flags).finish("\n".join(texts).encode())
+        assert (code, err) == (0, "")
+        assert sorted(answer["index"] for answer in answers) == [0, 1, 2, 3]
+        for answer in answers:
+            windows = checkpoint.tokenizer(
+                texts[answer["index"]],
+                truncation=True,
+                max_length=16,
+                stride=5,
+                return_overflowing_tokens=True,
+            )["input_ids"]
+            theirs = classify_windows(checkpoint.model, windows, [THRESHOLD] * 4)
+            assert min(window.margin for window in theirs.windows) > 1e-5
+            assert answer["num_windows"] == len(windows)
+            assert answer["num_tokens"] == sum(map(len, windows))
+            assert not answer["truncated"]
+            assert (answer["prediction"], answer["exit_layer"]) == (theirs.label, theirs.exit_layer)
+            assert answer["entropy"] == pytest.approx(theirs.entropy, abs=1e-4)
+            assert answer["score"] == pytest.approx(max(theirs.probabilities), abs=1e-4)
 
     def test_columns_are_chosen_by_flags(self, start: Start) -> None:
         flags = ("--text-column", "q", "--text-pair-column", "a", "--id-column", "key")

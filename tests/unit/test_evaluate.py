@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import math
 import re
 import shutil
@@ -202,6 +203,57 @@ def test_a_trace_of_something_else_is_refused(
     assert "of other data or another length" in refusal(
         "--model", pair_model, *data, *kept, "--max-length", 8
     )
+
+
+def test_long_texts_in_windows_are_scored_by_their_means(
+    pair_model: Path, backbone: Path, run: Run, refusal: Run, glue: Path, tmp_path: Path
+) -> None:
+    long = [f"{a} {b} {c}" for a, b, c in zip(texts(40, 1), texts(40, 2), texts(40, 3), strict=True)]
+    gold = labels(40, 2)
+    rows = [{"text": text, "label": label} for text, label in zip(long, gold, strict=True)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = ("--model", pair_model, "--data", tmp_path / "d.jsonl", "--max-length", 12)
+    options = (
+        "--window-stride",
+        3,
+        "--trace",
+        tmp_path / "t.parquet",
+        *flags(),
+        "--output",
+        tmp_path / "out",
+    )
+    static = (
+        "--static-depths",
+        2,
+        "--backbone",
+        backbone,
+        "--train-data",
+        tmp_path / "d.jsonl",
+        "--epochs",
+        1,
+    )
+    measured = ("--timing-rows", 4, "--timing-rounds", 1)
+
+    said = run(*data, *options, *static, *measured)
+
+    checkpoint = load_checkpoint(str(pair_model))
+    cut = {"truncation": True, "max_length": 12, "stride": 3, "return_overflowing_tokens": True}
+    windows = [checkpoint.tokenizer(text, **cut)["input_ids"] for text in long]
+    assert len({len(one) for one in windows}) >= 3
+    for threshold, row in zip((None, *THRESHOLDS), read(tmp_path / "out" / "thresholds.csv"), strict=False):
+        found = [reference.classify_windows(checkpoint.model, one, [threshold] * 4) for one in windows]
+        assert min(window.margin for one in found for window in one.windows) > 1e-5
+        right = sum(one.label == label for one, label in zip(found, gold, strict=True))
+        assert row["accuracy %"] == f"{100 * right / 40:.2f}"
+        layers = [window.exit_layer for one in found for window in one.windows]
+        assert row["mean exit layer"] == f"{sum(layers) / len(layers):.2f}"
+    assert "static 2 (first)" in said
+    assert run("--trace", tmp_path / "t.parquet", *flags(), "--output", tmp_path / "out") == said
+    assert "texts in windows of 12 tokens that share 3" in (tmp_path / "out" / "report.html").read_text()
+    without = (*data, "--trace", tmp_path / "t.parquet")
+    assert "is of another window stride (3, not None)" in refusal(*without)
+    pairs = ("--model", pair_model, "--glue-dir", glue, "--task", "mrpc")
+    assert "not defined for pairs" in refusal(*pairs, "--window-stride", 3)
 
 
 def test_both_sets_of_mnli_are_reported(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -16,6 +17,7 @@ from deebert.evaluation import (
     length_sorted_batches,
     off_ramp_accuracy,
     off_ramp_scores,
+    predictions,
     score,
     sweep,
     trace,
@@ -38,6 +40,22 @@ LITERAL = Trace(
     lengths=np.array([4, 4, 4, 4]),
 )
 LABELS = torch.tensor([0, 0, 1, 1])
+# The same four samples as the windows of two texts: three and one.
+IN_WINDOWS = dataclasses.replace(LITERAL, windows=np.array([3, 1]))
+
+
+def test_texts_in_windows_are_scored_as_texts_and_counted_as_windows() -> None:
+    # At the first off-ramp, first class: 0.99, 0.9 and 0.5, 0.797 on average; then 0.1 alone.
+    # At the second: 0.01, 0.01 and 0.1. At the last: 0.5, 0.9 and 0.9; then 0.99 alone.
+    labels = torch.tensor([0, 1])
+
+    assert off_ramp_accuracy(IN_WINDOWS, labels) == (1.0, 0.5, 0.5)
+    assert predictions(IN_WINDOWS, FULL_DEPTH).tolist() == [0, 0]
+    found = score(IN_WINDOWS, labels, EntropyThreshold(0.1))
+    # They leave after layers 1, 2, 3 and 3: 0.99, 0.01 and 0.9, 0.633 on average; then 0.99.
+    assert predictions(IN_WINDOWS, EntropyThreshold(0.1)).tolist() == [0, 0]
+    assert (found.accuracy, found.mean_exit_layer, found.exit_histogram) == (0.5, 2.25, (1, 1, 2))
+    assert exits(IN_WINDOWS, EntropyThreshold(0.1))[0].tolist() == [1, 2, 3, 3]
 
 
 @pytest.mark.parametrize(

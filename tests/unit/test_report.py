@@ -65,6 +65,7 @@ TOTALS = Totals(
     tokens=12,
     squared_tokens=42,
     exit_rows=(3, 1),
+    exit_windows=(3, 1),
     exit_tokens=(10, 2),
     compute=COMPUTE,
     control=CONTROL,
@@ -122,6 +123,25 @@ def with_totals(**changes: Any) -> RunRecord:
     return dataclasses.replace(RECORD, totals=dataclasses.replace(TOTALS, **changes))
 
 
+# The same, but the third row was longer than 5 tokens: windows of 5 and 4 left after layers 1 and 2.
+WINDOWED = dataclasses.replace(
+    with_totals(
+        truncated_rows=0,
+        tokens=16,
+        squared_tokens=58,
+        exit_rows=(2, 2),
+        exit_windows=(3, 2),
+        exit_tokens=(5, 11),
+        compute=stats(tokens=(16, 6), squared=(58, 20), samples=(5, 2), seconds=(3.0, 1.0)),
+    ),
+    identity=dataclasses.replace(RECORD.identity, window_stride=1),
+)
+WINDOWED_ROWS: dict[str, list[Any]] = {
+    "exit_layer": [1, 1, 2, 2],
+    "num_tokens": [3, 2, 9, 2],
+    "num_windows": [1, 1, 2, 1],
+    "truncated": [False] * 4,
+}
 UNMEASURED = with_totals(control=EngineStats.zero(2), audited_rows=0, audit_agreements=0)
 EMPTY = dataclasses.replace(RECORD, status="running", totals=Totals.zero(2), attempts=())
 
@@ -141,6 +161,8 @@ def write_part(path: Path, rows: slice, **changes: list[Any]) -> None:
         "truncated": pa.array(values["truncated"][rows], pa.bool_()),
         "audit_prediction": pa.array(values["audit_prediction"][rows], pa.int32()),
     }
+    if "num_windows" in changes:
+        columns["num_windows"] = pa.array(changes["num_windows"][rows], pa.int32())
     if "label" in changes:
         columns["label"] = pa.array(changes["label"][rows]).dictionary_encode()
     pq.write_table(pa.table(columns), path, compression="zstd", row_group_size=1)
@@ -205,6 +227,22 @@ class TestAccounting:
         assert (first.layer, first.has_off_ramp, first.exit_rows, first.saved_tokens) == (1, True, 3, 0)
         assert (second.layer, second.has_off_ramp, second.exit_rows, second.saved_tokens) == (2, False, 1, 10)
 
+    def test_what_was_run_is_counted_in_windows(self) -> None:
+        got = account(WINDOWED)
+        assert (got.rows, got.windows) == (4, 5)
+        assert got.mean_exit_layer == 1.4  # (3·1 + 2·2) / 5
+        assert got.layer_work_saved == pytest.approx(0.3)
+        assert got.full_depth_flops == 2 * (96 * 16 + 8 * 58) + 16 * 5
+        assert got.executed_flops == (96 * 16 + 8 * 58) + (96 * 6 + 8 * 20) + 16 * 7
+        assert got.full_depth is not None
+        assert got.full_depth.seconds == pytest.approx(2.4 * 16 / 4)
+
+    def test_a_record_from_before_there_were_windows_is_read(self) -> None:
+        values = json.loads(json.dumps(RECORD.to_dict()))
+        del values["totals"]["exit_windows"], values["identity"]["window_stride"]
+
+        assert RunRecord.from_dict(values) == RECORD
+
     def test_an_empty_run_states_nothing(self) -> None:
         got = account(EMPTY, price_per_hour=1.0)
         stated = (
@@ -232,6 +270,25 @@ class TestEvidence:
         assert (got.exit_rows, got.exit_tokens) == ((3, 1), (10, 2))
         assert got.label_rows == (2, 2)
         assert (got.audited_rows, got.agreeing_rows) == ((1, 1), (0, 1))
+
+    def test_parts_with_windows_agree(self, tmp_path: Path) -> None:
+        got = gather_evidence(parts(write_run(tmp_path / "out", WINDOWED, **WINDOWED_ROWS)), WINDOWED)
+        assert got.findings == ()
+        assert (got.rows, got.windows, got.tokens, got.squared_tokens) == (4, 5, 16, 58)
+
+    @pytest.mark.parametrize(
+        ("changes", "quantity"),
+        [
+            ({"num_windows": [1, 1, 3, 1]}, "windows"),
+            ({"num_tokens": [3, 3, 8, 2]}, "squared tokens"),
+        ],
+    )
+    def test_a_disagreement_about_windows_is_found(
+        self, tmp_path: Path, changes: dict[str, list[Any]], quantity: str
+    ) -> None:
+        folder = write_run(tmp_path / "out", WINDOWED, **{**WINDOWED_ROWS, **changes})
+        got = gather_evidence(parts(folder), WINDOWED)
+        assert quantity in {finding.quantity for finding in got.findings}
 
     def test_score_ranges(self, tmp_path: Path) -> None:
         first, second = gather_evidence(parts(write_run(tmp_path / "out")), RECORD).score_ranges
@@ -461,6 +518,16 @@ class TestWriteReport:
             str(write_run(tmp_path / "out", with_totals(control=tiny))), price_per_hour=None
         )
         assert "smaller micro-batches (1 samples) than the exit lane (4)" in " ".join(report.text.split())
+
+    def test_windows_are_named(self, tmp_path: Path) -> None:
+        folder = write_run(tmp_path / "out", WINDOWED, **WINDOWED_ROWS)
+        report = write_report(str(folder), price_per_hour=None)
+        text = " ".join(report.text.split())
+        assert "of 2 layers, over 5 windows; 30.0 % of layer work saved" in text
+        page = Path(report.path).read_text(encoding="utf-8")
+        assert "in windows; neighbours share 1 tokens" in page
+        assert "Share of windows per exit layer" in page
+        assert "windows" not in write_report(str(write_run(tmp_path / "rows")), price_per_hour=None).text
 
     def test_urls_work(self, tmp_path: Path) -> None:
         fs = fsspec.filesystem("memory")

@@ -374,6 +374,19 @@ class TestColumnar:
         batches = read(tmp_path / "saved", shard_rows=2)
         assert (good(batches), set(bad(batches))) == ({0: "a", 2: "c"}, {1})
 
+    @given(sizes=st.lists(st.integers(0, 9), min_size=1, max_size=12), max_bytes=st.integers(1, 30))
+    @in_place
+    def test_pieces_are_all_rows_once_and_bounded_in_bytes(self, tmp_path, sizes, max_bytes):
+        columns = {"one": ["é" * size for size in sizes], "two": ["x"] * len(sizes)}
+        path = write_parquet(tmp_path / "a.parquet", {**columns, "id": sizes})
+        batches = read(path, texts=("one", "two"), others=("id",))
+        pieces = [piece for batch in batches for piece in batch.pieces(max_bytes)]
+        assert good(pieces) == dict(enumerate(columns["one"]))
+        assert [row["id"] for piece in pieces for row in piece.kept.to_pylist()] == sizes
+        for piece in pieces:
+            in_bytes = sum(len(text.encode()) for column in piece.texts for text in column.to_pylist())
+            assert in_bytes <= max_bytes or len(piece.rows) == 1
+
     @given(group_rows=st.integers(1, 12), shard_rows=st.integers(1, 25), batch_rows=st.integers(1, 25))
     @in_place
     def test_any_cut_gives_every_row_once(self, tmp_path, group_rows, shard_rows, batch_rows):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import duckdb
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -80,6 +83,39 @@ def test_a_trace_comes_back_bit_for_bit(tmp_path: Path) -> None:
         assert after.trace.lengths.dtype == np.int64
         assert after.labels.dtype == torch.long
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["t.parquet"]
+
+
+def test_a_trace_of_windows_comes_back_as_texts(tmp_path: Path) -> None:
+    windows = {"matched": np.array([2, 1, 4]), "mismatched": np.array([1, 1, 2])}
+    sets = {}
+    for name, one in FILE.sets.items():
+        trace = replace(one.trace, windows=windows[name])
+        answers = {STATIC.name: torch.tensor([1, 0, 1])}
+        sets[name] = TracedSet(trace=trace, labels=torch.tensor([2, 0, 1]), static_predictions=answers)
+    file = replace(FILE, origin=replace(ORIGIN, window_stride=4), sets=sets)
+
+    write_traces(tmp_path / "t.parquet", file)
+    back = read_traces(tmp_path / "t.parquet")
+
+    assert back.origin == file.origin
+    for name, before in sets.items():
+        after = back.sets[name]
+        assert after.trace.windows is not None
+        assert after.trace.windows.tolist() == windows[name].tolist()
+        assert after.trace.lengths.tolist() == before.trace.lengths.tolist()
+        assert after.labels.tolist() == [2, 0, 1]
+        assert after.static_predictions[STATIC.name].tolist() == [1, 0, 1]
+
+
+def test_a_trace_from_before_there_were_windows_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "t.parquet"
+    write_traces(path, FILE)
+    table = pq.read_table(path)
+    document = json.loads(table.schema.metadata[b"deebert.trace"])
+    del document["origin"]["window_stride"]
+    pq.write_table(table.replace_schema_metadata({b"deebert.trace": json.dumps(document)}), path)
+
+    assert read_traces(path).origin == ORIGIN
 
 
 def test_a_trace_is_a_table_to_others(tmp_path: Path) -> None:
