@@ -70,7 +70,7 @@ def _contenders(workload: Workload, settings: BenchSettings, folder: Path) -> di
             threads=placement.threads,
             num_cpus=min(1.0, (there_is.cores - 1) / placement.replicas.most),
         )
-        if any(settings.policy.can_fire(layer) for layer in range(1, workload.shape.num_layers)):
+        if any(settings.policy.can_fire(layer) for layer in range(workload.shape.num_layers)):
             contenders[EXITS + suffix] = ClassifyJob(
                 model=whole,
                 full_depth=False,

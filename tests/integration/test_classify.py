@@ -137,7 +137,7 @@ class TestAnswers:
         tokens, layers = (rows[c].to_numpy().astype(np.int64) for c in ("num_tokens", "exit_layer"))
         assert totals.compute.tokens == tuple(int(tokens[layers > i].sum()) for i in range(5))
         assert totals.compute.layer_tokens == int((tokens * layers).sum())
-        assert totals.exit_rows == tuple(np.bincount(layers - 1, minlength=5).tolist())
+        assert totals.exit_rows == tuple(np.bincount(layers, minlength=6).tolist())
 
 
 class TestOutput:
@@ -405,7 +405,7 @@ class TestResume:
         classify(config)
         other = replace(config, entropy_threshold=-1.0, overwrite=True)
         record = classify(other).record
-        assert record.totals.exit_rows == (0, 0, 0, 0, 450)
+        assert record.totals.exit_rows == (0, 0, 0, 0, 0, 450)
         assert rows_of(config.output)["exit_layer"].unique().to_pylist() == [5]
 
 
