@@ -23,10 +23,11 @@ import safetensors.torch
 
 from deebert.checkpoint import load_checkpoint
 from deebert.reference import classify_one
-from pipeline import ClassifyConfig, classify
+from pipeline import ClassifyConfig, classify, write_report
 from pipeline.config import Replicas
 from pipeline.errors import RunFailedError, UsageError
 from pipeline.records import RunRecord
+from tests.conftest import make_model
 from tests.integration.conftest import sentences, write_parquet
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -115,6 +116,38 @@ class TestAnswers:
             assert row["entropy"] == pytest.approx(expected.entropy, abs=1e-4)
             assert row["num_tokens"] == len(ids)
         assert ties <= 2
+
+    def test_equal_the_reference_after_the_embeddings_too(
+        self, config: ClassifyConfig, tmp_path: Path, tokenizer: Any
+    ) -> None:
+        model = make_model("bert", "both", off_ramp_layers=[0, 1, 3], shares_off_ramp_pooler=True)
+        model.save_pretrained(tmp_path / "model")
+        tokenizer.save_pretrained(tmp_path / "model")
+        thresholds = (0.05, 0.6, None, 0.05, None)
+        run = replace(config, model=str(tmp_path / "model"), entropy_threshold=thresholds, control=0.3)
+
+        record = classify(run).record
+
+        layers = []
+        for text, row in zip(
+            sentences(300, seed=1) + sentences(150, seed=2), rows_of(run.output).to_pylist(), strict=True
+        ):
+            ids = tokenizer(text)["input_ids"]
+            expected = classify_one(model, ids, thresholds[1:], layer_0=thresholds[0])
+            layers.append(row["exit_layer"])
+            if expected.margin >= TIE:
+                assert (row["prediction"], row["exit_layer"]) == (expected.label, expected.exit_layer)
+        histogram = np.bincount(layers, minlength=6)
+        assert min(histogram[[0, 1, 3, 5]]) > 10
+        assert record.totals.exit_rows == tuple(histogram.tolist())
+        assert record.totals.compute.off_ramp_samples[0] == 450
+        assert record.identity.exit_policy == {
+            "type": "entropy",
+            "thresholds": [0.6, None, 0.05, None],
+            "layer_0": 0.05,
+        }
+        assert write_report(run.output, price_per_hour=None).evidence.findings == ()
+        assert classify(run).new_shards == 0
 
     def test_leave_at_several_layers(self, finished: Finished) -> None:
         """Without which the test above would prove little."""

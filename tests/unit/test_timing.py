@@ -15,11 +15,12 @@ from tests.conftest import ModelFactory
 TOKENS = PackedTokens.pack([[2, 10 + i, *range(45, 45 + i % 9), 3] for i in range(60)])
 
 
+@pytest.mark.parametrize("layers", [[1, 2, 4], [0, 1, 2, 4]])
 @pytest.mark.parametrize("threshold", [None, 0.4, 0.9, (None, 0.5, None, 0.9)])
 def test_both_ways_leave_where_the_trace_says(
-    tiny_model: ModelFactory, threshold: float | tuple[float | None, ...] | None
+    tiny_model: ModelFactory, threshold: float | tuple[float | None, ...] | None, layers: list[int]
 ) -> None:
-    encoder, policy = PackedEncoder(tiny_model(off_ramp_layers=[1, 2, 4])), EntropyThreshold(threshold)
+    encoder, policy = PackedEncoder(tiny_model(off_ramp_layers=layers)), EntropyThreshold(threshold)
     contender = Contender(name="x", encoder=encoder, policy=policy)
     expected = exits(trace(encoder, TOKENS), policy)[0].tolist()
 
