@@ -239,7 +239,7 @@ class _Training:
 
 def _check_fast(model: DeeBertForSequenceClassification, recipe: Recipe) -> None:
     """Before stage 1 spends hours: what attention reads moves with its query, so that no cache of it holds."""
-    stage = recipe.stage_2
+    stage = recipe.stage_2 if len(model.off_ramps) else None
     if model.config.off_ramp_pooling == "attention" and stage is not None and stage.mode == "fast":
         raise RecipeError(
             "a fast stage 2 trains on cached vectors and what attention pooling reads changes as it learns: train "

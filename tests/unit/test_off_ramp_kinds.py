@@ -280,6 +280,17 @@ class TestStage2:
         assert not changed(before, model)
         assert not any(tmp_path.iterdir())
 
+    def test_attention_without_off_ramps_has_nothing_to_cache(
+        self, tiny_model: ModelFactory, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    ) -> None:
+        """A static baseline of such a model."""
+        model = tiny_model("bert", "attention", num_layers=2, off_ramp_layers=[])
+        before = weights(model)
+
+        run(model, Recipe(stage_1=replace(QUICK_1, epochs=1)), tokenizer, tmp_path)
+
+        assert "final_classifier.query" in changed(before, model)
+
     def test_with_a_shared_pooler_the_best_weights_are_those_of_one_moment(
         self, tiny_model: ModelFactory, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
     ) -> None:
