@@ -1,12 +1,13 @@
 """What off-ramps read of packed token states, with no padding and no loop over sequences.
 
-On CPUs neighbours of equal length are one dense view; on GPUs sequences are segments. Knows nothing of layers or
-off-ramps. `deebert.modeling.pool` is the same for padded states.
+Sequences are segments; for attention on CPUs, neighbours of equal length are one dense view. Knows nothing of
+layers or off-ramps. `deebert.modeling.pool` is the same for padded states.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from deebert.packing import SequenceLayout
@@ -16,12 +17,9 @@ def mean_of_tokens(states: Tensor, layout: SequenceLayout) -> Tensor:
     """Mean of each sequence's states: (total_tokens, H) -> (N, H), in the dtype of `states`."""
     if states.is_cuda:
         return torch.segment_reduce(states.float(), "mean", offsets=layout.cu_seqlens.long()).to(states.dtype)
-    means = states.new_empty(len(layout), states.shape[1])
-    token = 0
-    for first, count, length in layout.runs:
-        rows = states[token : (token := token + count * length)]
-        torch.mean(rows.view(count, length, -1), dim=1, out=means[first : first + count])
-    return means
+    # Its CPU kernel sums rows in one pass, sequence after sequence; `segment_reduce` takes ten times as long.
+    every_row = torch.arange(len(states), dtype=torch.int32)
+    return F.embedding_bag(every_row, states, layout.cu_seqlens[:-1], mode="mean")
 
 
 def attended_tokens(states: Tensor, query: Tensor, layout: SequenceLayout) -> Tensor:
