@@ -6,14 +6,14 @@ A Hugging Face configuration like any other (``model_type`` "deebert"). Knows no
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from transformers import AutoConfig, PreTrainedConfig
 
 from deebert.backbones import family_of, no_family
 
-OffRampPooling = Literal["cls", "mean"]
-POOLINGS: tuple[OffRampPooling, ...] = ("cls", "mean")
+OffRampPooling = Literal["cls", "mean", "both", "attention"]
+POOLINGS: tuple[OffRampPooling, ...] = get_args(OffRampPooling)
 ACTIVATIONS = ("tanh", "relu", "gelu")
 
 
@@ -22,14 +22,18 @@ class DeeBertConfig(PreTrainedConfig):
 
     Args:
         backbone_config: configuration of an encoder of one of `deebert.backbones.FAMILIES`, or its dictionary.
-        off_ramp_layers: 1-based layers that carry an off-ramp; all but the last by default.
+        off_ramp_layers: 1-based layers that carry an off-ramp, 0 for the embeddings; all but the last and the
+            embeddings by default.
         off_ramp_pooling: what off-ramps and the final classifier read: the layer's [CLS] state (``cls``, the
-            paper's) or the mean of its token states (``mean``).
+            paper's), the mean of its token states (``mean``), the two side by side (``both``), or a mean weighted
+            by how well each token matches a query that the off-ramp learns (``attention``).
         off_ramp_activation: what follows the pooler's product: ``tanh`` (the paper's), or what the head of an
             already fine-tuned classifier has (``relu``, ``gelu``).
         exit_policy: JSON form of the operating point, e.g. ``{"type": "entropy", "thresholds": 0.2}``; None
             runs at full depth.
         max_seq_length: tokens that training truncated to, None where unknown.
+        shares_off_ramp_pooler: whether all off-ramps have one pooler; each keeps a classifier of its own, and
+            the final classifier keeps both.
     """
 
     model_type = "deebert"
@@ -43,6 +47,7 @@ class DeeBertConfig(PreTrainedConfig):
         exit_policy: dict[str, Any] | None = None,
         max_seq_length: int | None = None,
         off_ramp_activation: str = "tanh",
+        shares_off_ramp_pooler: bool = False,
         **kwargs: Any,
     ) -> None:
         self.backbone_config = _as_config(backbone_config)
@@ -52,6 +57,7 @@ class DeeBertConfig(PreTrainedConfig):
         self.off_ramp_activation = off_ramp_activation
         self.exit_policy = exit_policy
         self.max_seq_length = max_seq_length
+        self.shares_off_ramp_pooler = shares_off_ramp_pooler
         if off_ramp_pooling not in POOLINGS:
             raise ValueError(f"off_ramp_pooling is {off_ramp_pooling!r}: choose one of {', '.join(POOLINGS)}")
         if off_ramp_activation not in ACTIVATIONS:
@@ -59,10 +65,11 @@ class DeeBertConfig(PreTrainedConfig):
                 f"off_ramp_activation is {off_ramp_activation!r}: choose one of {', '.join(ACTIVATIONS)}"
             )
         if sorted(set(self.off_ramp_layers)) != self.off_ramp_layers or not all(
-            1 <= i < layers for i in self.off_ramp_layers
+            0 <= i < layers for i in self.off_ramp_layers
         ):
             raise ValueError(
-                f"off_ramp_layers is {self.off_ramp_layers}: give increasing layers between 1 and {layers - 1}"
+                f"off_ramp_layers is {self.off_ramp_layers}: give increasing layers between 0, the embeddings, and "
+                f"{layers - 1}"
             )
         super().__init__(**kwargs)
 
@@ -75,6 +82,11 @@ class DeeBertConfig(PreTrainedConfig):
     def hidden_size(self) -> int:
         """Width of the backbone's token states."""
         return int(self.backbone_config.hidden_size)
+
+    @property
+    def pooled_size(self) -> int:
+        """Width of what off-ramps read."""
+        return self.hidden_size * (2 if self.off_ramp_pooling == "both" else 1)
 
     @property
     def intermediate_size(self) -> int:

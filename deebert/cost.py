@@ -18,6 +18,8 @@ class ModelShape:
     hidden_size: int
     intermediate_size: int
     num_labels: int
+    off_ramp_pooling: str = "mean"
+    """What off-ramps read: `DeeBertConfig.off_ramp_pooling`."""
 
     def layer_flops(self, tokens: float, squared_tokens: float) -> float:
         """FLOPs of one transformer layer over packed sequences.
@@ -33,18 +35,28 @@ class ModelShape:
         return 2.0 * tokens * (4 * h * h + 2 * h * i) + 4.0 * squared_tokens * h
 
     def off_ramp_flops(self, samples: float) -> float:
-        """FLOPs of one off-ramp (pooler + classifier) for `samples` samples."""
-        return 2.0 * samples * self.hidden_size * (self.hidden_size + self.num_labels)
+        """FLOPs of one off-ramp (pooler + classifier) for `samples` samples.
+
+        The pooler is H × H, H × 2H where it reads the [CLS] state and the mean. What pooling itself costs is left
+        out: attention's two products are 4·H a token, of a layer's 8·H² and more.
+        """
+        h = self.hidden_size
+        read = 2 * h if self.off_ramp_pooling == "both" else h
+        return 2.0 * samples * h * (read + self.num_labels)
 
 
 def mean_exit_layer(exit_histogram: Sequence[int]) -> float:
-    """Mean 1-based exit layer of a histogram whose entry 0 counts samples that left after layer 1."""
+    """Mean exit layer of a histogram of n + 1 entries: entry i counts samples that left after layer i, entry 0
+    those that left after the embeddings. NaN without samples."""
     total = sum(exit_histogram)
     if total == 0:
         return float("nan")
-    return sum((i + 1) * n for i, n in enumerate(exit_histogram)) / total
+    return sum(i * n for i, n in enumerate(exit_histogram)) / total
 
 
 def expected_saving(exit_histogram: Sequence[int]) -> float:
-    """Share of layer work saved, 1 - Σ i·Nᵢ / (n·Σ Nᵢ) (DeeBERT, Eq. 2); 0 = nothing, towards 1 = all."""
-    return 1.0 - mean_exit_layer(exit_histogram) / len(exit_histogram)
+    """Share of layer work saved, 1 - Σ i·Nᵢ / (n·Σ Nᵢ) (DeeBERT, Eq. 2), of a histogram as above.
+
+    0 = nothing, 1 = all: everybody left after the embeddings.
+    """
+    return 1.0 - mean_exit_layer(exit_histogram) / (len(exit_histogram) - 1)

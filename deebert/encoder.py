@@ -21,6 +21,7 @@ from deebert.backbones import Family, family_of
 from deebert.memory import keep_freed_memory
 from deebert.modeling import DeeBertForSequenceClassification
 from deebert.packing import PackedTokens, SequenceLayout
+from deebert.pooling import attended_tokens, mean_of_tokens
 
 # The number of rows that oneDNN lays weights out for; any number runs.
 _TYPICAL_TOKENS = 2048
@@ -64,6 +65,7 @@ class _OffRamp:
     dense: _Linear
     activation: Callable[[Tensor], Tensor]
     classifier: _Linear
+    query: Tensor | None  # (H,), of attention pooling
 
     def __call__(self, pooled: Tensor) -> Tensor:
         return self.classifier(self.activation(self.dense(pooled))).float()
@@ -100,21 +102,23 @@ class PackedEncoder:
         self.num_labels = len(model.final_classifier.classifier.weight)
         self.hidden_size: int = config.hidden_size
         self.pooling = config.off_ramp_pooling
+        self.pooled_size: int = config.pooled_size
         self.has_token_types = config.has_token_types
         self._heads: int = backbone.num_attention_heads
         cast = _Cast(self.device, dtype, family := family_of(backbone))
         self._activation = ACT2FN[getattr(backbone, family.activation)]
         self._embeddings = cast.embeddings(model)
         self._layers = [cast.layer(layer) for layer in family.layers_of(model.backbone)]
+        shared = None if model.off_ramp_pooler is None else cast.linear(model.off_ramp_pooler)
         self._off_ramps = {
-            layer: cast.off_ramp(ramp)
+            layer: cast.off_ramp(ramp, shared)
             for layer, ramp in zip(config.off_ramp_layers, model.off_ramps, strict=True)
         }
-        self._off_ramps[self.num_layers] = cast.off_ramp(model.final_classifier)
+        self._off_ramps[self.num_layers] = cast.off_ramp(model.final_classifier, None)
 
     @property
     def off_ramp_layers(self) -> tuple[int, ...]:
-        """1-based layers after which `off_ramp` answers; the last layer is always among them."""
+        """1-based layers after which `off_ramp` answers, 0 for the embeddings; the last is always among them."""
         return tuple(self._off_ramps)
 
     @torch.inference_mode()
@@ -143,23 +147,30 @@ class PackedEncoder:
         return w.output_norm(w.output(inner).add_(states))
 
     @torch.inference_mode()
-    def pooled(self, states: Tensor, layout: SequenceLayout) -> Tensor:
-        """What the off-ramps read: (total_tokens, H) -> (N, H), in the dtype of `states`."""
-        starts = layout.cu_seqlens[:-1]
-        if self.pooling == "cls":
-            return states.index_select(0, starts)
-        if states.is_cuda:
-            return torch.segment_reduce(states.float(), "mean", offsets=layout.cu_seqlens.long()).to(
-                states.dtype
-            )
-        # Its CPU kernel sums rows in one pass, sequence after sequence; `segment_reduce` takes ten times as long.
-        every_row = torch.arange(len(states), dtype=torch.int32)
-        return F.embedding_bag(every_row, states, starts, mode="mean")
+    def pooled(self, states: Tensor, layout: SequenceLayout, query: Tensor | None = None) -> Tensor:
+        """What the off-ramps read: (total_tokens, H) -> (N, `pooled_size`), in the dtype of `states`.
+
+        Args:
+            states: after a layer, or the embeddings.
+            layout: where the sequences lie.
+            query: (H,), the off-ramp's own, where pooling is ``attention``.
+        """
+        if self.pooling == "attention":
+            assert query is not None
+            return attended_tokens(states, query, layout)
+        if self.pooling == "mean":
+            return mean_of_tokens(states, layout)
+        cls = states.index_select(0, layout.cu_seqlens[:-1])
+        return cls if self.pooling == "cls" else torch.cat([cls, mean_of_tokens(states, layout)], dim=1)
 
     @torch.inference_mode()
     def off_ramp(self, index: int, states: Tensor, layout: SequenceLayout) -> Tensor:
-        """Logits of the off-ramp after layer `index` (0-based): (total_tokens, H) -> (N, C) float32."""
-        return self._off_ramps[index + 1](self.pooled(states, layout))
+        """Logits of the off-ramp after layer `index` (0-based): (total_tokens, H) -> (N, C) float32.
+
+        Index -1 is the off-ramp on the embeddings.
+        """
+        ramp = self._off_ramps[index + 1]
+        return ramp(self.pooled(states, layout, ramp.query))
 
     def _positions(self, packed: PackedTokens) -> Tensor:
         layout, padding = packed.layout, self._embeddings.padding_id
@@ -216,11 +227,12 @@ class _Cast:
             output_norm=self.norm(at(names.output_norm)),
         )
 
-    def off_ramp(self, module: Any) -> _OffRamp:
+    def off_ramp(self, module: Any, shared_dense: _Linear | None) -> _OffRamp:
         return _OffRamp(
-            dense=self.linear(module.dense),
+            dense=self.linear(module.dense) if shared_dense is None else shared_dense,
             activation=module.activation,
             classifier=self.linear(module.classifier),
+            query=None if module.query is None else self.tensor(module.query),
         )
 
     def embeddings(self, model: DeeBertForSequenceClassification) -> _Embeddings:

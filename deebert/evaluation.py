@@ -56,7 +56,7 @@ class Trace:
     """Every off-ramp's logits for a sample set; the final classifier is the last."""
 
     layers: tuple[int, ...]
-    """1-based layers of the off-ramps; the last one is the model's depth."""
+    """1-based layers of the off-ramps, 0 for the embeddings; the last one is the model's depth."""
     logits: Tensor
     """(R, N, C) float32."""
     lengths: IntArray
@@ -83,11 +83,13 @@ class OperatingPointScore:
     saving: float
     """Share of layer work saved (paper, Eq. 2)."""
     exit_histogram: tuple[int, ...]
+    """n + 1 entries: entry i counts samples that left after layer i, entry 0 after the embeddings."""
 
     @property
     def speed_up(self) -> float:
-        """Layer speed-up: depth over mean exit layer."""
-        return len(self.exit_histogram) / self.mean_exit_layer
+        """Layer speed-up: depth over mean exit layer; infinite where everybody left after the embeddings."""
+        depth = len(self.exit_histogram) - 1
+        return depth / self.mean_exit_layer if self.mean_exit_layer else float("inf")
 
 
 def length_sorted_batches(
@@ -123,8 +125,9 @@ def trace(
     for rows, batch in length_sorted_batches(tokens, micro_batch_tokens):
         batch = batch.to(encoder.device)
         states = encoder.embed(batch)
-        for layer in range(1, encoder.num_layers + 1):
-            states = encoder.layer(layer - 1, states, batch.layout)
+        for layer in range(encoder.num_layers + 1):
+            if layer > 0:
+                states = encoder.layer(layer - 1, states, batch.layout)
             if layer in place:
                 logits[place[layer], rows] = encoder.off_ramp(layer - 1, states, batch.layout).cpu()
     return Trace(layers=layers, logits=logits, lengths=tokens.layout.lengths, windows=windows)
@@ -163,10 +166,10 @@ def _of_texts(trace: Trace, logits: Tensor) -> Tensor:
 def exits(trace: Trace, policy: ExitPolicy) -> tuple[Tensor, Tensor]:
     """Exit layers (N,) int64, 1-based, and predictions (N,) int64 of the samples under `policy`."""
     num_samples = trace.logits.shape[1]
-    exit_layer = torch.zeros(num_samples, dtype=torch.long)
+    exit_layer = torch.full((num_samples,), -1)  # not left yet
     prediction = torch.zeros(num_samples, dtype=torch.long)
     for layer, logits in zip(trace.layers, trace.logits, strict=True):
-        leaves = exit_layer == 0
+        leaves = exit_layer < 0
         if layer != trace.num_layers:
             if not policy.can_fire(layer):
                 continue
@@ -212,7 +215,7 @@ def score(trace: Trace, labels: Tensor, policy: ExitPolicy, metric: Metric = acc
     """Score and saving of `policy` on a labelled trace."""
     exit_layer, _ = exits(trace, policy)
     prediction = predictions(trace, policy)
-    histogram = torch.bincount(exit_layer, minlength=trace.num_layers + 1)[1:].tolist()
+    histogram = torch.bincount(exit_layer, minlength=trace.num_layers + 1).tolist()
     return OperatingPointScore(
         policy=policy,
         score=metric(labels, prediction),

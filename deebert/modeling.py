@@ -1,8 +1,8 @@
 """DeeBERT as a Hugging Face model: the training form.
 
-A backbone of one of `deebert.backbones.FAMILIES`, an off-ramp after chosen layers, and a final classifier of
-the same shape after the last one. Padded, differentiable, and saved or loaded like any `PreTrainedModel`.
-Nothing leaves early here: inference runs on the packed form, `deebert.encoder`.
+A backbone of one of `deebert.backbones.FAMILIES`, an off-ramp after chosen layers (0: on the embeddings), and
+a final classifier of the same shape after the last one. Padded, differentiable, and saved or loaded like any
+`PreTrainedModel`. Nothing leaves early here: inference runs on the packed form, `deebert.encoder`.
 """
 
 from __future__ import annotations
@@ -27,29 +27,56 @@ log = logging.getLogger(__name__)
 
 
 class OffRamp(nn.Module):
-    """Pooler (dense + activation) and classifier on a layer's pooled state; the final classifier is one too."""
+    """Pooler (dense + activation) and classifier on a layer's pooled state; the final classifier is one too.
 
-    def __init__(self, config: DeeBertConfig) -> None:
+    Args:
+        config: the model's.
+        has_pooler: False where the pooler's product is the one that all off-ramps share, which `forward` is given.
+    """
+
+    def __init__(self, config: DeeBertConfig, *, has_pooler: bool = True) -> None:
         super().__init__()
         backbone, family = config.backbone_config, family_of(config.backbone_config)
         dropout = getattr(backbone, family.classifier_dropout, None)
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dense = nn.Linear(config.pooled_size, config.hidden_size) if has_pooler else None
         self.activation = ACT2FN[config.off_ramp_activation]
         self.dropout = nn.Dropout(getattr(backbone, family.dropout) if dropout is None else dropout)
         self.classifier = nn.Linear(config.hidden_size, int(config.num_labels or 0))
+        # Zeros weigh all tokens alike: attention starts as the mean.
+        attends = config.off_ramp_pooling == "attention"
+        self.query = nn.Parameter(torch.zeros(config.hidden_size)) if attends else None
 
-    def forward(self, pooled: Tensor) -> Tensor:
-        """(N, H) pooled states -> (N, C) logits."""
-        logits: Tensor = self.classifier(self.dropout(self.activation(self.dense(pooled))))
+    def forward(self, pooled: Tensor, shared_dense: nn.Linear | None = None) -> Tensor:
+        """(N, W) pooled states -> (N, C) logits; W is `DeeBertConfig.pooled_size`."""
+        dense = shared_dense if self.dense is None else self.dense
+        assert dense is not None
+        logits: Tensor = self.classifier(self.dropout(self.activation(dense(pooled))))
         return logits
 
 
-def pool(hidden: Tensor, attention_mask: Tensor, pooling: OffRampPooling) -> Tensor:
-    """What an off-ramp reads: (N, L, H) token states, (N, L) mask of real tokens -> (N, H)."""
+def pool(
+    hidden: Tensor, attention_mask: Tensor, pooling: OffRampPooling, query: Tensor | None = None
+) -> Tensor:
+    """What an off-ramp reads.
+
+    Args:
+        hidden: (N, L, H) token states.
+        attention_mask: (N, L), 1 for real tokens.
+        pooling: see `DeeBertConfig`.
+        query: (H,), the off-ramp's own, for ``attention``.
+
+    Returns:
+        (N, H), or (N, 2H) of ``both``: the [CLS] state first.
+    """
     if pooling == "cls":
         return hidden[:, 0]
+    if pooling == "attention":
+        assert query is not None
+        scores = (hidden @ query).float().masked_fill(attention_mask == 0, float("-inf"))
+        return (scores.softmax(-1).to(hidden.dtype).unsqueeze(1) @ hidden).squeeze(1)
     weights = attention_mask.to(hidden.dtype).unsqueeze(-1)
-    return (hidden * weights).sum(dim=1) / weights.sum(dim=1)
+    mean = (hidden * weights).sum(dim=1) / weights.sum(dim=1)
+    return mean if pooling == "mean" else torch.cat([hidden[:, 0], mean], dim=-1)
 
 
 @dataclass
@@ -80,7 +107,9 @@ class DeeBertForSequenceClassification(PreTrainedModel):
     def __init__(self, config: DeeBertConfig) -> None:
         super().__init__(config)
         self.backbone: Any = family_of(config.backbone_config).build(config.backbone_config)
-        self.off_ramps = nn.ModuleList(OffRamp(config) for _ in config.off_ramp_layers)
+        shares = config.shares_off_ramp_pooler and bool(config.off_ramp_layers)
+        self.off_ramps = nn.ModuleList(OffRamp(config, has_pooler=not shares) for _ in config.off_ramp_layers)
+        self.off_ramp_pooler = nn.Linear(config.pooled_size, config.hidden_size) if shares else None
         self.final_classifier = OffRamp(config)
         self.post_init()  # type: ignore[no-untyped-call]
 
@@ -101,7 +130,8 @@ class DeeBertForSequenceClassification(PreTrainedModel):
         Args:
             name_or_path: folder or hub id of an encoder of one of `deebert.backbones.FAMILIES`.
             labels: label names, in the order of their ids.
-            off_ramp_pooling: ``cls`` or ``mean``.
+            off_ramp_pooling: see `DeeBertConfig`. ``both`` starts as ``cls``, with weight 0 on the mean;
+                ``attention`` starts as ``mean``.
             allow_pickle: whether weights may be read from `pytorch_model.bin` (tensors only).
             config: further arguments of `DeeBertConfig`.
 
@@ -176,9 +206,20 @@ class DeeBertForSequenceClassification(PreTrainedModel):
         weights = pretrained.state_dict()
         self.backbone.load_state_dict({k: v for k, v in weights.items() if not k.startswith("pooler.")})
 
-    def _start_poolers_from(self, dense: nn.Module) -> None:
-        for ramp in (*self.off_ramps, self.final_classifier):
-            ramp.dense.load_state_dict(dense.state_dict())
+    @property
+    def off_ramp_modules(self) -> tuple[nn.Module, ...]:
+        """All that belongs to the off-ramps, the final classifier aside."""
+        return (self.off_ramps, *([] if self.off_ramp_pooler is None else [self.off_ramp_pooler]))
+
+    @torch.no_grad()
+    def _start_poolers_from(self, dense: Any) -> None:
+        """Every pooler takes over the pretrained one's weights; what it reads beside that has weight 0."""
+        ramps: list[Any] = [*self.off_ramps, self.final_classifier]
+        for pooler in (*(ramp.dense for ramp in ramps), self.off_ramp_pooler):
+            if pooler is not None:
+                pooler.weight.zero_()
+                pooler.weight[:, : dense.in_features].copy_(dense.weight)
+                pooler.bias.copy_(dense.bias)
 
     def forward(
         self,
@@ -202,10 +243,11 @@ class DeeBertForSequenceClassification(PreTrainedModel):
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         states = self.hidden_states(input_ids, mask, token_type_ids)
         pooling = self.config.off_ramp_pooling
-        logits = self.final_classifier(pool(states[-1], mask, pooling))
+        logits = self.final_classifier(pool(states[-1], mask, pooling, self.final_classifier.query))
+        ramps: list[Any] = list(self.off_ramps)
         off_ramp_logits = [
-            ramp(pool(states[layer], mask, pooling))
-            for layer, ramp in zip(self.config.off_ramp_layers, self.off_ramps, strict=True)
+            ramp(pool(states[layer], mask, pooling, ramp.query), self.off_ramp_pooler)
+            for layer, ramp in zip(self.config.off_ramp_layers, ramps, strict=True)
         ]
         return DeeBertOutput(
             loss=None if labels is None else F.cross_entropy(logits.float(), labels),

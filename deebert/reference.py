@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -22,7 +23,7 @@ class ReferenceResult:
 
     label: int
     exit_layer: int
-    """1-based."""
+    """1-based; 0: on the embeddings."""
     logits: tuple[float, ...]
     """Of the off-ramp that answered."""
     entropy: float
@@ -52,6 +53,8 @@ def classify_one(
     input_ids: Sequence[int],
     thresholds: Sequence[float | None],
     token_type_ids: Sequence[int] | None = None,
+    *,
+    layer_0: float | None = None,
 ) -> ReferenceResult:
     """Run one sample until an off-ramp is sure, or to the end.
 
@@ -60,21 +63,23 @@ def classify_one(
         input_ids: token ids, special tokens included.
         thresholds: one per layer before the last, nats; None or negative never fires.
         token_type_ids: segment ids, zeros when None.
+        layer_0: the threshold of an off-ramp on the embeddings.
     """
     config, backbone, family = model.config, model.backbone, family_of(model.config.backbone_config)
     types = None if token_type_ids is None else torch.tensor([list(token_type_ids)])
     hidden = family.embed(backbone, torch.tensor([list(input_ids)]), types)
     margin = math.inf
-    for layer, module in enumerate(family.layers_of(backbone), start=1):
-        hidden = module(hidden, None)
-        pooled = hidden[:, 0] if config.off_ramp_pooling == "cls" else hidden.mean(dim=1)
+    for layer, threshold in enumerate((layer_0, *thresholds, None)):
+        if layer > 0:
+            hidden = family.layers_of(backbone)[layer - 1](hidden, None)
         if layer == config.num_hidden_layers:
-            logits = model.final_classifier(pooled)[0]
-            return _answer(logits, layer, margin)
-        threshold = thresholds[layer - 1]
+            final = model.final_classifier
+            return _answer(final(_pooled(hidden, config.off_ramp_pooling, final.query))[0], layer, margin)
         if layer not in config.off_ramp_layers or threshold is None or threshold < 0:
             continue
-        logits = model.off_ramps[config.off_ramp_layers.index(layer)](pooled)[0]
+        ramp: Any = model.off_ramps[config.off_ramp_layers.index(layer)]
+        pooled = _pooled(hidden, config.off_ramp_pooling, ramp.query)
+        logits = ramp(pooled, model.off_ramp_pooler)[0]
         surprise = _entropy(logits)
         margin = min(margin, abs(surprise - threshold))
         if surprise < threshold:
@@ -123,6 +128,14 @@ def classify_windows(
         entropy=-sum(p * math.log(p) for p in mean if p > 0),
         windows=tuple(results),
     )
+
+
+def _pooled(hidden: torch.Tensor, pooling: str, query: torch.Tensor | None) -> torch.Tensor:
+    """(1, L, H), no padding -> what an off-ramp reads."""
+    cls, mean = hidden[:, 0], hidden.mean(dim=1)
+    if query is not None:
+        return torch.softmax(hidden[0] @ query, dim=0)[None] @ hidden[0]
+    return {"cls": cls, "mean": mean, "both": torch.cat([cls, mean], dim=1)}[pooling]
 
 
 def _entropy(logits: torch.Tensor) -> float:

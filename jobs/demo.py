@@ -236,7 +236,7 @@ def _compare(folder: Path, exits: RunRecord, full: RunRecord) -> dict[str, Any]:
         "held_out_accuracy_with_exits": accuracy["with-exits"],
         "held_out_accuracy_kept": accuracy["with-exits"] / accuracy["full-depth"],
         "held_out_mean_exit_layer": mean_exit_layer(early),
-        "held_out_layer_speed_up": len(early) / mean_exit_layer(early),
+        "held_out_layer_speed_up": exits.model.num_layers / mean_exit_layer(early),
         "rows": exits.totals.rows,
         "exit_histogram": exits.totals.exit_rows,
         "mean_exit_layer": mean_exit_layer(exits.totals.exit_rows),
@@ -260,7 +260,7 @@ def _held_out(output: Path) -> float:
 
 def _held_out_exit_layers(output: Path, num_layers: int) -> list[int]:
     layers = _read(output, ["exit_layer", "split"])["exit_layer"].to_numpy()
-    return [int(n) for n in np.bincount(layers - 1, minlength=num_layers)]
+    return [int(n) for n in np.bincount(layers, minlength=num_layers + 1)]
 
 
 def _show(r: dict[str, Any]) -> None:
@@ -271,7 +271,7 @@ def _show(r: dict[str, Any]) -> None:
         f"({100 * r['held_out_accuracy_kept']:.2f} % kept at {r['held_out_layer_speed_up']:.2f}x layer speed-up)"
     )
     print(f"\nAll {r['rows']:,} sentences: rows per exit layer, entropy threshold {r['entropy_threshold']}")
-    for layer, rows in enumerate(histogram, start=1):
+    for layer, rows in list(enumerate(histogram))[1:]:  # no off-ramp on the embeddings
         share = rows / sum(histogram)
         print(f"  layer {layer:>2}  {rows:>7,}  {'█' * round(50 * share)} {100 * share:.1f} %")
     saved = 1 - r["compute_seconds_with_exits"] / r["compute_seconds_full_depth"]

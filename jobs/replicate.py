@@ -71,7 +71,7 @@ class ReplicateJob:
     assets: str = flag("folder with e5-small/, glue/SST-2/, glue/MRPC/ and ag_news/train.csv")
     backbone: str | None = flag("encoder to train; left out, e5-small of the assets", default=None)
     tasks: tuple[str, ...] = flag("which", default=("sst-2", "mrpc", "ag-news"), parse=comma_list)
-    poolings: tuple[str, ...] = flag("what off-ramps read", default=POOLINGS[::-1], parse=comma_list)
+    poolings: tuple[str, ...] = flag("what off-ramps read", default=("mean", "cls"), parse=comma_list)
     static_depths: tuple[int, ...] = flag(
         "layers of the static baselines",
         default=(6,),

@@ -102,5 +102,6 @@ def origin_of(subject: Subject) -> TraceOrigin:
             hidden_size=config.hidden_size,
             intermediate_size=config.intermediate_size,
             num_labels=len(subject.labels),
+            off_ramp_pooling=config.off_ramp_pooling,
         ),
     )

@@ -107,12 +107,12 @@ def measure(
 class _Run:
     seconds: float
     exit_layers: IntArray
-    """(N,), 1-based."""
+    """(N,), 1-based; 0: after the embeddings."""
 
 
 def _measure(runs: Sequence[_Run]) -> Measure:
     layers = runs[0].exit_layers
-    mean = mean_exit_layer(np.bincount(layers - 1).tolist())
+    mean = mean_exit_layer(np.bincount(layers).tolist())
     return Measure(samples=len(layers), seconds=median(run.seconds for run in runs), mean_exit_layer=mean)
 
 
@@ -136,8 +136,9 @@ def _alone(contenders: Sequence[Contender], tokens: PackedTokens) -> dict[str, _
 def _exit_layer(encoder: PackedEncoder, policy: ExitPolicy, sample: PackedTokens) -> int:
     sample = sample.to(encoder.device)
     states = encoder.embed(sample)
-    for layer in range(1, encoder.num_layers):
-        states = encoder.layer(layer - 1, states, sample.layout)
+    for layer in range(encoder.num_layers):
+        if layer > 0:
+            states = encoder.layer(layer - 1, states, sample.layout)
         if layer in encoder.off_ramp_layers and policy.can_fire(layer):
             logits = encoder.off_ramp(layer - 1, states, sample.layout)
             if bool(policy.fires(layer, logits, entropy(logits))):

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jobs.flags import comma_list, flag, parse_job
 from jobs.glue import TASK_NAMES, Columns
@@ -37,7 +37,16 @@ _BELONGS_TO = {
     "patience": "held_out",
     "evaluate_every": "held_out",
 }
+_POOLINGS = ("mean", "cls", "both", "attention")
 _RECIPE_NAMES = ("two-stage", "joint", "alternating", "off-ramps", "best")
+
+
+def _layers(text: str) -> tuple[int, ...]:
+    """``0,2,4`` -> (0, 2, 4)."""
+    try:
+        return tuple(map(int, comma_list(text)))
+    except ValueError:
+        raise ValueError(f"{text!r} is not a list of layers") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +78,18 @@ class TrainJob:
         metavar="A,B",
     )
     output: str = flag("model folder to write")
-    off_ramp_pooling: str = flag("what off-ramps read", default="mean", choices=("mean", "cls"))
+    off_ramp_pooling: str = flag(
+        "what off-ramps and the final classifier read; attention learns which tokens count, and needs --stage-2 exact",
+        default="mean",
+        choices=_POOLINGS,
+    )
+    off_ramp_layers: tuple[int, ...] | None = flag(
+        "layers that get an off-ramp, 0 for the embeddings; left out, all but the last and the embeddings",
+        default=None,
+        parse=_layers,
+        metavar="I,I",
+    )
+    shared_pooler: bool = flag("all off-ramps share one pooler; each has its own classifier", default=False)
     max_length: int = flag("tokens a text is cut to", default=128, parse=positive)
     max_rows: int | None = flag("train on a random sample of this many rows", default=None, parse=positive)
     recipe: str = flag(
@@ -209,6 +229,12 @@ def _check(job: TrainJob) -> None:
         raise UsageError(
             "--from-classifier reads what its classifier was trained on: leave --off-ramp-pooling out"
         )
+    says_pooling = job.off_ramp_pooling != TrainJob.off_ramp_pooling
+    if job.from_model is not None and (says_pooling or _off_ramp_config(job)):
+        raise UsageError(
+            "--from-model has its off-ramps already: leave --off-ramp-pooling, --off-ramp-layers and --shared-pooler "
+            "out, or begin with --backbone"
+        )
     if job.data is None and job.glue_dir is None:
         raise UsageError("give the labelled texts as --data, or as --glue-dir with --task")
     _check_pointless(job)
@@ -268,6 +294,12 @@ def _load(
     return start.model, start.tokenizer, sample(data, job.max_rows, seed=job.seed)
 
 
+def _off_ramp_config(job: TrainJob) -> dict[str, Any]:
+    """What the flags say of the off-ramps, their pooling aside, as arguments of `DeeBertConfig`."""
+    layers = {} if job.off_ramp_layers is None else {"off_ramp_layers": job.off_ramp_layers}
+    return {**layers, **({"shares_off_ramp_pooler": True} if job.shared_pooler else {})}
+
+
 def _start(job: TrainJob, texts: LabelledTexts) -> Checkpoint:
     from transformers import AutoTokenizer
 
@@ -280,13 +312,16 @@ def _start(job: TrainJob, texts: LabelledTexts) -> Checkpoint:
     assert name is not None
     try:
         if job.from_classifier is not None:
-            model = DeeBertForSequenceClassification.from_classifier(name, allow_pickle=job.allow_pickle)
+            model = DeeBertForSequenceClassification.from_classifier(
+                name, allow_pickle=job.allow_pickle, **_off_ramp_config(job)
+            )
         else:
             model = DeeBertForSequenceClassification.from_backbone(
                 name,
                 labels=list(texts.names),
                 off_ramp_pooling=job.off_ramp_pooling,  # type: ignore[arg-type]  # one of the flag's choices
                 allow_pickle=job.allow_pickle,
+                **_off_ramp_config(job),
             )
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         return Checkpoint(path=name, model=model, tokenizer=tokenizer)

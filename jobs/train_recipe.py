@@ -73,6 +73,11 @@ def _stage_2(job: TrainJob, stage: OffRampStage | None) -> OffRampStage | None:
         return None
     distillation = _distillation(job, None if stage is None else stage.self_distillation)
     mode = job.stage_2 or (stage or OffRampStage()).mode
+    if mode == "fast" and job.off_ramp_pooling == "attention":
+        raise UsageError(
+            "--off-ramp-pooling attention learns what it reads, so that a fast stage 2 cannot keep it: give "
+            "--stage-2 exact"
+        )
     if stage is None or stage.mode != mode:
         stage = PAPER_STAGE_2 if mode == "exact" else OffRampStage()
     return replace(

@@ -52,7 +52,7 @@ def draw_training_log(path: Path) -> Path:
 def _draw_stage(axes: Axes, stage: int, records: list[Record]) -> None:
     strip(axes)
     curves = _curves(records, "losses")
-    depth = max(map(int, curves))
+    depth = max([1, *map(int, curves)])
     for layer, points in curves.items():
         colour = INK if int(layer) == depth and stage == 1 else colormaps["viridis"](0.9 * int(layer) / depth)
         axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.2, label=layer)

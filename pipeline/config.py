@@ -50,7 +50,10 @@ def comma_list(text: str) -> tuple[str, ...]:
 
 
 def thresholds(text: str) -> Thresholds:
-    """``0.2``, ``none`` (full depth), or one for each layer but the last: ``none,0.1,0.2``."""
+    """``0.2``, ``none`` (full depth), or one for each layer but the last: ``none,0.1,0.2``.
+
+    One more in front is for an off-ramp on the embeddings (`pipeline.planning.resolve_policy`).
+    """
     values = tuple(_threshold(part) for part in comma_list(text))
     if not values:
         raise ValueError("give a number of nats, `none`, or a comma-separated list of them")

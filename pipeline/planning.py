@@ -233,11 +233,18 @@ def resolve_policy(
 ) -> EntropyThreshold:
     """The policy asked for, or the model's own operating point.
 
+    A list with one threshold more than the layers before the last begins with that of the off-ramp on the
+    embeddings, where the model has one.
+
     Raises:
         PolicyError: a threshold out of range, or a wrong number of them.
     """
+    config = checkpoint.model.config
     policy = checkpoint.exit_policy if threshold is None else EntropyThreshold(threshold)
-    policy.check(num_labels=len(checkpoint.labels), num_layers=checkpoint.model.config.num_hidden_layers)
+    has_layer_0 = 0 in config.off_ramp_layers
+    if has_layer_0 and isinstance(threshold, tuple) and len(threshold) == config.num_hidden_layers:
+        policy = EntropyThreshold(threshold[1:], layer_0=threshold[0])
+    policy.check(num_labels=len(checkpoint.labels), num_layers=config.num_hidden_layers)
     return policy
 
 

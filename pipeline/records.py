@@ -12,7 +12,9 @@ from typing import Any, Literal
 
 from pipeline.engine.stats import EngineStats
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, FORMAT_VERSION)
+"""Of version 1, exit-layer histograms have no entry for the embeddings."""
 RunStatus = Literal["running", "succeeded", "failed", "interrupted"]
 
 
@@ -48,13 +50,13 @@ class ModelRecord:
     intermediate_size: int
     labels: tuple[str, ...]
     off_ramp_layers: tuple[int, ...]
-    """1-based layers that carry an off-ramp."""
+    """1-based layers that carry an off-ramp; 0 is the embeddings."""
     off_ramp_pooling: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Totals:
-    """Sums over committed shards. Tuples have one entry per layer; entry 0 is layer 1."""
+    """Sums over committed shards. Tuples have n + 1 entries: entry i is exit layer i, entry 0 the embeddings."""
 
     shards: int
     rows: int
@@ -96,9 +98,9 @@ class Totals:
             truncated_rows=0,
             tokens=0,
             squared_tokens=0,
-            exit_rows=(0,) * num_layers,
-            exit_windows=(0,) * num_layers,
-            exit_tokens=(0,) * num_layers,
+            exit_rows=(0,) * (num_layers + 1),
+            exit_windows=(0,) * (num_layers + 1),
+            exit_tokens=(0,) * (num_layers + 1),
             compute=none,
             control=none,
             audited_rows=0,
@@ -124,9 +126,12 @@ class Totals:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Totals:
-        """The inverse of `to_dict`; in what was recorded before there were windows, each row was one."""
+        """The inverse of `to_dict`, also of what was recorded before there were windows: each row was one."""
         values = {"exit_windows": values["exit_rows"], **values}
         made: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        for name in ("exit_rows", "exit_windows", "exit_tokens"):
+            if len(made[name]) == len(values["compute"]["steps"]):  # before anyone left after the embeddings
+                made[name] = (0, *made[name])
         made["compute"] = EngineStats.from_dict(values["compute"])
         made["control"] = EngineStats.from_dict(values["control"])
         return cls(**made)

@@ -307,7 +307,7 @@ class Replica:
         lengths = answers.num_tokens.astype(np.int64)
         audited = answers.audit_prediction != NOT_AUDITED
         agree = answers.audit_prediction[audited] == answers.prediction[audited]
-        layers = answers.exit_layer - 1
+        layers, bins = answers.exit_layer, self._num_layers + 1
         left = sum((rows.submission.samples_left for rows in work.rows), Counter[int]())
         return Totals(
             shards=1,
@@ -316,11 +316,9 @@ class Replica:
             truncated_rows=int(answers.truncated.sum()),
             tokens=int(lengths.sum()),
             squared_tokens=sum(rows.squared_tokens for rows in work.rows),
-            exit_rows=tuple(np.bincount(layers, minlength=self._num_layers).tolist()),
-            exit_windows=tuple(left[layer] for layer in range(1, self._num_layers + 1)),
-            exit_tokens=tuple(
-                np.bincount(layers, weights=lengths, minlength=self._num_layers).astype(np.int64).tolist()
-            ),
+            exit_rows=tuple(np.bincount(layers, minlength=bins).tolist()),
+            exit_windows=tuple(left[layer] for layer in range(bins)),
+            exit_tokens=tuple(np.bincount(layers, weights=lengths, minlength=bins).astype(np.int64).tolist()),
             compute=compute,
             control=control,
             audited_rows=int(audited.sum()),

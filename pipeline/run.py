@@ -290,7 +290,7 @@ def _flawed(name: str, shard: Shard) -> ShardFailure:
 def _shard_line(record: ShardRecord, num_layers: int) -> str:
     """One line of ``key=value`` for whoever collects logs."""
     totals = record.totals
-    exit_layers = sum(layer * left for layer, left in enumerate(totals.exit_windows, start=1))
+    exit_layers = sum(layer * left for layer, left in enumerate(totals.exit_windows))
     facts = {
         "shard": record.part,
         "source_file": json.dumps(record.source_file),
@@ -345,7 +345,7 @@ def _outcomes(spec: ReplicaSpec, placement: Placement, shards: Any) -> Iterator[
 @contextmanager
 def _showing_progress(board: Any, run: RunPlan, before: Totals) -> Iterator[None]:
     """Show the board's numbers until the block ends."""
-    layers_before = sum((i + 1) * n for i, n in enumerate(before.exit_rows))
+    layers_before = sum(layer * rows for layer, rows in enumerate(before.exit_rows))
     ended = threading.Event()
 
     def sample() -> ProgressSample:

@@ -35,7 +35,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from pipeline import sabotage
 from pipeline.errors import OutputError, OutputFullError, UsageError
-from pipeline.records import FORMAT_VERSION, RunRecord, ShardRecord
+from pipeline.records import READABLE_VERSIONS, RunRecord, ShardRecord
 from pipeline.schema import RECORD_KEY
 
 META = "_deebert"
@@ -213,9 +213,9 @@ class Output:
         except ValueError as error:
             raise UsageError(f"{self.path(_RUN)!r} is not JSON ({error}): the file is damaged") from error
         version = values.get("format_version") if isinstance(values, dict) else None
-        if version != FORMAT_VERSION:
+        if version not in READABLE_VERSIONS:
             raise UsageError(
-                f"{self.path(_RUN)!r} has format version {version}, this software reads {FORMAT_VERSION}: "
+                f"{self.path(_RUN)!r} has format version {version}, this software reads {READABLE_VERSIONS[-1]}: "
                 "use the version that wrote it, or choose another output"
             )
         try:

@@ -1,8 +1,8 @@
 """Stage 2, fast: all off-ramps at once, on cached states of the frozen backbone.
 
 The frozen backbone sees each sample once, in the packed form, and what the off-ramps read of every layer is
-kept; the off-ramps, which share nothing, then train together as one batched product. That is the paper's
-stage 2 exactly, up to the dropout inside the frozen backbone (absent here), and takes minutes where epochs
+kept; the off-ramps, which share nothing but maybe a pooler, then train together as one batched product. That is
+the paper's stage 2 exactly, up to the dropout inside the frozen backbone (absent here), and takes minutes where epochs
 through the backbone take hours. Of several processes each keeps the states of its share of the rows, and
 gradients are summed: a step is the same step whatever their number.
 """
@@ -39,7 +39,7 @@ def train_cached_off_ramps(
     """Train the off-ramps in place; the rest of the model stays bit for bit.
 
     Args:
-        model: in eval mode, on the device to train on.
+        model: in eval mode, on the device to train on; its pooling has no weights of its own.
         data: rows to train on.
         held_out: rows that tell when to stop; None trains to the end.
         stage: its hyper-parameters.
@@ -68,7 +68,7 @@ def train_cached_off_ramps(
 class _Batch:
     """This process's rows of one batch."""
 
-    pooled: Tensor  # (R, n, H) float32
+    pooled: Tensor  # (R, n, W) float32
     labels: Tensor  # (n,)
     targets: Tensor | None  # (n, C)
     share: float
@@ -85,7 +85,7 @@ class _Batch:
 class _Cache:
     """This process's share of the rows: row r lies with process r mod P, at place r div P."""
 
-    states: Tensor  # (R, n, H)
+    states: Tensor  # (R, n, W)
     targets: Tensor | None  # (n, C)
     labels: Tensor  # (n,)
     num_rows: int
@@ -177,7 +177,8 @@ class _Training:
     def step(self, step: int, batch: _Batch) -> None:
         """One optimizer step."""
         logits = self._stack(batch.pooled)
-        # They share no weight: the sum of their losses trains each as if alone.
+        # They share no weight: the sum of their losses trains each as if alone. A shared pooler gets the sum of
+        # their gradients, as it does through the backbone.
         losses = batch.losses(logits, self._stage.self_distillation)
         self._optimizer.zero_grad(set_to_none=True)
         losses.sum().backward()
@@ -240,7 +241,10 @@ class _Meter:
 
 
 class _BestOffRamps:
-    """Each off-ramp's weights where its own loss on held-out rows was lowest: they train as if alone."""
+    """Each off-ramp's weights where its own loss on held-out rows was lowest: they train as if alone.
+
+    With a shared pooler none is alone: the weights of all where the sum of their losses was lowest.
+    """
 
     def __init__(
         self, stack: OffRampStack, held_out: _Cache, stage: OffRampStage, stopping: EarlyStopping | None
@@ -249,7 +253,7 @@ class _BestOffRamps:
         self._stack, self._held_out, self._stage = stack, held_out, stage
         self._patience = stopping.patience
         self._waited = 0
-        self._lowest = torch.full((len(stack.dense),), torch.inf, device=stack.dense.device)
+        self._lowest = torch.full((stack.num_ramps,), torch.inf, device=stack.dense.device)
         self._weights = [p.detach().clone() for p in stack.parameters()]
 
     @torch.no_grad()
@@ -257,9 +261,12 @@ class _BestOffRamps:
         """Loss of each off-ramp as it is; where it is the lowest so far, its weights are kept."""
         losses = self._losses()
         better = losses < self._lowest
+        if self._stack.shares_pooler:
+            better = (losses.sum() < self._lowest.sum()).expand(len(losses))
         self._lowest = torch.where(better, losses, self._lowest)
         for kept, now in zip(self._weights, self._stack.parameters(), strict=True):
-            kept[better] = now[better]
+            chosen = better[: len(kept)]  # a shared pooler is one for all
+            kept[chosen] = now[chosen]
         self._waited = 0 if bool(better.any()) else self._waited + 1
         return [float(x) for x in losses]
 
@@ -290,23 +297,34 @@ class OffRampStack(nn.Module):
 
     def __init__(self, model: DeeBertForSequenceClassification) -> None:
         super().__init__()
-        ramps = cast(list[OffRamp], list(model.off_ramps))
+        ramps, poolers = cast(list[OffRamp], list(model.off_ramps)), _poolers(model)
+        self.num_ramps, self.shares_pooler = len(ramps), model.off_ramp_pooler is not None
         self.activation, self.dropout = ramps[0].activation, nn.Dropout(ramps[0].dropout.p)
-        self.dense = nn.Parameter(torch.stack([r.dense.weight.detach().T for r in ramps]))  # (R, H, H)
-        self.dense_bias = nn.Parameter(torch.stack([r.dense.bias.detach()[None] for r in ramps]))  # (R, 1, H)
+        # (P, W, H) and (P, 1, H): P is R, or 1 where the pooler is shared
+        self.dense = nn.Parameter(torch.stack([p.weight.detach().T for p in poolers]))
+        self.dense_bias = nn.Parameter(torch.stack([p.bias.detach()[None] for p in poolers]))
         self.classifier = nn.Parameter(torch.stack([r.classifier.weight.detach().T for r in ramps]))
         self.classifier_bias = nn.Parameter(torch.stack([r.classifier.bias.detach()[None] for r in ramps]))
 
     def forward(self, pooled: Tensor) -> Tensor:
-        """(R, N, H) -> (R, N, C)."""
-        inner = self.dropout(self.activation(torch.baddbmm(self.dense_bias, pooled, self.dense)))
+        """(R, N, W) -> (R, N, C)."""
+        dense = self.dense.expand(self.num_ramps, -1, -1)
+        inner = self.dropout(self.activation(torch.baddbmm(self.dense_bias, pooled, dense)))
         return torch.baddbmm(self.classifier_bias, inner, self.classifier)
 
     @torch.no_grad()
     def write_back(self, model: DeeBertForSequenceClassification) -> None:
         """Copy the trained weights into the model's off-ramps."""
+        for i, pooler in enumerate(_poolers(model)):
+            pooler.weight.copy_(self.dense[i].T)
+            pooler.bias.copy_(self.dense_bias[i, 0])
         for i, ramp in enumerate(cast(list[OffRamp], list(model.off_ramps))):
-            ramp.dense.weight.copy_(self.dense[i].T)
-            ramp.dense.bias.copy_(self.dense_bias[i, 0])
             ramp.classifier.weight.copy_(self.classifier[i].T)
             ramp.classifier.bias.copy_(self.classifier_bias[i, 0])
+
+
+def _poolers(model: DeeBertForSequenceClassification) -> list[nn.Linear]:
+    """One for each off-ramp, or the one that they share."""
+    if model.off_ramp_pooler is not None:
+        return [model.off_ramp_pooler]
+    return [ramp.dense for ramp in cast(list[OffRamp], list(model.off_ramps)) if ramp.dense is not None]

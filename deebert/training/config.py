@@ -99,8 +99,9 @@ class Joint:
     """The sum of all off-ramps' losses and the final classifier's."""
 
     weighting: Weighting = "linear"
-    """Of the off-ramp after layer i of n: ``linear`` i/n, ``uniform`` 1, ``equilibrium`` 1 with every layer's
-    gradient averaged over the classifiers above it (Li et al., 2019). The final classifier's is 1."""
+    """Of the off-ramp after layer i of n: ``linear`` i/n (on the embeddings 1/n), ``uniform`` 1, ``equilibrium`` 1
+    with every layer's gradient averaged over the classifiers above it (Li et al., 2019). The final classifier's
+    is 1."""
     self_distillation: Distillation | None = None
     """Off-ramps learn from the final classifier too, which does not feel it."""
     off_ramp_learning_rate: float | None = None

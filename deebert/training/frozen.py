@@ -23,8 +23,8 @@ class FrozenAnswers:
     """What a model holds ready for its off-ramps, and what its final classifier says, of N samples."""
 
     states: Tensor
-    """(R, N, H): what every off-ramp reads, on the host. 0.6 GB for 67,000 samples, 11 off-ramps, width 384
-    in bfloat16."""
+    """(R, N, W): what every off-ramp reads, on the host. 0.6 GB for 67,000 samples, 11 off-ramps, width 384
+    in bfloat16; W is `DeeBertConfig.pooled_size`."""
     final_logits: Tensor | None
     """(N, C) float32, on the host, if they were asked for."""
 
@@ -46,21 +46,22 @@ def collect_answers(
         data: N samples.
         dtype: to compute and keep states in.
         micro_batch_tokens: tokens per packed micro-batch.
-        layers: 1-based layers whose pooled states are kept.
+        layers: 1-based layers whose pooled states are kept, 0 for the embeddings'.
         final: whether the final classifier answers.
         show_progress: a bar on stderr.
     """
     encoder = PackedEncoder(model, device=model.device, dtype=dtype)
     place = {layer: i for i, layer in enumerate(layers)}
     depth = encoder.num_layers if final else max(layers, default=0)
-    states = torch.empty(len(layers), len(data), encoder.hidden_size, dtype=dtype)
+    states = torch.empty(len(layers), len(data), encoder.pooled_size, dtype=dtype)
     logits = torch.empty(len(data), encoder.num_labels) if final else None
     with tqdm(total=len(data), desc="frozen answers", disable=None if show_progress else True) as bar:
         for rows, tokens in length_sorted_batches(data.tokens, micro_batch_tokens):
             tokens = tokens.to(encoder.device)
             hidden = encoder.embed(tokens)
-            for layer in range(1, depth + 1):
-                hidden = encoder.layer(layer - 1, hidden, tokens.layout)
+            for layer in range(depth + 1):
+                if layer > 0:
+                    hidden = encoder.layer(layer - 1, hidden, tokens.layout)
                 if layer in place:
                     states[place[layer], rows] = encoder.pooled(hidden, tokens.layout).cpu()
             if logits is not None:

@@ -125,7 +125,8 @@ class JointLoss:
 
 @dataclass(frozen=True, kw_only=True)
 class OffRampLoss:
-    """The sum of the off-ramps' losses: they share no weight that trains, so each trains as if alone."""
+    """The sum of the off-ramps' losses: unless they share a pooler, no weight that trains is shared, and each
+    trains as if alone."""
 
     self_distillation: Distillation | None = None
 
@@ -163,4 +164,5 @@ def off_ramp_loss(stage: OffRampStage) -> StageLoss:
 def off_ramp_weights(objective: Joint, off_ramp_layers: Sequence[int], num_layers: int) -> tuple[float, ...]:
     """Each off-ramp's weight in the joint loss."""
     linear = objective.weighting == "linear"
-    return tuple(layer / num_layers if linear else 1.0 for layer in off_ramp_layers)
+    # On the embeddings as after layer 1: weight 0 would leave that off-ramp untrained.
+    return tuple(max(layer, 1) / num_layers if linear else 1.0 for layer in off_ramp_layers)

@@ -84,6 +84,7 @@ def train(
         CheckpointError: the teacher cannot be loaded.
     """
     check_labels(data, model.final_classifier.classifier.out_features)
+    _check_fast(model, recipe)
     training = _Training(model, tokenizer, data, recipe, work_dir, show_progress=show_progress)
     training.claim(resume=resume)
     try:
@@ -181,7 +182,7 @@ class _Training:
         objective = stage.objective
         with contextlib.ExitStack() as during:
             if isinstance(objective, FinalOnly):
-                during.enter_context(frozen([model.off_ramps]))
+                during.enter_context(frozen(model.off_ramp_modules))
             if isinstance(objective, Joint) and objective.weighting == "equilibrium":
                 during.enter_context(gradient_equilibrium(model))
             return train_through_backbone(
@@ -234,6 +235,16 @@ class _Training:
 
     def _weights(self, number: int) -> Path:
         return self._work_dir / f"stage-{number}.safetensors"
+
+
+def _check_fast(model: DeeBertForSequenceClassification, recipe: Recipe) -> None:
+    """Before stage 1 spends hours: what attention reads moves with its query, so that no cache of it holds."""
+    stage = recipe.stage_2 if len(model.off_ramps) else None
+    if model.config.off_ramp_pooling == "attention" and stage is not None and stage.mode == "fast":
+        raise RecipeError(
+            "a fast stage 2 trains on cached vectors and what attention pooling reads changes as it learns: train "
+            "stage 2 exact"
+        )
 
 
 def _load_teacher(

@@ -245,7 +245,8 @@ class _StageTrainer(Trainer):
         """The Trainer's AdamW; off-ramps in groups of their own where they have a learning rate of their own."""
         optimizer = super().create_optimizer(*args)
         if self._off_ramp_learning_rate is not None:
-            ramps = {id(p) for p in self.model.off_ramps.parameters()}  # type: ignore[union-attr]
+            modules: tuple[nn.Module, ...] = self.model.off_ramp_modules  # type: ignore[assignment, union-attr]
+            ramps = {id(p) for module in modules for p in module.parameters()}
             _split_groups(optimizer, ramps, self._off_ramp_learning_rate)
         return optimizer
 

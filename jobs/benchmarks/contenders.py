@@ -39,7 +39,7 @@ class Outcome:
     steps: int
     """Batches run through a layer, summed over layers."""
     exit_layers: npt.NDArray[np.int64] | None = None
-    """(N,) 1-based, of contenders that can exit."""
+    """(N,) 1-based (0: after the embeddings), of contenders that can exit."""
 
     def encoder_flops(self, shape: ModelShape) -> float:
         """FLOPs of the transformer layers: matrix products and attention."""
@@ -72,9 +72,9 @@ class Packed:
         """Run every sample once."""
         run = self._regrouping if self.regroups else self._shrinking
         predictions = np.empty(len(self.tokens), np.int64)
-        exit_layers = np.zeros(len(self.tokens), np.int64)
+        exit_layers = np.full(len(self.tokens), -1, np.int64)
         stats = run(_keep_answers(predictions, exit_layers))
-        assert exit_layers.all()  # every sample left, once
+        assert (exit_layers >= 0).all()  # every sample left, once
         return Outcome(
             predictions=predictions,
             layer_tokens=stats.layer_tokens,

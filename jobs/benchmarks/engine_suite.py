@@ -190,7 +190,7 @@ def _ways_to_run(
     depth = workload.shape.num_layers
     yield "ours, nobody leaves", REGROUPING, "nobody", _scripted(nobody_leaves(depth))
     policies: dict[str, Callable[[], ExitPolicy]] = {}
-    if any(settings.policy.can_fire(layer) for layer in range(1, depth)):
+    if any(settings.policy.can_fire(layer) for layer in range(depth)):
         policies["own"] = lambda: settings.policy
     for mean in settings.mean_exit_layers:
         scaled = mean * depth / _DEPTH

@@ -107,7 +107,7 @@ def _classify_jobs(
 ) -> dict[str, Callable[[], int]]:
     whole = ray_jobs.save_whole(workload.checkpoint, folder / "model")
     one_layer = ray_jobs.save_one_layer(workload.checkpoint, folder / "one-layer")
-    can_exit = any(settings.policy.can_fire(layer) for layer in range(1, workload.shape.num_layers))
+    can_exit = any(settings.policy.can_fire(layer) for layer in range(workload.shape.num_layers))
     kinds = [(CLASSIFY, whole, True), (CEILING, one_layer, True), *[(EXITS, whole, False)] * can_exit]
     # Shards enough for every replica to have several in hand.
     rows = len(workload.texts) // (_SHARDS_PER_REPLICA * placement.replicas.most)

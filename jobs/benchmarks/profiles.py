@@ -38,8 +38,8 @@ class ScriptedExits:
         self._met = np.zeros(len(shares), np.int64)
 
     def can_fire(self, layer: int) -> bool:
-        """Every off-ramp is computed, as with a threshold, whether or not anyone leaves."""
-        return True
+        """Every off-ramp after a layer is computed, as with a threshold, whether or not anyone leaves."""
+        return layer > 0
 
     def fires(self, layer: int, logits: Tensor, entropy: Tensor) -> Tensor:
         """See `ExitPolicy`."""

@@ -43,7 +43,8 @@ class FullDepth(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """(N, L) ids and mask -> (N, C) logits."""
         states = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        logits: Tensor = self.final_classifier(pool(states, attention_mask, self.pooling))
+        final = self.final_classifier
+        logits: Tensor = final(pool(states, attention_mask, self.pooling, final.query))
         return logits
 
 

@@ -61,6 +61,7 @@ class Workload:
             hidden_size=config.hidden_size,
             intermediate_size=int(config.backbone_config.intermediate_size),
             num_labels=len(self.checkpoint.labels),
+            off_ramp_pooling=config.off_ramp_pooling,
         )
 
     def describe(self) -> dict[str, Any]:

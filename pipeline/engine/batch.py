@@ -24,7 +24,7 @@ class SampleBatch:
     """(N,) int64: the caller's names for the samples."""
     layout: SequenceLayout
     token_rows: tuple[Tensor, ...]
-    """Tensors with one row per token: token ids (and types) before layer 1, states (T, H) after."""
+    """Tensors with one row per token: token ids (and types) at admission, states (T, H) after."""
 
     @classmethod
     def from_tokens(cls, sample_ids: IntArray, tokens: PackedTokens) -> SampleBatch:

@@ -50,6 +50,7 @@ class Engine:
         self._runner = Runner(encoder, policy)
         budget = self._config.micro_batch_tokens
         self._buffers = {first: LayerBuffer(budget) for first in self._runner.segments}
+        self._admission = self._buffers[self._runner.admission]
         self._stats = StatsCounter(encoder.num_layers)
         self._in_flight = 0
 
@@ -61,12 +62,12 @@ class Engine:
     @property
     def waiting_tokens(self) -> int:
         """Tokens submitted that no layer has seen."""
-        return self._buffers[0].tokens
+        return self._admission.tokens
 
     @property
     def wants_input(self) -> bool:
         """Whether less than a micro-batch waits to be admitted: submit now, or the device may idle."""
-        return not self._buffers[0].is_full
+        return not self._admission.is_full
 
     @property
     def stats(self) -> EngineStats:
@@ -75,7 +76,10 @@ class Engine:
 
     @property
     def peak_buffer_tokens(self) -> dict[int, int]:
-        """The most tokens that ever waited before each layer (1-based; admission, layer 1, is the caller's)."""
+        """The most tokens that ever waited before each layer.
+
+        1-based; 0 is the off-ramp on the embeddings. The first is admission, the caller's.
+        """
         return {layer + 1: buffer.peak_tokens for layer, buffer in self._buffers.items()}
 
     def submit(self, sample_ids: npt.NDArray[np.int64], tokens: PackedTokens) -> None:
@@ -95,7 +99,7 @@ class Engine:
                 f"a sample has {tokens.max_seqlen} tokens but a micro-batch takes "
                 f"{self._config.micro_batch_tokens}: raise micro_batch_tokens or truncate"
             )
-        self._buffers[0].put(SampleBatch.from_tokens(sample_ids, tokens))
+        self._admission.put(SampleBatch.from_tokens(sample_ids, tokens))
         self._in_flight += len(sample_ids)
 
     def step(self, *, drain: bool = False) -> Exits | None:

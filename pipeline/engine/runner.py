@@ -1,6 +1,7 @@
 """Runs one micro-batch through one segment of layers and asks the policy who leaves.
 
-A segment is a stretch of layers that ends with an off-ramp that can fire, or with the last layer: inside it
+A segment is a stretch of layers that ends with an off-ramp that can fire, or with the last layer; where the
+off-ramp on the embeddings can fire, the embeddings are a segment by themselves, layer -1. Inside a segment
 nobody can leave, so nothing is regrouped and no off-ramp is computed. The only part of the engine that
 touches the model. Knows nothing of buffers or of what runs next.
 """
@@ -30,7 +31,7 @@ class Exits:
     sample_ids: IntArray
     """(K,) int64."""
     exit_layer: int
-    """1-based."""
+    """1-based; 0: after the embeddings."""
     logits: npt.NDArray[np.float32]
     """(K, C), of the off-ramp that answered."""
     entropy: npt.NDArray[np.float32]
@@ -53,7 +54,9 @@ class Runner:
         self._encoder = encoder
         self._policy = policy
         self.segments = _segments(encoder, policy)
-        """Last layer of each segment by its first, both 0-based, shallowest first."""
+        """Last layer of each segment by its first, both 0-based, shallowest first; the embeddings alone are -1."""
+        self.admission = next(iter(self.segments))
+        """The first of the first segment, 0 or -1: where samples come in as token ids."""
 
     @torch.inference_mode()
     def run(self, first: int, batch: SampleBatch, stats: StatsCounter) -> tuple[Exits, SampleBatch | None]:
@@ -61,17 +64,17 @@ class Runner:
 
         Args:
             first: one of `segments`.
-            batch: token ids when `first` is 0, else states.
+            batch: token ids at `admission`, else states.
             stats: counts the work.
 
         Returns:
             The samples that leave, and the survivors, None when there are none.
         """
-        if first == 0:
+        if first == self.admission:
             batch = self._embed(batch, stats)
         started = time.perf_counter()
         last, layout, (states,) = self.segments[first], batch.layout, batch.token_rows
-        for index in range(first, last + 1):
+        for index in range(max(first, 0), last + 1):
             states = self._encoder.layer(index, states, layout)
         logits = self._encoder.off_ramp(last, states, layout)
         after = SampleBatch(sample_ids=batch.sample_ids, layout=layout, token_rows=(states,))
@@ -94,7 +97,7 @@ class Runner:
         return SampleBatch(sample_ids=batch.sample_ids, layout=tokens.layout, token_rows=(states,))
 
     def _split(self, layer: int, batch: SampleBatch, logits: Tensor) -> tuple[Exits, SampleBatch | None]:
-        """Who leaves after `layer` (1-based), and who goes on."""
+        """Who leaves after `layer` (1-based, 0: the embeddings), and who goes on."""
         surprise = entropy(logits)
         if layer == self._encoder.num_layers:
             return _exits(layer, batch.sample_ids, logits, surprise), None
@@ -109,9 +112,9 @@ class Runner:
 def _segments(encoder: PackedEncoder, policy: ExitPolicy) -> dict[int, int]:
     """First -> last layer of each segment, 0-based."""
     n = encoder.num_layers
-    ends = [layer for layer in encoder.off_ramp_layers if layer == n or policy.can_fire(layer)]
-    firsts = [0, *sorted(ends)[:-1]]
-    return {first: end - 1 for first, end in zip(firsts, sorted(ends), strict=True)}
+    ends = sorted(layer for layer in encoder.off_ramp_layers if layer == n or policy.can_fire(layer))
+    firsts = [min(0, ends[0] - 1), *ends[:-1]]
+    return {first: end - 1 for first, end in zip(firsts, ends, strict=True)}
 
 
 def _exits(layer: int, sample_ids: IntArray, logits: Tensor, surprise: Tensor) -> Exits:

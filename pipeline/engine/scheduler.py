@@ -12,10 +12,12 @@ from pipeline.engine.layer_buffer import LayerBuffer
 
 
 def next_layer(buffers: dict[int, LayerBuffer], *, drain: bool) -> int | None:
-    """The layer (0-based) whose buffer gives the next micro-batch, or None when nothing should run.
+    """The layer whose buffer gives the next micro-batch, or None when nothing should run.
+
+    0-based; -1 are the embeddings alone.
 
     Args:
-        buffers: by the layer that they wait for, shallowest first; 0 holds the samples not yet admitted.
+        buffers: by the layer that they wait for, shallowest first; the first holds the samples not yet admitted.
         drain: whether to run partly filled micro-batches, because no more input will fill them soon.
     """
     for layer in reversed(buffers):

@@ -15,7 +15,8 @@ import numpy.typing as npt
 
 @dataclass(frozen=True, kw_only=True)
 class EngineStats:
-    """Work done so far. Every tuple has one entry per transformer layer; entry 0 is layer 1."""
+    """Work done so far. Tuples have one entry per transformer layer, entry 0 is layer 1; `off_ramp_samples` has one
+    more in front, for the embeddings."""
 
     steps: tuple[int, ...]
     """Micro-batches run through the layer."""
@@ -26,11 +27,11 @@ class EngineStats:
     squared_tokens: tuple[int, ...]
     """Σ (sequence length)² of the samples run through the layer: what attention costs."""
     off_ramp_samples: tuple[int, ...]
-    """Samples for which the layer's off-ramp (layer n: the final classifier) was computed."""
+    """Samples for which the layer's off-ramp (layer n: the final classifier) was computed; entry i is layer i."""
     seconds: tuple[float, ...]
     """Seconds spent in the layer and its off-ramp, decision and regrouping included."""
     embedding_seconds: float
-    """Seconds spent in the embeddings."""
+    """Seconds spent in the embeddings and their off-ramp."""
 
     @classmethod
     def zero(cls, num_layers: int) -> EngineStats:
@@ -41,7 +42,7 @@ class EngineStats:
             samples=none,
             tokens=none,
             squared_tokens=none,
-            off_ramp_samples=none,
+            off_ramp_samples=(0, *none),
             seconds=(0.0,) * num_layers,
             embedding_seconds=0.0,
         )
@@ -50,6 +51,8 @@ class EngineStats:
     def from_dict(cls, values: dict[str, Any]) -> EngineStats:
         """The inverse of `to_dict`."""
         made: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        if len(made["off_ramp_samples"]) == len(made["steps"]):  # written before embeddings had off-ramps
+            made["off_ramp_samples"] = (0, *made["off_ramp_samples"])
         return cls(**made)
 
     def to_dict(self) -> dict[str, Any]:
@@ -87,20 +90,27 @@ class StatsCounter:
     """The mutable counter behind `EngineStats`; one per engine, touched once per step."""
 
     def __init__(self, num_layers: int) -> None:
-        self._ints: npt.NDArray[np.int64] = np.zeros((5, num_layers), np.int64)
+        self._ints: npt.NDArray[np.int64] = np.zeros((4, num_layers), np.int64)
+        self._off_ramp_samples: npt.NDArray[np.int64] = np.zeros(num_layers + 1, np.int64)
         self._seconds: npt.NDArray[np.float64] = np.zeros(num_layers, np.float64)
         self._embedding_seconds = 0.0
 
     def count_layers(
         self, first: int, last: int, *, samples: int, tokens: int, squared_tokens: int, seconds: float
     ) -> None:
-        """One micro-batch ran through layers `first`..`last` (0-based, inclusive) in `seconds` altogether."""
+        """One micro-batch ran through layers `first`..`last` (0-based, inclusive) in `seconds` altogether.
+
+        Through -1..-1: through the off-ramp on the embeddings alone.
+        """
+        self._off_ramp_samples[last + 1] += samples
+        if last < 0:
+            self._embedding_seconds += seconds
+            return
         span = slice(first, last + 1)
         self._ints[0, span] += 1
         self._ints[1, span] += samples
         self._ints[2, span] += tokens
         self._ints[3, span] += squared_tokens
-        self._ints[4, last] += samples
         self._seconds[span] += seconds / (last + 1 - first)
 
     def count_embedding(self, seconds: float) -> None:
@@ -109,13 +119,13 @@ class StatsCounter:
 
     def snapshot(self) -> EngineStats:
         """The counts so far, immutable."""
-        steps, samples, tokens, squared, ramps = (tuple(row) for row in self._ints.tolist())
+        steps, samples, tokens, squared = (tuple(row) for row in self._ints.tolist())
         return EngineStats(
             steps=steps,
             samples=samples,
             tokens=tokens,
             squared_tokens=squared,
-            off_ramp_samples=ramps,
+            off_ramp_samples=tuple(self._off_ramp_samples.tolist()),
             seconds=tuple(self._seconds.tolist()),
             embedding_seconds=self._embedding_seconds,
         )

@@ -61,10 +61,10 @@ class Cost:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerAccount:
-    """One layer of the model."""
+    """One layer of the model, or its embeddings where they have an off-ramp."""
 
     layer: int
-    """1-based."""
+    """1-based; 0: the embeddings."""
     has_off_ramp: bool
     exit_rows: int
     """Rows that left after this layer; a row in windows with the deepest of them."""
@@ -76,8 +76,8 @@ class LayerAccount:
     """Tokens that ran through it."""
     saved_tokens: int
     """Tokens that full depth would have run through it, and the exits spared."""
-    steps: int
-    """Micro-batches."""
+    steps: int | None
+    """Micro-batches; not counted for the embeddings."""
     seconds: float
     full_depth_seconds: float | None
     """What the control sample measured for this layer, scaled to all tokens; None without one."""
@@ -193,6 +193,7 @@ def _shape(model: ModelRecord) -> ModelShape:
         hidden_size=model.hidden_size,
         intermediate_size=model.intermediate_size,
         num_labels=len(model.labels),
+        off_ramp_pooling=model.off_ramp_pooling,
     )
 
 
@@ -253,12 +254,12 @@ def _cost(
 
 def _layers(record: RunRecord) -> tuple[LayerAccount, ...]:
     totals, compute, scale = record.totals, record.totals.compute, _control_scale(record.totals)
-    return tuple(
+    layers = tuple(
         LayerAccount(
             layer=i + 1,
             has_off_ramp=i + 1 in record.model.off_ramp_layers,
-            exit_rows=totals.exit_rows[i],
-            exit_windows=totals.exit_windows[i],
+            exit_rows=totals.exit_rows[i + 1],
+            exit_windows=totals.exit_windows[i + 1],
             samples=compute.samples[i],
             tokens=compute.tokens[i],
             saved_tokens=totals.tokens - compute.tokens[i],
@@ -267,4 +268,22 @@ def _layers(record: RunRecord) -> tuple[LayerAccount, ...]:
             full_depth_seconds=None if scale is None else totals.control.seconds[i] * scale,
         )
         for i in range(record.model.num_layers)
+    )
+    return (_embeddings(totals), *layers) if 0 in record.model.off_ramp_layers else layers
+
+
+def _embeddings(totals: Totals) -> LayerAccount:
+    """The embeddings run every row, or window."""
+    scale = _control_scale(totals)
+    return LayerAccount(
+        layer=0,
+        has_off_ramp=True,
+        exit_rows=totals.exit_rows[0],
+        exit_windows=totals.exit_windows[0],
+        samples=sum(totals.exit_windows),
+        tokens=totals.tokens,
+        saved_tokens=0,
+        steps=None,
+        seconds=totals.compute.embedding_seconds,
+        full_depth_seconds=None if scale is None else totals.control.embedding_seconds * scale,
     )

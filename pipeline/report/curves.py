@@ -96,7 +96,7 @@ def quality_per_off_ramp(found: EvaluatedSet) -> Picture:
     for layer, score in zip(layers, scores, strict=True):
         _label(axes, (layer, score), f"{score:.1f}")
     _static_marks(axes, [point.mean_exit_layer for point in found.statics], found.statics)
-    axes.set_xticks(range(1, layers[-1] + 1))
+    axes.set_xticks(range(min(1, layers[0]), layers[-1] + 1))
     _graph(axes, "layer", f"{found.metrics[0]}, %")
     return Picture(stem=file_stem(found, "off_ramps"), title="Quality per off-ramp", figure=figure)
 
@@ -109,18 +109,20 @@ def samples_per_exit_layer(found: EvaluatedSet) -> Picture:
     panels = figure.subplots(1, len(chosen), sharey=True, squeeze=False)[0]
     for axes, point in zip(panels, chosen, strict=True):
         strip(axes)
-        _exit_bars(axes, point)
+        _exit_bars(axes, point, first=min(1, found.off_ramps[0][0]))
     most = max(max(point.exit_histogram) / sum(point.exit_histogram) for point in chosen)
     panels[0].set_ylim(0, 115 * most)
     panels[0].set_ylabel("% of samples", size=SMALL_TEXT_POINTS)
     return Picture(stem=file_stem(found, "exit_layers"), title="Samples per exit layer", figure=figure)
 
 
-def _exit_bars(axes: Axes, point: EvaluatedPoint) -> None:
+def _exit_bars(axes: Axes, point: EvaluatedPoint, first: int) -> None:
+    """From layer `first` on: 0, the embeddings, where they have an off-ramp."""
     total = sum(point.exit_histogram)
-    shares = [100 * n / total for n in point.exit_histogram]
+    layers = range(first, len(point.exit_histogram))
+    shares = [100 * point.exit_histogram[layer] / total for layer in layers]
     colours = [*[EXECUTED] * (len(shares) - 1), SAVED]
-    axes.bar(range(1, len(shares) + 1), shares, width=0.75, color=colours)
+    axes.bar(layers, shares, width=0.75, color=colours)
     axes.plot(
         point.mean_exit_layer,
         0.97,
@@ -134,8 +136,7 @@ def _exit_bars(axes: Axes, point: EvaluatedPoint) -> None:
         size=SMALL_TEXT_POINTS,
         color=INK,
     )
-    step = 1 if len(shares) <= 12 else 2
-    axes.set_xticks(range(1, len(shares) + 1, step))
+    axes.set_xticks(layers[:: 1 if len(layers) <= 12 else 2])
     axes.tick_params(labelsize=7)
     axes.set_xlabel("exit layer", size=SMALL_TEXT_POINTS)
 

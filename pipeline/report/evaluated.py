@@ -42,7 +42,7 @@ class EvaluatedPoint:
     """Expected, Eq. 2."""
     flop_saving: float
     exit_histogram: tuple[int, ...]
-    """Empty for a static baseline, where nobody exits."""
+    """Entry i is exit layer i, entry 0 the embeddings. Empty for a static baseline, where nobody exits."""
     alone: Measured | None = None
     """One sample at a time: the paper's measure. None where nothing was measured."""
     engine: Measured | None = None

@@ -49,7 +49,7 @@ class ScoreRange:
     """Scores of the rows that left after one layer, to 1/200."""
 
     layer: int
-    """1-based."""
+    """1-based; 0: the embeddings."""
     rows: int
     low: float
     """10th percentile."""
@@ -60,7 +60,7 @@ class ScoreRange:
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """What the parts themselves say. Tuples over layers have entry 0 for layer 1."""
+    """What the parts themselves say. Tuples over layers have n + 1 entries; entry 0 is the embeddings."""
 
     parts: int
     rows: int
@@ -158,11 +158,11 @@ def _row_groups(path: str, columns: list[str]) -> Iterator[pd.DataFrame]:
 
 
 class _Recount:
-    """The counters; index 0 of per-layer counters takes exit layers that the model does not have."""
+    """The counters; the last index of per-layer counters takes exit layers that the model does not have."""
 
     def __init__(self, model: ModelRecord, max_length: int) -> None:
         self._model, self._max_length = model, max_length
-        size = model.num_layers + 1
+        size = model.num_layers + 2
         # rows, tokens, squared tokens, truncated, mislabelled, windows
         self._sums: Ints = np.zeros(6, np.int64)
         self._layers: Ints = np.zeros((4, size), np.int64)  # rows, tokens, audited, agreeing
@@ -202,8 +202,9 @@ class _Recount:
         return int((full * self._max_length + (tokens - full) ** 2).sum())
 
     def _exit_layers(self, frame: pd.DataFrame) -> Ints:
-        layers = frame["exit_layer"].to_numpy(np.int64)
-        return np.where((layers >= 1) & (layers <= self._model.num_layers), layers, 0)
+        layers, n = frame["exit_layer"].to_numpy(np.int64), self._model.num_layers
+        first = 0 if 0 in self._model.off_ramp_layers else 1
+        return np.where((layers >= first) & (layers <= n), layers, n + 1)
 
     def _label_indices(self, frame: pd.DataFrame) -> Ints:
         codes, names = pd.factorize(frame["label"])
@@ -229,7 +230,7 @@ class _Recount:
     def conclude(self, parts: int, record: RunRecord) -> Evidence:
         """The counts, and where they differ from `record`."""
         rows, tokens, squared_tokens, truncated, mislabelled, windows = self._sums.tolist()
-        exit_rows, exit_tokens, audited, agreeing = (tuple(row) for row in self._layers[:, 1:].tolist())
+        exit_rows, exit_tokens, audited, agreeing = (tuple(row) for row in self._layers[:, :-1].tolist())
         counted: dict[str, Any] = {
             "parts": parts,
             "rows": rows,
@@ -239,7 +240,7 @@ class _Recount:
             "windows": windows,
             "exit_rows": exit_rows,
             "exit_tokens": exit_tokens,
-            "impossible_exit_rows": int(self._layers[0, 0]),
+            "impossible_exit_rows": int(self._layers[0, -1]),
             "unknown_label_rows": int(self._labels[-1]),
             "mislabelled_rows": mislabelled,
             "audited_rows": audited,
@@ -253,7 +254,7 @@ class _Recount:
         )
 
     def _score_ranges(self) -> Iterator[ScoreRange]:
-        for layer in range(1, self._scores.shape[0]):
+        for layer in range(self._scores.shape[0] - 1):
             cumulative = np.cumsum(self._scores[layer])
             rows = int(cumulative[-1])
             if rows:

@@ -52,13 +52,14 @@ def _layer_table(accounting: Accounting, evidence: Evidence) -> Table:
             "Agreement",
         ),
         rows=rows,
-        note="A dot after the layer marks an off-ramp. At full depth: the seconds of the control sample, "
-        "scaled to all tokens. Audited, agreement: of rows leaving after a layer, recounted from the parts.",
+        note="A dot after the layer marks an off-ramp; layer 0 is the embeddings. At full depth: the "
+        "seconds of the control sample, scaled to all tokens. Audited, agreement: of rows leaving after a layer, "
+        "recounted from the parts.",
     )
 
 
 def _layer_row(layer: LayerAccount, accounting: Accounting, evidence: Evidence) -> tuple[str, ...]:
-    audited, agreeing = evidence.audited_rows[layer.layer - 1], evidence.agreeing_rows[layer.layer - 1]
+    audited, agreeing = evidence.audited_rows[layer.layer], evidence.agreeing_rows[layer.layer]
     full_depth = layer.full_depth_seconds
     return (
         f"{layer.layer}{' •' if layer.has_off_ramp else ''}",
@@ -66,7 +67,7 @@ def _layer_row(layer: LayerAccount, accounting: Accounting, evidence: Evidence) 
         q.percent(layer.exit_rows / accounting.rows) if accounting.rows else "–",
         q.count(layer.samples),
         q.count(layer.tokens),
-        q.count(layer.steps),
+        "–" if layer.steps is None else q.count(layer.steps),
         f"{layer.seconds:,.2f}",
         "–" if full_depth is None else f"{full_depth:,.2f}",
         q.count(audited),
@@ -98,6 +99,8 @@ def _recount_table(record: RunRecord, evidence: Evidence) -> Table:
 def _identity_table(record: RunRecord) -> Table:
     identity, model = record.identity, record.model
     off_ramps = ", ".join(map(str, model.off_ramp_layers)) or "none"
+    if 0 in model.off_ramp_layers:
+        off_ramps += " (0: the embeddings)"
     return Table(
         title="Run",
         columns=("What", "Value"),

@@ -47,22 +47,24 @@ def exit_histogram(accounting: Accounting) -> str:
     figure, axes = new_axes(FULL_WIDTH_INCHES, 2.5)
     shares = [100 * layer.exit_windows / max(accounting.windows, 1) for layer in accounting.layers]
     what = "rows" if accounting.windows == accounting.rows else "windows"
-    _layer_bars(axes, shares, EXECUTED)
-    for i, share in enumerate(shares):
-        _above(axes, i + 1, share, _share_label(share))
+    first = accounting.layers[0].layer
+    _layer_bars(axes, shares, EXECUTED, first=first)
+    for layer, share in enumerate(shares, start=first):
+        _above(axes, layer, share, _share_label(share))
     if accounting.mean_exit_layer is not None:
         _mean_mark(axes, accounting.mean_exit_layer)
-    _layer_axis(axes, len(shares), 1.1 * max(shares, default=0.0))
+    _layer_axis(axes, accounting.layers[-1].layer, 1.1 * max(shares, default=0.0), first=first)
     axes.set_xlabel(f"exit layer (bars: % of {what})")
     return to_svg(figure, name="exits", title=f"Share of {what} per exit layer")
 
 
 def layer_work(accounting: Accounting) -> str:
     """Tokens that ran through each layer, and those that exits spared it, in percent of full depth."""
-    figure, axes = new_axes(_layer_width(len(accounting.layers)), 2.7)
+    layers = [layer for layer in accounting.layers if layer.layer > 0]  # no exit spares the embeddings
+    figure, axes = new_axes(_layer_width(len(layers)), 2.7)
     total = max(accounting.tokens, 1)
-    executed = [100 * layer.tokens / total for layer in accounting.layers]
-    saved = [100 * layer.saved_tokens / total for layer in accounting.layers]
+    executed = [100 * layer.tokens / total for layer in layers]
+    saved = [100 * layer.saved_tokens / total for layer in layers]
     _layer_bars(axes, executed, EXECUTED)
     _layer_bars(axes, saved, SAVED, bottom=executed)
     for i, share in enumerate(executed):
@@ -77,14 +79,15 @@ def seconds_per_layer(accounting: Accounting) -> str:
     figure, axes = new_axes(_layer_width(len(accounting.layers)), 2.7)
     seconds = [layer.seconds for layer in accounting.layers]
     full_depth = [layer.full_depth_seconds for layer in accounting.layers]
-    _layer_bars(axes, seconds, EXECUTED)
+    first = accounting.layers[0].layer
+    _layer_bars(axes, seconds, EXECUTED, first=first)
     top = max([*seconds, *(full or 0.0 for full in full_depth)], default=0.0)
-    for i, (spent, full) in enumerate(zip(seconds, full_depth, strict=True)):
+    for layer, (spent, full) in enumerate(zip(seconds, full_depth, strict=True), start=first):
         crosses = full is not None and 0 <= full - spent < 0.1 * top
-        _above(axes, i + 1, full if full is not None and crosses else spent, f"{spent:.3g}", points=7.5)
+        _above(axes, layer, full if full is not None and crosses else spent, f"{spent:.3g}", points=7.5)
         if full is not None:
-            axes.hlines(full, i + 1 - BAR_SHARE / 2, i + 1 + BAR_SHARE / 2, colors=MARK, linewidth=1.6)
-    _layer_axis(axes, len(seconds), top)
+            axes.hlines(full, layer - BAR_SHARE / 2, layer + BAR_SHARE / 2, colors=MARK, linewidth=1.6)
+    _layer_axis(axes, accounting.layers[-1].layer, top, first=first)
     axes.set_xlabel("layer (numbers: seconds with exits)")
     return to_svg(figure, name="seconds", title="Seconds per layer")
 
@@ -135,7 +138,7 @@ def score_ranges(ranges: Sequence[ScoreRange], num_layers: int) -> str:
         axes.vlines(part.layer, part.low, part.high, colors=SAVED, linewidth=7)
         axes.plot(part.layer, part.median, marker="o", markersize=5, color=EXECUTED)
         _above(axes, part.layer, part.high, f"{part.median:.2f}", points=7.5)
-    _layer_axis(axes, num_layers, 1.0)
+    _layer_axis(axes, num_layers, 1.0, first=min([1, *(part.layer for part in ranges)]))
     axes.set_ylim(min([0.5, *(part.low for part in ranges)]) - 0.05, 1.06)
     axes.set_yticks([tick for tick in (0.0, 0.25, 0.5, 0.75, 1.0) if tick >= axes.get_ylim()[0]])
     axes.grid(axis="y", color=LINE, linewidth=0.5)
@@ -161,15 +164,15 @@ def _layer_width(num_layers: int) -> float:
 
 
 def _layer_bars(
-    axes: Axes, heights: Sequence[float], colour: str, bottom: Sequence[float] | None = None
+    axes: Axes, heights: Sequence[float], colour: str, bottom: Sequence[float] | None = None, first: int = 1
 ) -> None:
-    axes.bar(range(1, len(heights) + 1), heights, width=BAR_SHARE, color=colour, bottom=bottom)
+    axes.bar(range(first, first + len(heights)), heights, width=BAR_SHARE, color=colour, bottom=bottom)
 
 
-def _layer_axis(axes: Axes, num_layers: int, top: float) -> None:
-    axes.set_xlim(0.4, num_layers + 0.6)
+def _layer_axis(axes: Axes, num_layers: int, top: float, first: int = 1) -> None:
+    axes.set_xlim(first - 0.6, num_layers + 0.6)
     axes.set_ylim(0, 1.16 * top if top > 0 else 1.0)
-    axes.set_xticks(range(1, num_layers + 1))
+    axes.set_xticks(range(first, num_layers + 1))
     axes.set_yticks([])
 
 

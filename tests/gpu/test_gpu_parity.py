@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from deebert.config import POOLINGS
 from deebert.encoder import PackedEncoder
 from deebert.evaluation import trace
 from deebert.exit_policy import EntropyThreshold
@@ -25,24 +26,26 @@ def samples(count: int = 200) -> PackedTokens:
     return PackedTokens.pack([rng.integers(5, len(VOCABULARY), size=n).tolist() for n in lengths])
 
 
-@pytest.mark.parametrize("pooling", ["cls", "mean"])
+@pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("family", ["bert", "roberta"])
 def test_float32_logits_equal_the_cpu(family: str, pooling: str) -> None:
-    model, tokens = make_model(family, pooling), samples()
+    model, tokens = make_model(family, pooling, off_ramp_layers=[0, 1, 2, 4]), samples()
     on_gpu = trace(PackedEncoder(model, device="cuda"), tokens)
     torch.testing.assert_close(on_gpu.logits, trace(PackedEncoder(model), tokens).logits, atol=1e-3, rtol=0)
 
 
+@pytest.mark.parametrize("pooling", ["mean", "attention"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_agrees_with_float32(dtype: torch.dtype) -> None:
-    model, tokens = make_model("bert", "mean"), samples(1000)
+def test_half_precision_agrees_with_float32(dtype: torch.dtype, pooling: str) -> None:
+    model, tokens = make_model("bert", pooling), samples(1000)
     exact = trace(PackedEncoder(model), tokens).logits.argmax(-1)
     half = trace(PackedEncoder(model, device="cuda", dtype=dtype), tokens).logits.argmax(-1)
     assert (exact == half).float().mean() > 0.97
 
 
-def test_the_engine_conserves_and_regroups_on_the_device() -> None:
-    model, tokens = make_model("bert", "mean"), samples(1000)
+@pytest.mark.parametrize("layers", [None, [0, 2, 4]])
+def test_the_engine_conserves_and_regroups_on_the_device(layers: list[int] | None) -> None:
+    model, tokens = make_model("bert", "mean", off_ramp_layers=layers), samples(1000)
     encoder = PackedEncoder(model, device="cuda", dtype=torch.bfloat16)
     engine = Engine(encoder, EntropyThreshold(0.7), EngineConfig(micro_batch_tokens=1024))
     engine.submit(np.arange(1000), tokens)

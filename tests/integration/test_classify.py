@@ -28,6 +28,7 @@ from pipeline.config import Replicas
 from pipeline.errors import RunFailedError, UsageError
 from pipeline.records import RunRecord
 from pipeline.report import write_report
+from tests.conftest import make_model
 from tests.integration.conftest import sentences, write_parquet
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -117,6 +118,38 @@ class TestAnswers:
             assert row["num_tokens"] == len(ids)
         assert ties <= 2
 
+    def test_equal_the_reference_after_the_embeddings_too(
+        self, config: ClassifyConfig, tmp_path: Path, tokenizer: Any
+    ) -> None:
+        model = make_model("bert", "both", off_ramp_layers=[0, 1, 3], shares_off_ramp_pooler=True)
+        model.save_pretrained(tmp_path / "model")
+        tokenizer.save_pretrained(tmp_path / "model")
+        thresholds = (0.05, 0.6, None, 0.05, None)
+        run = replace(config, model=str(tmp_path / "model"), entropy_threshold=thresholds, control=0.3)
+
+        record = classify(run).record
+
+        layers = []
+        for text, row in zip(
+            sentences(300, seed=1) + sentences(150, seed=2), rows_of(run.output).to_pylist(), strict=True
+        ):
+            ids = tokenizer(text)["input_ids"]
+            expected = classify_one(model, ids, thresholds[1:], layer_0=thresholds[0])
+            layers.append(row["exit_layer"])
+            if expected.margin >= TIE:
+                assert (row["prediction"], row["exit_layer"]) == (expected.label, expected.exit_layer)
+        histogram = np.bincount(layers, minlength=6)
+        assert min(histogram[[0, 1, 3, 5]]) > 10
+        assert record.totals.exit_rows == tuple(histogram.tolist())
+        assert record.totals.compute.off_ramp_samples[0] == 450
+        assert record.identity.exit_policy == {
+            "type": "entropy",
+            "thresholds": [0.6, None, 0.05, None],
+            "layer_0": 0.05,
+        }
+        assert write_report(run.output, price_per_hour=None).evidence.findings == ()
+        assert classify(run).new_shards == 0
+
     def test_leave_at_several_layers(self, finished: Finished) -> None:
         """Without which the test above would prove little."""
         assert sum(rows > 10 for rows in finished.record.totals.exit_rows) >= 3
@@ -138,7 +171,7 @@ class TestAnswers:
         tokens, layers = (rows[c].to_numpy().astype(np.int64) for c in ("num_tokens", "exit_layer"))
         assert totals.compute.tokens == tuple(int(tokens[layers > i].sum()) for i in range(5))
         assert totals.compute.layer_tokens == int((tokens * layers).sum())
-        assert totals.exit_rows == tuple(np.bincount(layers - 1, minlength=5).tolist())
+        assert totals.exit_rows == tuple(np.bincount(layers, minlength=6).tolist())
 
 
 class TestOutput:
@@ -283,14 +316,14 @@ class TestInputs:
         assert table.schema.field("num_windows").type == pa.int32()
         rows = table.to_pylist()
         assert [row["source_row"] for row in rows] == list(range(63))
-        left, squared, ties = np.zeros(5, np.int64), 0, 0
+        left, squared, ties = np.zeros(6, np.int64), 0, 0
         for text, row in zip(texts, rows, strict=True):
             cut = {"truncation": True, "max_length": 16, "stride": 5, "return_overflowing_tokens": True}
             windows = checkpoint.tokenizer(text, **cut)["input_ids"]
             assert (row["num_windows"], row["num_tokens"]) == (len(windows), sum(map(len, windows)))
             assert not row["truncated"]
             expected = classify_windows(checkpoint.model, windows, [0.7] * 4)
-            left += np.bincount([window.exit_layer - 1 for window in expected.windows], minlength=5)
+            left += np.bincount([window.exit_layer for window in expected.windows], minlength=6)
             squared += sum(len(window) ** 2 for window in windows)
             if row["audit_prediction"] is not None:
                 at_full_depth = classify_windows(checkpoint.model, windows, [None] * 4)
@@ -307,7 +340,7 @@ class TestInputs:
         assert max(row["num_windows"] for row in rows) > 500
         assert np.abs(np.array(totals.exit_windows) - left).sum() <= 2 * ties
         assert totals.squared_tokens == squared
-        assert totals.compute.samples == tuple(np.cumsum(totals.exit_windows[::-1])[::-1].tolist())
+        assert totals.compute.samples == tuple(np.cumsum(totals.exit_windows[:0:-1])[::-1].tolist())
         audited = [row["num_windows"] for row in rows if row["audit_prediction"] is not None]
         assert (totals.audited_rows, totals.control.samples) == (len(audited), (sum(audited),) * 5)
         assert write_report(windowed.output, price_per_hour=None).evidence.findings == ()
@@ -456,7 +489,7 @@ class TestResume:
         classify(config)
         other = replace(config, entropy_threshold=-1.0, overwrite=True)
         record = classify(other).record
-        assert record.totals.exit_rows == (0, 0, 0, 0, 450)
+        assert record.totals.exit_rows == (0, 0, 0, 0, 0, 450)
         assert rows_of(config.output)["exit_layer"].unique().to_pylist() == [5]
 
 

@@ -175,7 +175,7 @@ class TestOutput:
         (tmp_path / "out" / "_deebert").mkdir(parents=True)
         (tmp_path / "out" / "_deebert" / "run.json").write_text("{}")
         assert (
-            "has format version None, this software reads 1: use the version that wrote it, or choose another output"
+            "has format version None, this software reads 2: use the version that wrote it, or choose another output"
             in refused()
         )
 

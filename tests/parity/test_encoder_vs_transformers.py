@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoTokenizer, BertModel
 
 from deebert.backbones import FAMILIES
-from deebert.config import DeeBertConfig
+from deebert.config import POOLINGS, DeeBertConfig
 from deebert.encoder import PackedEncoder
 from deebert.evaluation import trace
 from deebert.modeling import DeeBertForSequenceClassification
@@ -118,6 +118,20 @@ def test_every_off_ramp_equals_the_training_forms(
     torch.testing.assert_close(packed.logits, training_form(model, rows), **TOLERANCE)
 
 
+@pytest.mark.parametrize("shares", [False, True], ids=["own poolers", "shared pooler"])
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_every_kind_of_off_ramp_equals_the_training_forms(
+    tiny_model: ModelFactory, family: str, pooling: str, shares: bool
+) -> None:
+    model = tiny_model(family, pooling, off_ramp_layers=[0, 1, 3], shares_off_ramp_pooler=shares)
+    rows = random_ids([*ALL_LENGTHS, 7, 7, 7])
+
+    packed = trace(PackedEncoder(model), PackedTokens.pack(rows), micro_batch_tokens=512)
+
+    assert packed.layers == (0, 1, 3, 5)
+    torch.testing.assert_close(packed.logits, training_form(model, rows), **TOLERANCE)
+
+
 @pytest.mark.parametrize("family", ["bert", "electra"])
 def test_pairs_with_token_types_equal_the_training_forms(
     tiny_model: ModelFactory, family: str, pooling: str
@@ -174,8 +188,11 @@ def test_the_encoder_is_a_copy_that_the_model_cannot_change(tiny_model: ModelFac
     assert torch.equal(trace(encoder, tokens).logits, before)
 
 
-def test_bfloat16_stays_near_float32_and_answers_in_float32(model: DeeBertForSequenceClassification) -> None:
-    tokens = PackedTokens.pack(random_ids(ALL_LENGTHS))
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_bfloat16_stays_near_float32_and_answers_in_float32(
+    tiny_model: ModelFactory, family: str, pooling: str
+) -> None:
+    model, tokens = tiny_model(family, pooling), PackedTokens.pack(random_ids(ALL_LENGTHS))
 
     exact = trace(PackedEncoder(model), tokens).logits
     reduced = trace(PackedEncoder(model, dtype=torch.bfloat16), tokens).logits

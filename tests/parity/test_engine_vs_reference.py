@@ -18,6 +18,7 @@ import torch
 from transformers import AutoTokenizer
 
 from deebert.backbones import FAMILIES as BACKBONES
+from deebert.config import POOLINGS
 from deebert.encoder import PackedEncoder
 from deebert.evaluation import trace
 from deebert.exit_policy import EntropyThreshold, entropy
@@ -74,6 +75,7 @@ def reference(
     model: DeeBertForSequenceClassification, tokens: PackedTokens, thresholds: Thresholds
 ) -> list[ReferenceResult]:
     values = per_layer(thresholds, model.config.num_hidden_layers)
+    layer_0 = None if isinstance(thresholds, tuple) else thresholds
     singles = [tokens.sequence(i) for i in range(len(tokens))]
     return [
         classify_one(
@@ -81,6 +83,7 @@ def reference(
             one.input_ids.tolist(),
             values,
             None if one.token_type_ids is None else one.token_type_ids.tolist(),
+            layer_0=layer_0,
         )
         for one in singles
     ]
@@ -208,7 +211,7 @@ class TestThatTheCasesSayAnything:
         assert {r.label for r in results} == {0, 1, 2}
 
 
-@pytest.mark.parametrize("layers", [[1], [4], [2, 3], [1, 4], []])
+@pytest.mark.parametrize("layers", [[1], [4], [2, 3], [1, 4], [], [0], [0, 1], [0, 2, 3]])
 @pytest.mark.parametrize(("family", "pooling"), FAMILIES)
 def test_models_with_off_ramps_at_some_layers(family: str, pooling: str, layers: list[int]) -> None:
     model = make_model(family, pooling, off_ramp_layers=layers)
@@ -218,6 +221,42 @@ def test_models_with_off_ramps_at_some_layers(family: str, pooling: str, layers:
 
     assert {a.exit_layer for a in answers} <= {*layers, DEPTH}
     assert_one_truth(answers, expected)
+
+
+@pytest.mark.parametrize("shares", [False, True], ids=["own poolers", "shared pooler"])
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("family", ["bert", "electra"])
+def test_every_kind_of_off_ramp(family: str, pooling: str, shares: bool) -> None:
+    layers = [0, 1, 2, 3, 4]
+    model = make_model(family, pooling, off_ramp_layers=layers, shares_off_ramp_pooler=shares)
+    expected = reference(model, TEXTS, 0.45)
+
+    answers = run_engine(model, TEXTS, 0.45, micro_batch_tokens=150, piece=9, steps_between=1)
+
+    found = {e.exit_layer for e in expected}
+    assert 0 in found
+    assert len(found) >= 4
+    assert_one_truth(answers, expected)
+
+
+@pytest.mark.parametrize("layer_0", [None, 0.2, 0.6])
+def test_the_embeddings_have_a_threshold_of_their_own(layer_0: float | None) -> None:
+    model = make_model("bert", "mean", off_ramp_layers=[0, 1, 3])
+    values = (0.3, 0.3, 0.5, 0.5)
+    policy = EntropyThreshold(values, layer_0)
+    engine = Engine(PackedEncoder(model), policy, EngineConfig(micro_batch_tokens=150))
+    engine.submit(np.arange(len(TEXTS)), TEXTS)
+    answers: dict[int, Answer] = {}
+
+    for exits in engine.drain():
+        _note(exits, answers)
+
+    expected = [
+        classify_one(model, TEXTS.sequence(i).input_ids.tolist(), values, layer_0=layer_0)
+        for i in range(len(TEXTS))
+    ]
+    assert (0 in {e.exit_layer for e in expected}) == (layer_0 is not None)
+    assert_one_truth([answers[i] for i in range(len(TEXTS))], expected)
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])

@@ -64,7 +64,7 @@ class TestScriptedExits:
         shares = shares_with_mean(mean, 12)
 
         assert shares.sum() == pytest.approx(1.0)
-        assert mean_exit_layer(shares.tolist()) == pytest.approx(mean, abs=1e-9)
+        assert mean_exit_layer([0, *shares.tolist()]) == pytest.approx(mean, abs=1e-9)
         assert (shares > 0).all()
 
     def test_the_middle_is_uniform(self) -> None:

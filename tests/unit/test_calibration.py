@@ -39,19 +39,19 @@ def test_keeping_all_accuracy_spares_the_sample_that_leaves_wrongly() -> None:
     point = choose_threshold(LITERAL, LABELS, keep_accuracy=1.0)
 
     assert point.accuracy == 1.0
-    assert point.exit_histogram == (3, 1)
+    assert point.exit_histogram == (0, 3, 1)
     assert 0.325 < chosen_threshold(1.0) < 0.679
 
 
 def test_giving_up_accuracy_buys_saving() -> None:
     point = choose_threshold(LITERAL, LABELS, keep_accuracy=0.75)
 
-    assert point.exit_histogram == (4, 0)
+    assert point.exit_histogram == (0, 4, 0)
     assert point.accuracy == 0.75
 
 
 def test_just_above_what_can_be_kept_the_choice_falls_back() -> None:
-    assert choose_threshold(LITERAL, LABELS, keep_accuracy=0.76).exit_histogram == (3, 1)
+    assert choose_threshold(LITERAL, LABELS, keep_accuracy=0.76).exit_histogram == (0, 3, 1)
 
 
 def test_full_depth_where_no_exit_keeps_enough() -> None:

@@ -68,9 +68,9 @@ class TestConfig:
         assert config.off_ramp_pooling == "mean"
         assert config.exit_policy is None
 
-    @pytest.mark.parametrize("layers", [[0], [3], [2, 1], [1, 1], [-1]])
+    @pytest.mark.parametrize("layers", [[3], [2, 1], [1, 1], [-1], [1, 0]])
     def test_off_ramps_outside_the_backbone_or_out_of_order_are_refused(self, layers: list[int]) -> None:
-        with pytest.raises(ValueError, match="give increasing layers between 1 and 2"):
+        with pytest.raises(ValueError, match="give increasing layers between 0, the embeddings, and 2"):
             DeeBertConfig(backbone_config=small(BertConfig), off_ramp_layers=layers)
 
     def test_an_unknown_pooling_is_refused(self) -> None:

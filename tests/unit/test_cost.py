@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
+from deebert.config import POOLINGS
 from deebert.cost import ModelShape, expected_saving, mean_exit_layer
 
 TINY = ModelShape(num_layers=2, hidden_size=2, intermediate_size=3, num_labels=5)
@@ -33,14 +35,22 @@ def test_an_off_ramp_costs_a_pooler_and_a_classifier() -> None:
     assert TINY.off_ramp_flops(samples=10) == 280
 
 
+def test_a_pooler_that_reads_two_states_is_twice_as_wide() -> None:
+    costs = {p: replace(TINY, off_ramp_pooling=p).off_ramp_flops(samples=1) for p in POOLINGS}
+
+    assert costs == {"cls": 28, "mean": 28, "attention": 28, "both": 2 * 2 * (4 + 5)}
+
+
 @pytest.mark.parametrize(
     ("histogram", "mean", "saving"),
     [
-        ((10, 0, 0, 0), 1.0, 0.75),
-        ((0, 0, 0, 10), 4.0, 0.0),
-        ((5, 0, 0, 5), 2.5, 0.375),
-        ((1, 2, 3, 4), 3.0, 0.25),
-        ((7,), 1.0, 0.0),
+        ((0, 10, 0, 0, 0), 1.0, 0.75),
+        ((0, 0, 0, 0, 10), 4.0, 0.0),
+        ((0, 5, 0, 0, 5), 2.5, 0.375),
+        ((0, 1, 2, 3, 4), 3.0, 0.25),
+        ((0, 7), 1.0, 0.0),
+        ((5, 0, 0, 0, 5), 2.0, 0.5),  # half left after the embeddings
+        ((3, 0), 0.0, 1.0),
     ],
 )
 def test_saving_is_equation_2_of_the_paper(histogram: tuple[int, ...], mean: float, saving: float) -> None:
@@ -49,5 +59,5 @@ def test_saving_is_equation_2_of_the_paper(histogram: tuple[int, ...], mean: flo
 
 
 def test_no_samples_have_no_mean() -> None:
-    assert math.isnan(mean_exit_layer((0, 0)))
-    assert math.isnan(expected_saving((0, 0)))
+    assert math.isnan(mean_exit_layer((0, 0, 0)))
+    assert math.isnan(expected_saving((0, 0, 0)))

@@ -46,16 +46,17 @@ class ScriptedEncoder:
         self.num_layers = num_layers
         self.off_ramp_layers = (*off_ramp_layers, num_layers)
         self.ran: list[tuple[int, frozenset[int], int]] = []
-        """(layer, samples, tokens) of each call of `layer`; layers from 1."""
+        """(layer, samples, tokens) of each call of `layer`, from 1, and of `embed`, 0."""
         self.off_ramps_computed: list[int] = []
 
     def embed(self, packed: PackedTokens) -> Tensor:
-        return torch.stack([packed.input_ids.float(), torch.zeros(len(packed.input_ids))], dim=1)
+        states = torch.stack([packed.input_ids.float(), torch.zeros(len(packed.input_ids))], dim=1)
+        self._note(0, states, packed.layout)
+        return states
 
     def layer(self, index: int, states: Tensor, layout: SequenceLayout) -> Tensor:
         assert states[:, 1].tolist() == [index] * layout.total_tokens  # each layer once, in turn
-        samples = self._first_tokens(states, layout) // 16
-        self.ran.append((index + 1, frozenset(samples.tolist()), layout.total_tokens))
+        self._note(index + 1, states, layout)
         return states + torch.tensor([0.0, 1.0])
 
     def off_ramp(self, index: int, states: Tensor, layout: SequenceLayout) -> Tensor:
@@ -63,6 +64,10 @@ class ScriptedEncoder:
         tokens = self._first_tokens(states, layout)
         lead = torch.where(tokens % 16 <= index + 1, SURE, UNSURE)
         return torch.nn.functional.one_hot(tokens // 16 % NUM_LABELS, NUM_LABELS) * lead[:, None]
+
+    def _note(self, layer: int, states: Tensor, layout: SequenceLayout) -> None:
+        samples = self._first_tokens(states, layout) // 16
+        self.ran.append((layer, frozenset(samples.tolist()), layout.total_tokens))
 
     def _first_tokens(self, states: Tensor, layout: SequenceLayout) -> Tensor:
         tokens = states[:, 0].long()
@@ -79,6 +84,8 @@ class Case:
     num_layers: int
     off_ramp_layers: tuple[int, ...]
     thresholds: tuple[float | None, ...]
+    layer_0: float | None
+    """The threshold of the off-ramp on the embeddings, where there is one."""
     micro_batch_tokens: int
     lengths: tuple[int, ...]
     leaves_from: tuple[int, ...]
@@ -91,8 +98,12 @@ class Case:
 
     @property
     def firing_layers(self) -> tuple[int, ...]:
-        able = [i for i in self.off_ramp_layers if self.thresholds[i - 1] is not None]
+        able = [i for i in self.off_ramp_layers if (self.layer_0, *self.thresholds)[i] is not None]
         return (*able, self.num_layers)
+
+    @property
+    def policy(self) -> EntropyThreshold:
+        return EntropyThreshold(self.thresholds, self.layer_0)
 
     def exit_layer(self, sample: int) -> int:
         """The rule, in one line: the first off-ramp that may fire and is sure, else the last layer."""
@@ -144,7 +155,7 @@ class Run:
 def run(case: Case) -> Run:
     encoder = ScriptedEncoder(case.num_layers, case.off_ramp_layers)
     config = EngineConfig(micro_batch_tokens=case.micro_batch_tokens)
-    done = Run(engine=Engine(encoder, EntropyThreshold(case.thresholds), config), encoder=encoder)  # type: ignore[arg-type]
+    done = Run(engine=Engine(encoder, case.policy, config), encoder=encoder)  # type: ignore[arg-type]
     for samples, (count, drain) in case.submissions():
         done.engine.submit(np.array(samples, dtype=np.int64), case.tokens(samples))
         for _ in range(count):
@@ -164,11 +175,12 @@ def cases(draw: st.DrawFn) -> Case:
     each = {"min_size": count, "max_size": count}
     return Case(
         num_layers=num_layers,
-        off_ramp_layers=tuple(i for i in inner if draw(st.booleans() if i % 2 else st.just(True))),
+        off_ramp_layers=tuple(i for i in (0, *inner) if (i and i % 2 == 0) or draw(st.booleans())),
         thresholds=tuple(draw(st.sampled_from([0.5, 0.5, 0.5, None])) for _ in inner),
+        layer_0=draw(st.sampled_from([0.5, 0.5, None])),
         micro_batch_tokens=budget,
         lengths=tuple(draw(st.lists(st.integers(1, budget), **each))),
-        leaves_from=tuple(draw(st.lists(st.integers(1, num_layers + 1), **each))),
+        leaves_from=tuple(draw(st.lists(st.integers(0, num_layers + 1), **each))),
         pieces=tuple(pieces),
         steps=tuple((draw(st.integers(0, 6)), draw(st.booleans())) for _ in pieces),
         order=tuple(draw(st.permutations(range(count)))),
@@ -198,8 +210,8 @@ def test_no_micro_batch_and_no_buffer_outgrows_its_bound(case: Case) -> None:
 
     assert all(tokens <= case.micro_batch_tokens for _, _, tokens in done.encoder.ran)
     peaks = done.engine.peak_buffer_tokens
-    assert list(peaks) == [1, *(layer + 1 for layer in case.firing_layers[:-1])]
-    assert all(peak < 2 * case.micro_batch_tokens for layer, peak in peaks.items() if layer > 1)
+    assert list(peaks) == [min(1, case.firing_layers[0]), *(layer + 1 for layer in case.firing_layers[:-1])]
+    assert all(peak < 2 * case.micro_batch_tokens for peak in list(peaks.values())[1:])
 
 
 @many
@@ -253,14 +265,17 @@ def test_off_ramps_that_cannot_fire_are_not_computed(case: Case) -> None:
     assert set(done.encoder.off_ramps_computed) <= set(case.firing_layers)
     assert done.engine.stats.off_ramp_samples == tuple(
         len(case.tokens_through(layer)) if layer in case.firing_layers else 0
-        for layer in range(1, case.num_layers + 1)
+        for layer in range(case.num_layers + 1)
     )
 
 
 def engine_of(
-    *, policy: EntropyThreshold = HALF_A_NAT, micro_batch_tokens: int = 8
+    *,
+    policy: EntropyThreshold = HALF_A_NAT,
+    micro_batch_tokens: int = 8,
+    off_ramp_layers: tuple[int, ...] = (1, 2),
 ) -> tuple[Engine, ScriptedEncoder]:
-    encoder = ScriptedEncoder(3, (1, 2))
+    encoder = ScriptedEncoder(3, off_ramp_layers)
     config = EngineConfig(micro_batch_tokens=micro_batch_tokens)
     return Engine(encoder, policy, config), encoder  # type: ignore[arg-type]
 
@@ -285,8 +300,36 @@ class TestRegroupingInNumbers:
             (2, []),
             (3, [1, 3, 4, 6]),
         ]
-        assert [tokens for _, _, tokens in encoder.ran] == [8, 8, 8, 8]
+        assert [tokens for layer, _, tokens in encoder.ran if layer] == [8, 8, 8, 8]
         assert engine.stats.steps == (2, 1, 1)
+
+    def test_who_leaves_after_the_embeddings_runs_no_layer(self) -> None:
+        engine, encoder = engine_of(off_ramp_layers=(0, 2))
+        submit(engine, 0, 3, 0, 2, 3, 0, 0, 2)
+
+        steps = list(iter(engine.step, None))
+
+        assert [(s.exit_layer, s.sample_ids.tolist()) for s in steps] == [
+            (0, [0, 2]),
+            (0, [5, 6]),
+            (2, [3, 7]),
+        ]
+        assert [(layer, sorted(samples)) for layer, samples, _ in encoder.ran] == [
+            (0, [0, 1, 2, 3]),
+            (0, [4, 5, 6, 7]),
+            (1, [1, 3, 4, 7]),
+            (2, [1, 3, 4, 7]),
+        ]
+        assert engine.stats.off_ramp_samples == (8, 0, 4, 0)
+        assert [e.sample_ids.tolist() for e in engine.drain()] == [[1, 4]]
+
+    def test_an_off_ramp_on_the_embeddings_that_cannot_fire_is_no_segment(self) -> None:
+        engine, encoder = engine_of(off_ramp_layers=(0, 2), policy=EntropyThreshold((0.5, 0.5)))
+        submit(engine, 0, 0, 0, 0)
+
+        assert [(e.exit_layer, len(e)) for e in engine.drain()] == [(2, 4)]
+        assert encoder.off_ramps_computed == [2]
+        assert list(engine.peak_buffer_tokens) == [1, 3]
 
     def test_a_partly_filled_micro_batch_waits_for_input_until_drained(self) -> None:
         engine, _ = engine_of()
@@ -380,7 +423,7 @@ def test_micro_batches_that_do_not_fit_are_halved_for_good(case: Case, capacity:
     encoder = SmallEncoder(case.num_layers, case.off_ramp_layers)
     encoder.capacity = max(capacity, *case.lengths, 1)
     config = EngineConfig(micro_batch_tokens=case.micro_batch_tokens)
-    engine = Engine(encoder, EntropyThreshold(case.thresholds), config)  # type: ignore[arg-type]
+    engine = Engine(encoder, case.policy, config)  # type: ignore[arg-type]
     engine.submit(np.array(case.order, dtype=np.int64), case.tokens(case.order))
     done = Run(engine=engine, encoder=encoder)
     while done.step(drain=True):

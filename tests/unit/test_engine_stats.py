@@ -26,7 +26,7 @@ def test_every_layer_of_a_segment_is_counted_and_only_its_last_off_ramp() -> Non
     assert stats.samples == (6, 6, 1)
     assert stats.tokens == (26, 26, 5)
     assert stats.squared_tokens == (130, 130, 25)
-    assert stats.off_ramp_samples == (0, 6, 1)
+    assert stats.off_ramp_samples == (0, 0, 6, 1)
 
 
 def test_seconds_of_a_segment_are_shared_by_its_layers() -> None:
@@ -35,6 +35,30 @@ def test_seconds_of_a_segment_are_shared_by_its_layers() -> None:
     assert stats.seconds == (1.5, 1.5, 3.0)
     assert stats.embedding_seconds == 0.5
     assert stats.total_seconds == 6.5
+
+
+def test_the_off_ramp_on_the_embeddings_is_counted_apart_from_layers() -> None:
+    counter = StatsCounter(2)
+    counter.count_embedding(0.5)
+    counter.count_layers(-1, -1, samples=4, tokens=20, squared_tokens=110, seconds=0.25)
+    counter.count_layers(0, 1, samples=1, tokens=5, squared_tokens=25, seconds=2.0)
+
+    stats = counter.snapshot()
+
+    assert (stats.steps, stats.samples, stats.tokens, stats.squared_tokens) == (
+        (1, 1),
+        (1, 1),
+        (5, 5),
+        (25, 25),
+    )
+    assert stats.off_ramp_samples == (4, 0, 1)
+    assert (stats.embedding_seconds, stats.seconds) == (0.75, (1.0, 1.0))
+
+
+def test_statistics_written_before_embeddings_had_off_ramps_read_as_none_there() -> None:
+    old = {**counted().to_dict(), "off_ramp_samples": [0, 6, 1]}
+
+    assert EngineStats.from_dict(old) == counted()
 
 
 def test_layer_tokens_sum_over_layers() -> None:

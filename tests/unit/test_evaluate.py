@@ -150,6 +150,50 @@ def test_the_sweep_equals_one_sample_at_a_time(
     assert len({row["mean exit layer"] for row in rows}) == 4
 
 
+def test_an_off_ramp_on_the_embeddings_is_swept_scored_timed_and_drawn(
+    glue: Path, run: Run, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model = make_model(
+        "bert", "both", num_labels=2, seed=5, off_ramp_layers=[0, 2], shares_off_ramp_pooler=True
+    )
+    names = {0: "equivalent", 1: "not_equivalent"}
+    model.config.id2label, model.config.label2id = names, {name: i for i, name in names.items()}
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    thresholds = (0.05, 0.1, 0.2)
+    options = (
+        "--glue-dir",
+        glue,
+        "--task",
+        "mrpc",
+        "--timing-rows",
+        5,
+        "--engine-rows",
+        20,
+        "--timing-rounds",
+        1,
+    )
+    run("--model", tmp_path / "model", *options, *flags(thresholds), "--output", tmp_path / "out")
+
+    encoded = tokenizer(texts(60, 1), texts(60, 2), **TOKENIZED)
+    rows = read(tmp_path / "out" / "thresholds.csv")
+    left = set()
+    for threshold, row in zip(thresholds, rows[1:], strict=True):
+        found = [
+            reference.classify_one(model, ids, [threshold] * 4, types, layer_0=threshold)
+            for ids, types in zip(encoded["input_ids"], encoded["token_type_ids"], strict=True)
+        ]
+        assert min(one.margin for one in found) > 1e-5  # no sample is a tie of floating point
+        mean = sum(one.exit_layer for one in found) / 60
+        assert (row["mean exit layer"], row["saved %"]) == (f"{mean:.2f}", f"{100 * (1 - mean / 5):.1f}")
+        left |= {one.exit_layer for one in found}
+    assert left == {0, 2, 5}
+    assert [row["layer"] for row in read(tmp_path / "out" / "off_ramps.csv")] == ["0", "2", "5"]
+    for stem in ("off_ramps", "exit_layers"):
+        words = re.findall(r"<text[^>]*>([^<]+)</text>", (tmp_path / "out" / f"{stem}.svg").read_text())
+        assert {"0", "1", "2", "3", "4", "5"} <= set(words)
+
+
 def test_each_off_ramp_is_scored_by_the_tasks_metric(
     pair_model: Path, glue: Path, run: Run, tmp_path: Path
 ) -> None:

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from deebert.cost import ModelShape
 from deebert.encoder import PackedEncoder
 from deebert.evaluation import (
     LabelledSequences,
     Trace,
     exits,
+    flop_saving,
     length_sorted_batches,
     off_ramp_accuracy,
     off_ramp_scores,
@@ -85,17 +87,58 @@ def test_layers_without_an_off_ramp_are_passed_by() -> None:
     exit_layer, _ = exits(sparse, EntropyThreshold((0.6, 0.1, 0.6, 0.6)))
 
     assert exit_layer.tolist() == [2, 5, 5, 5]
-    assert score(sparse, LABELS, EntropyThreshold(0.1)).exit_histogram == (0, 1, 0, 0, 3)
+    assert score(sparse, LABELS, EntropyThreshold(0.1)).exit_histogram == (0, 0, 1, 0, 0, 3)
 
 
 def test_score_is_accuracy_and_equation_2() -> None:
     point = score(LITERAL, LABELS, EntropyThreshold(0.4))
 
-    assert point.exit_histogram == (3, 1, 0)
+    assert point.exit_histogram == (0, 3, 1, 0)
     assert point.accuracy == 1.0
     assert point.mean_exit_layer == 1.25
     assert point.saving == pytest.approx(1 - 5 / 12)  # Σ i·Nᵢ = 3 + 2, n·Σ Nᵢ = 3·4
     assert point.speed_up == pytest.approx(2.4)
+
+
+ON_EMBEDDINGS = Trace(layers=(0, 2, 4), logits=LITERAL.logits, lengths=LITERAL.lengths)
+
+
+@pytest.mark.parametrize(
+    ("policy", "layers"),
+    [
+        (EntropyThreshold(0.1), [0, 2, 4, 4]),
+        (EntropyThreshold((0.1, 0.1, 0.1)), [2, 2, 4, 4]),
+        (EntropyThreshold((0.1, 0.1, 0.1), layer_0=0.4), [0, 0, 4, 0]),
+        (EntropyThreshold(None, layer_0=0.1), [0, 4, 4, 4]),
+    ],
+)
+def test_samples_leave_after_the_embeddings(policy: EntropyThreshold, layers: list[int]) -> None:
+    assert exits(ON_EMBEDDINGS, policy)[0].tolist() == layers
+
+
+def test_layer_0_counts_as_no_layer_in_equation_2() -> None:
+    point = score(ON_EMBEDDINGS, LABELS, EntropyThreshold(0.1))
+
+    assert point.exit_histogram == (1, 0, 1, 0, 2)
+    assert point.mean_exit_layer == 2.5
+    assert point.saving == pytest.approx(1 - 10 / 16)
+    assert point.speed_up == pytest.approx(1.6)
+
+
+def test_where_everybody_leaves_after_the_embeddings_all_layer_work_is_saved() -> None:
+    point = score(ON_EMBEDDINGS, LABELS, EntropyThreshold(0.694))
+
+    assert point.exit_histogram == (4, 0, 0, 0, 0)
+    assert (point.mean_exit_layer, point.saving, point.speed_up) == (0.0, 1.0, math.inf)
+
+
+def test_flops_of_layer_0_are_those_of_its_off_ramp() -> None:
+    shape = ModelShape(num_layers=4, hidden_size=8, intermediate_size=16, num_labels=2)
+    full = 4 * shape.layer_flops(16, 64) + shape.off_ramp_flops(4)
+
+    assert flop_saving(ON_EMBEDDINGS, EntropyThreshold(0.694), shape) == pytest.approx(
+        1 - shape.off_ramp_flops(4) / full
+    )
 
 
 def test_full_depth_saves_nothing() -> None:
@@ -107,7 +150,7 @@ def test_full_depth_saves_nothing() -> None:
 def test_sweep_scores_each_threshold() -> None:
     points = sweep(LITERAL, LABELS, [None, 0.1, 0.4])
 
-    assert [p.exit_histogram for p in points] == [(0, 0, 4), (1, 1, 2), (3, 1, 0)]
+    assert [p.exit_histogram for p in points] == [(0, 0, 0, 4), (0, 1, 1, 2), (0, 3, 1, 0)]
     assert [p.accuracy for p in points] == [0.5, 0.25, 1.0]
     assert [p.policy for p in points] == [EntropyThreshold(t) for t in (None, 0.1, 0.4)]
 

@@ -83,9 +83,53 @@ def test_a_layer_beyond_the_thresholds_never_fires() -> None:
     assert not EntropyThreshold((0.5,)).can_fire(2)
 
 
+class TestLayer0:
+    """The off-ramp on the embeddings."""
+
+    def test_one_threshold_is_for_it_too(self) -> None:
+        assert fired(EntropyThreshold(0.3), 0.2, 0.3, layer=0) == [True, False]
+        assert not FULL_DEPTH.can_fire(0)
+
+    def test_thresholds_for_each_layer_begin_with_layer_1(self) -> None:
+        policy = EntropyThreshold((0.1, 0.2))
+
+        assert [policy.at(layer) for layer in (0, 1, 2)] == [None, 0.1, 0.2]
+        assert not policy.can_fire(0)
+        assert fired(policy, 0.0, layer=0) == [False]
+
+    @pytest.mark.parametrize("others", [None, 0.3, (0.1, 0.2)])
+    def test_it_can_have_one_of_its_own(self, others: float | tuple[float, ...] | None) -> None:
+        policy = EntropyThreshold(others, layer_0=0.05)
+
+        assert fired(policy, 0.04, 0.05, layer=0) == [True, False]
+        assert policy.at(1) == EntropyThreshold(others).at(1)
+        assert not EntropyThreshold(others, layer_0=-1.0).can_fire(0)
+
+    def test_json_forms_without_it_are_what_they_were(self) -> None:
+        assert EntropyThreshold(0.2).to_dict() == {"type": "entropy", "thresholds": 0.2}
+        assert EntropyThreshold((0.1,), layer_0=0.05).to_dict() == {
+            "type": "entropy",
+            "thresholds": [0.1],
+            "layer_0": 0.05,
+        }
+
+    def test_it_is_checked_as_the_others(self) -> None:
+        with pytest.raises(PolicyError, match=r"threshold 0\.7 is above ln\(2\) = 0\.6931"):
+            EntropyThreshold((0.1,), layer_0=0.7).check(num_labels=2, num_layers=2)
+        with pytest.raises(PolicyError, match="nan is not a number"):
+            EntropyThreshold(None, layer_0=math.nan)
+        EntropyThreshold((0.1,), layer_0=0.05).check(num_labels=2, num_layers=2)
+
+
 @pytest.mark.parametrize(
     "policy",
-    [EntropyThreshold(0.2), EntropyThreshold(None), EntropyThreshold((0.1, None, 0.3)), EntropyThreshold(())],
+    [
+        EntropyThreshold(0.2),
+        EntropyThreshold(None),
+        EntropyThreshold((0.1, None, 0.3)),
+        EntropyThreshold(()),
+        EntropyThreshold((0.1, None), layer_0=0.05),
+    ],
 )
 def test_json_form_round_trips(policy: EntropyThreshold) -> None:
     assert policy_from_dict(policy.to_dict()) == policy

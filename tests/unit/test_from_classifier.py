@@ -129,6 +129,19 @@ class TestWhatIsGained:
         assert len(model.off_ramps) == 1
         assert model.config.max_seq_length == 16
 
+    def test_off_ramps_can_share_the_heads_pooler_and_stand_on_the_embeddings(
+        self, tmp_path: Path, theirs: Any
+    ) -> None:
+        model = DeeBertForSequenceClassification.from_classifier(
+            save(tmp_path, theirs), off_ramp_layers=[0, 2], shares_off_ramp_pooler=True
+        ).eval()
+
+        assert model.off_ramp_pooler is not None
+        assert torch.equal(model.off_ramp_pooler.weight, model.final_classifier.dense.weight)
+        ids, mask = padded(ROWS, theirs.config.pad_token_id)
+        assert model(ids, mask).off_ramp_logits.shape == (2, len(ROWS), 3)
+        assert torch.equal(model(ids, mask).logits, their_logits(theirs, ROWS))
+
     def test_stage_2_alone_trains_them_and_leaves_the_rest(
         self, tmp_path: Path, theirs: Any, tokenizer: PreTrainedTokenizerFast
     ) -> None:

@@ -47,7 +47,12 @@ ROWS: dict[str, list[Any]] = {
 def stats(
     *, tokens: tuple[int, int], squared: tuple[int, int], samples: tuple[int, int], **rest: Any
 ) -> EngineStats:
-    work = {"tokens": tokens, "squared_tokens": squared, "samples": samples, "off_ramp_samples": samples}
+    work = {
+        "tokens": tokens,
+        "squared_tokens": squared,
+        "samples": samples,
+        "off_ramp_samples": (0, *samples),
+    }
     return dataclasses.replace(EngineStats.zero(2), steps=(1, 1), **work, **rest)
 
 
@@ -55,7 +60,7 @@ COMPUTE = stats(tokens=(12, 2), squared=(42, 4), samples=(4, 1), seconds=(3.0, 0
 # Rows 2 and 4 (4 tokens) at full depth: off-ramps are not computed there.
 CONTROL = dataclasses.replace(
     stats(tokens=(4, 4), squared=(8, 8), samples=(2, 2), seconds=(1.0, 1.2), embedding_seconds=0.2),
-    off_ramp_samples=(0, 2),
+    off_ramp_samples=(0, 0, 2),
 )
 TOTALS = Totals(
     shards=2,
@@ -64,9 +69,9 @@ TOTALS = Totals(
     truncated_rows=1,
     tokens=12,
     squared_tokens=42,
-    exit_rows=(3, 1),
-    exit_windows=(3, 1),
-    exit_tokens=(10, 2),
+    exit_rows=(0, 3, 1),
+    exit_windows=(0, 3, 1),
+    exit_tokens=(0, 10, 2),
     compute=COMPUTE,
     control=CONTROL,
     audited_rows=2,
@@ -129,9 +134,9 @@ WINDOWED = dataclasses.replace(
         truncated_rows=0,
         tokens=16,
         squared_tokens=58,
-        exit_rows=(2, 2),
-        exit_windows=(3, 2),
-        exit_tokens=(5, 11),
+        exit_rows=(0, 2, 2),
+        exit_windows=(0, 3, 2),
+        exit_tokens=(0, 5, 11),
         compute=stats(tokens=(16, 6), squared=(58, 20), samples=(5, 2), seconds=(3.0, 1.0)),
     ),
     identity=dataclasses.replace(RECORD.identity, window_stride=1),
@@ -267,9 +272,9 @@ class TestEvidence:
         got = gather_evidence(parts(write_run(tmp_path / "out")), RECORD)
         assert got.findings == ()
         assert (got.parts, got.rows, got.tokens, got.squared_tokens, got.truncated_rows) == (2, 4, 12, 42, 1)
-        assert (got.exit_rows, got.exit_tokens) == ((3, 1), (10, 2))
+        assert (got.exit_rows, got.exit_tokens) == ((0, 3, 1), (0, 10, 2))
         assert got.label_rows == (2, 2)
-        assert (got.audited_rows, got.agreeing_rows) == ((1, 1), (0, 1))
+        assert (got.audited_rows, got.agreeing_rows) == ((0, 1, 1), (0, 0, 1))
 
     def test_parts_with_windows_agree(self, tmp_path: Path) -> None:
         got = gather_evidence(parts(write_run(tmp_path / "out", WINDOWED, **WINDOWED_ROWS)), WINDOWED)
@@ -299,6 +304,7 @@ class TestEvidence:
         ("changes", "quantity"),
         [
             ({"exit_layer": [1, 1, 2, 2]}, "rows per exit layer"),
+            ({"exit_layer": [0, 1, 1, 2]}, "rows with an exit layer that the model does not have"),
             ({"exit_layer": [1, 1, 1, 3]}, "rows with an exit layer that the model does not have"),
             ({"num_tokens": [4, 2, 5, 2]}, "tokens"),
             ({"num_tokens": [2, 3, 4, 3]}, "squared tokens"),
@@ -322,7 +328,7 @@ class TestEvidence:
         found = {finding.quantity: (finding.recorded, finding.recounted) for finding in got.findings}
         assert found["parts"] == ("2", "1")
         assert found["rows"] == ("4", "2")
-        assert found["rows per exit layer"] == ("3, 1", "2, 0")
+        assert found["rows per exit layer"] == ("0, 3, 1", "0, 2, 0")
 
     def test_a_part_without_rows_is_fine(self, tmp_path: Path) -> None:
         write_part(tmp_path / "part-0.parquet", slice(0, 0))
@@ -499,7 +505,7 @@ class TestWriteReport:
 
     def test_a_disagreement_is_loud(self, tmp_path: Path) -> None:
         report = write_report(str(write_run(tmp_path / "out", exit_layer=[1, 1, 2, 2])), price_per_hour=None)
-        loud = "The parts disagree with the run record on rows per exit layer: recorded 3, 1, recounted 2, 2."
+        loud = "The parts disagree with the run record on rows per exit layer: recorded 0, 3, 1, recounted 0, 2, 2."
         assert report.text.startswith(f"!! {loud}")
         assert "NOT agree" in report.text
         assert loud in Path(report.path).read_text(encoding="utf-8")
@@ -578,6 +584,80 @@ class TestWriteReport:
         attempt = dataclasses.replace(ATTEMPT, status="failed", error="\x1b[2J gone")
         record = dataclasses.replace(RECORD, status="failed", attempts=(attempt,))
         assert "\x1b" not in write_report(str(write_run(tmp_path / "out", record)), price_per_hour=None).text
+
+
+# The same rows through a model with an off-ramp on the embeddings too: the first leaves there.
+LAYER_0 = dataclasses.replace(
+    with_totals(
+        exit_rows=(1, 2, 1),
+        exit_tokens=(3, 7, 2),
+        compute=dataclasses.replace(COMPUTE, samples=(3, 1), tokens=(9, 2), off_ramp_samples=(4, 3, 1)),
+    ),
+    model=dataclasses.replace(RECORD.model, off_ramp_layers=(0, 1)),
+)
+
+
+class TestLayer0:
+    def test_is_the_first_of_the_layers_and_runs_all_rows(self) -> None:
+        embeddings, first, _ = account(LAYER_0).layers
+
+        assert (embeddings.layer, embeddings.has_off_ramp, embeddings.exit_rows) == (0, True, 1)
+        assert (embeddings.samples, embeddings.tokens, embeddings.saved_tokens) == (4, 12, 0)
+        assert (embeddings.steps, embeddings.seconds) == (None, 0.5)
+        assert embeddings.full_depth_seconds == pytest.approx(0.6)
+        assert (first.layer, first.exit_rows, first.saved_tokens) == (1, 2, 3)
+
+    def test_counts_as_no_layer(self) -> None:
+        got = account(LAYER_0)
+
+        assert got.mean_exit_layer == 1.0  # (1·0 + 2·1 + 1·2) / 4
+        assert got.layer_work_saved == 0.5
+        assert got.executed_flops == (96 * 9 + 8 * 42) + (96 * 2 + 8 * 4) + 16 * 8
+
+    def test_is_recounted_shown_and_drawn(self, tmp_path: Path) -> None:
+        folder = write_run(tmp_path / "out", LAYER_0, exit_layer=[0, 1, 1, 2])
+
+        report = write_report(str(folder), price_per_hour=None)
+
+        assert report.evidence.findings == ()
+        assert report.evidence.exit_rows == (1, 2, 1)
+        assert [part.layer for part in report.evidence.score_ranges] == [0, 1, 2]
+        assert "off-ramps after 0, 1 (0: the embeddings)" in Path(report.path).read_text()
+        assert re.search(r"^\s*0 • +1 +25\.0 % +4 +12 +– ", report.text, re.MULTILINE)
+        for plot in (plots.exit_histogram, plots.seconds_per_layer):
+            assert drawn_layers(plot(account(LAYER_0))) == ["0", "1", "2"]
+        assert drawn_layers(plots.layer_work(account(LAYER_0))) == ["1", "2"]
+        assert drawn_layers(plots.exit_histogram(account(RECORD))) == ["1", "2"]
+
+    def test_records_written_before_it_was_there_read_as_if_nobody_had_left_there(self) -> None:
+        old = json.loads(json.dumps(RECORD.to_dict()))
+        old["format_version"] = 1
+        for stats_ in (old["totals"]["compute"], old["totals"]["control"]):
+            stats_["off_ramp_samples"] = stats_["off_ramp_samples"][1:]
+        for name in ("exit_rows", "exit_tokens"):
+            old["totals"][name] = old["totals"][name][1:]
+
+        read = RunRecord.from_dict(old)
+
+        assert read.totals == TOTALS
+        assert read.totals + LAYER_0.totals == LAYER_0.totals + TOTALS
+
+    def test_a_run_of_the_old_format_is_still_reported(self, tmp_path: Path) -> None:
+        folder = write_run(tmp_path / "out")
+        record = folder / "_deebert" / "run.json"
+        old = json.loads(record.read_text()) | {"format_version": 1}
+        for name in ("exit_rows", "exit_tokens"):
+            old["totals"][name] = old["totals"][name][1:]
+        record.write_text(json.dumps(old))
+
+        assert write_report(str(folder), price_per_hour=None).evidence.findings == ()
+
+
+def drawn_layers(svg: str) -> list[str]:
+    """The numbers under the bars."""
+    root = ElementTree.fromstring(svg)
+    axis = next(group for group in root.iter() if group.get("id", "").endswith("matplotlib.axis_1"))
+    return [text for t in axis.iter() if (text := (t.text or "").strip()).isdigit()]
 
 
 class TestQuantities:

@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from deebert.backbones import FAMILIES
 from deebert.checkpoint import load_checkpoint
 from deebert.training import (
     ALTERNATING,
@@ -225,6 +226,16 @@ class TestRefusals:
                 "--off-ramp-epochs and --off-ramp-batch-size are for stage 2, which this training has not: give "
                 "--stage-2 fast or leave them out",
             ),
+            (
+                "--from-model a --off-ramp-layers 0,2",
+                "--from-model has its off-ramps already: leave --off-ramp-pooling, --off-ramp-layers and "
+                "--shared-pooler out, or begin with --backbone",
+            ),
+            (
+                "--backbone a --off-ramp-pooling attention",
+                "--off-ramp-pooling attention learns what it reads, so that a fast stage 2 cannot keep it: give "
+                "--stage-2 exact",
+            ),
             ("--backbone a --batch-size 0", "batch_size is 0: give at least 1"),
             ("--backbone a --held-out 1.5", "held_out is 1.5: give a share between 0 and 1"),
         ],
@@ -318,6 +329,57 @@ class TestModelFolder:
         assert model.final_classifier.classifier.weight.equal(classifier.classifier.weight)
         kept = classifier.bert.encoder.state_dict()
         assert all(value.equal(kept[name]) for name, value in model.backbone.encoder.state_dict().items())
+
+
+@pytest.fixture
+def backbone_words(words: list[str], tokenizer: Any, tmp_path: Path) -> list[str]:
+    """Like `words`, from a tiny BERT without off-ramps."""
+    from tests.conftest import make_backbone_config
+
+    FAMILIES["bert"].model(make_backbone_config("bert", num_layers=3)).save_pretrained(tmp_path / "backbone")
+    tokenizer.save_pretrained(tmp_path / "backbone")
+    place = words.index("--from-model")
+    return [*words[:place], "--backbone", str(tmp_path / "backbone"), *words[place + 2 :]]
+
+
+class TestKindsOfOffRamps:
+    @pytest.mark.parametrize(
+        ("flags", "layers", "pooling", "shares"),
+        [
+            ("", [1, 2], "mean", False),
+            ("--off-ramp-layers 0,2 --shared-pooler", [0, 2], "mean", True),
+            ("--off-ramp-pooling both --off-ramp-layers 0", [0], "both", False),
+            ("--off-ramp-pooling attention --stage-2 exact", [1, 2], "attention", False),
+            ("--off-ramp-pooling attention --recipe joint --shared-pooler", [1, 2], "attention", True),
+        ],
+    )
+    def test_are_what_the_flags_say(
+        self,
+        flags: str,
+        layers: list[int],
+        pooling: str,
+        shares: bool,
+        backbone_words: list[str],
+        tmp_path: Path,
+    ) -> None:
+        assert main(["train", *backbone_words, *flags.split()]) == 0
+
+        config = load_checkpoint(str(tmp_path / "model")).model.config
+        assert (config.off_ramp_layers, config.off_ramp_pooling) == (layers, pooling)
+        assert config.shares_off_ramp_pooler == shares
+
+    @pytest.mark.parametrize(
+        ("layers", "says"),
+        [
+            ("0,3", "off_ramp_layers is [0, 3]: give increasing layers between 0, the embeddings, and 2"),
+            ("1,x", "'1,x' is not a list of layers"),
+        ],
+    )
+    def test_layers_that_are_not_there_are_refused(
+        self, layers: str, says: str, backbone_words: list[str], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(["train", *backbone_words, "--off-ramp-layers", layers]) == 2
+        assert says in capsys.readouterr().err
 
 
 class TestDrawing:
