@@ -11,6 +11,7 @@ from typing import Any, Literal
 from transformers import AutoConfig, PreTrainedConfig
 
 from deebert.backbones import family_of, no_family
+from deebert.problem import Problem, problem_of
 
 OffRampPooling = Literal["cls", "mean"]
 POOLINGS: tuple[OffRampPooling, ...] = ("cls", "mean")
@@ -30,6 +31,10 @@ class DeeBertConfig(PreTrainedConfig):
         exit_policy: JSON form of the operating point, e.g. ``{"type": "entropy", "thresholds": 0.2}``; None
             runs at full depth.
         max_seq_length: tokens that training truncated to, None where unknown.
+        learns_to_exit: whether a head, shared by all off-ramps, tells how certain each of their answers is
+            (learning to exit: Xin et al., BERxiT, EACL 2021).
+        kwargs: those of every configuration; `problem_type` is Hugging Face's, single-label classification
+            when None.
     """
 
     model_type = "deebert"
@@ -43,6 +48,7 @@ class DeeBertConfig(PreTrainedConfig):
         exit_policy: dict[str, Any] | None = None,
         max_seq_length: int | None = None,
         off_ramp_activation: str = "tanh",
+        learns_to_exit: bool = False,
         **kwargs: Any,
     ) -> None:
         self.backbone_config = _as_config(backbone_config)
@@ -52,6 +58,7 @@ class DeeBertConfig(PreTrainedConfig):
         self.off_ramp_activation = off_ramp_activation
         self.exit_policy = exit_policy
         self.max_seq_length = max_seq_length
+        self.learns_to_exit = learns_to_exit
         if off_ramp_pooling not in POOLINGS:
             raise ValueError(f"off_ramp_pooling is {off_ramp_pooling!r}: choose one of {', '.join(POOLINGS)}")
         if off_ramp_activation not in ACTIVATIONS:
@@ -65,6 +72,13 @@ class DeeBertConfig(PreTrainedConfig):
                 f"off_ramp_layers is {self.off_ramp_layers}: give increasing layers between 1 and {layers - 1}"
             )
         super().__init__(**kwargs)
+        if self.problem_type == "regression" and self.num_labels != 1:
+            raise ValueError(f"a regression has one output, not {self.num_labels}: give it one label")
+
+    @property
+    def problem(self) -> Problem:
+        """What the model is asked."""
+        return problem_of(self.problem_type)
 
     @property
     def num_hidden_layers(self) -> int:

@@ -16,16 +16,12 @@ from torch import Tensor
 
 from deebert.cost import ModelShape, expected_saving, mean_exit_layer
 from deebert.encoder import PackedEncoder
-from deebert.exit_policy import EntropyThreshold, ExitPolicy, entropy
+from deebert.exit_policy import EntropyThreshold, ExitPolicy, OffRampAnswer
 from deebert.packing import IntArray, PackedTokens
+from deebert.problem import SINGLE_LABEL, Problem
 
 Metric = Callable[[Tensor, Tensor], float]
-"""Labels (N,) int64 and predictions (N,) int64 -> a score between 0 and 1; larger is better."""
-
-
-def accuracy(labels: Tensor, predictions: Tensor) -> float:
-    """Share of predictions that are right."""
-    return float((predictions == labels).float().mean())
+"""Labels and predictions, in the form that the problem gives both -> a score; larger is better."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -34,7 +30,7 @@ class LabelledSequences:
 
     tokens: PackedTokens
     labels: Tensor
-    """(N,) int64."""
+    """(N,) int64 ids; (N, C) float32, 0 or 1, of multi-label data; (N,) float32 numbers of a regression."""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -57,11 +53,27 @@ class Trace:
     """(R, N, C) float32."""
     lengths: IntArray
     """(N,) tokens."""
+    problem: Problem = SINGLE_LABEL
+    certainties: Tensor | None = None
+    """(R, N) float32, of the learning-to-exit head where there is one."""
 
     @property
     def num_layers(self) -> int:
         """The model's depth."""
         return self.layers[-1]
+
+    def answer(self, place: int) -> OffRampAnswer:
+        """What the off-ramp at `place` (0-based, in the order of `layers`) said of all samples."""
+        logits = self.logits[place]
+        return OffRampAnswer(
+            logits=logits,
+            entropy=self.problem.entropy(logits),
+            certainty=None if self.certainties is None else self.certainties[place],
+        )
+
+    def agreement(self, predictions: Tensor, labels: Tensor) -> float:
+        """Mean agreement of predictions with labels: accuracy, or 1 - tanh|a - b| of a regression."""
+        return float(self.problem.agreement(predictions, labels).mean())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +82,9 @@ class OperatingPointScore:
 
     policy: ExitPolicy
     score: float
-    """By the task's metric; accuracy where none was named."""
+    """By the task's metric; `accuracy` where none was named."""
     accuracy: float
+    """Mean agreement with the labels: see `Trace.agreement`."""
     mean_exit_layer: float
     saving: float
     """Share of layer work saved (paper, Eq. 2)."""
@@ -107,39 +120,51 @@ def trace(encoder: PackedEncoder, tokens: PackedTokens, *, micro_batch_tokens: i
     layers = tuple(sorted(encoder.off_ramp_layers))
     place = {layer: i for i, layer in enumerate(layers)}
     logits = torch.empty(len(layers), len(tokens), encoder.num_labels)
+    certainties = torch.empty(len(layers), len(tokens)) if encoder.learns_to_exit else None
     for rows, batch in length_sorted_batches(tokens, micro_batch_tokens):
         batch = batch.to(encoder.device)
         states = encoder.embed(batch)
         for layer in range(1, encoder.num_layers + 1):
             states = encoder.layer(layer - 1, states, batch.layout)
-            if layer in place:
-                logits[place[layer], rows] = encoder.off_ramp(layer - 1, states, batch.layout).cpu()
-    return Trace(layers=layers, logits=logits, lengths=tokens.layout.lengths)
+            if layer not in place:
+                continue
+            answer = encoder.answer(layer - 1, states, batch.layout, with_certainty=encoder.learns_to_exit)
+            logits[place[layer], rows] = answer.logits.cpu()
+            if certainties is not None and answer.certainty is not None:
+                certainties[place[layer], rows] = answer.certainty.cpu()
+    return Trace(
+        layers=layers,
+        logits=logits,
+        lengths=tokens.layout.lengths,
+        problem=encoder.problem,
+        certainties=certainties,
+    )
 
 
 def off_ramp_accuracy(trace: Trace, labels: Tensor) -> tuple[float, ...]:
-    """Accuracy of each off-ramp alone, in the order of `trace.layers`."""
-    return tuple((trace.logits.argmax(-1) == labels).float().mean(1).tolist())
+    """Mean agreement of each off-ramp alone with the labels, in the order of `trace.layers`."""
+    return tuple(trace.problem.correctness(trace.logits, labels).mean(1).tolist())
 
 
-def off_ramp_scores(trace: Trace, labels: Tensor, metric: Metric = accuracy) -> tuple[float, ...]:
-    """`metric` of each off-ramp alone, in the order of `trace.layers`."""
-    return tuple(metric(labels, logits.argmax(-1)) for logits in trace.logits)
+def off_ramp_scores(trace: Trace, labels: Tensor, metric: Metric | None = None) -> tuple[float, ...]:
+    """`metric` of each off-ramp alone, in the order of `trace.layers`; accuracy where none is named."""
+    if metric is None:
+        return off_ramp_accuracy(trace, labels)
+    return tuple(metric(labels, trace.problem.predict(logits)) for logits in trace.logits)
 
 
 def exits(trace: Trace, policy: ExitPolicy) -> tuple[Tensor, Tensor]:
-    """Exit layers (N,) int64, 1-based, and predictions (N,) int64 under `policy`."""
-    num_samples = trace.logits.shape[1]
-    exit_layer = torch.zeros(num_samples, dtype=torch.long)
-    prediction = torch.zeros(num_samples, dtype=torch.long)
-    for layer, logits in zip(trace.layers, trace.logits, strict=True):
+    """Exit layers (N,) int64, 1-based, and predictions, as `Problem.predict` gives them, under `policy`."""
+    exit_layer = torch.zeros(trace.logits.shape[1], dtype=torch.long)
+    prediction = trace.problem.predict(torch.zeros_like(trace.logits[-1]))
+    for place, layer in enumerate(trace.layers):
         leaves = exit_layer == 0
         if layer != trace.num_layers:
             if not policy.can_fire(layer):
                 continue
-            leaves &= policy.fires(layer, logits, entropy(logits))
+            leaves &= policy.fires(layer, trace.answer(place))
         exit_layer[leaves] = layer
-        prediction[leaves] = logits[leaves].argmax(-1)
+        prediction[leaves] = trace.problem.predict(trace.logits[place, leaves])
     return exit_layer, prediction
 
 
@@ -175,14 +200,17 @@ def _flops(trace: Trace, exit_layer: Tensor, off_ramps: Sequence[int], shape: Mo
     return layers + sum(shape.off_ramp_flops(int((left >= layer).sum())) for layer in off_ramps)
 
 
-def score(trace: Trace, labels: Tensor, policy: ExitPolicy, metric: Metric = accuracy) -> OperatingPointScore:
+def score(
+    trace: Trace, labels: Tensor, policy: ExitPolicy, metric: Metric | None = None
+) -> OperatingPointScore:
     """Score and saving of `policy` on a labelled trace."""
     exit_layer, prediction = exits(trace, policy)
     histogram = torch.bincount(exit_layer, minlength=trace.num_layers + 1)[1:].tolist()
+    agreement = trace.agreement(prediction, labels)
     return OperatingPointScore(
         policy=policy,
-        score=metric(labels, prediction),
-        accuracy=accuracy(labels, prediction),
+        score=agreement if metric is None else metric(labels, prediction),
+        accuracy=agreement,
         mean_exit_layer=mean_exit_layer(histogram),
         saving=expected_saving(histogram),
         exit_histogram=tuple(histogram),
@@ -190,7 +218,7 @@ def score(trace: Trace, labels: Tensor, policy: ExitPolicy, metric: Metric = acc
 
 
 def sweep(
-    trace: Trace, labels: Tensor, thresholds: Sequence[float | None], metric: Metric = accuracy
+    trace: Trace, labels: Tensor, thresholds: Sequence[float | None], metric: Metric | None = None
 ) -> tuple[OperatingPointScore, ...]:
     """`score` for one entropy threshold after another."""
     return tuple(score(trace, labels, EntropyThreshold(t), metric) for t in thresholds)

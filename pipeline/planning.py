@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from deebert.checkpoint import Checkpoint, load_checkpoint, weights_digest
-from deebert.exit_policy import EntropyThreshold
+from deebert.exit_policy import EntropyThreshold, LearningToExit, StoredPolicy
 from deebert.precision import resolve_precision
-from pipeline.config import ClassifyConfig
+from pipeline.config import ClassifyConfig, Thresholds
 from pipeline.errors import UsageError
 from pipeline.input_schema import InputSchema, check_columns
 from pipeline.inputs import InputFile, discover
@@ -189,7 +189,9 @@ def _identity(config: ClassifyConfig, checkpoint: Checkpoint, *, has_gpu: bool) 
     tokenizer = TextTokenizer(checkpoint.tokenizer, max_length=max_length)
     content: dict[str, Any] = {
         "model_digest": weights_digest(checkpoint.model),
-        "exit_policy": resolve_policy(config.entropy_threshold, checkpoint).to_dict(),
+        "exit_policy": resolve_policy(
+            config.entropy_threshold, config.certainty_threshold, checkpoint
+        ).to_dict(),
         "tokenizer_digest": tokenizer.digest(),
         "text_columns": _text_columns(config),
         "max_length": max_length,
@@ -220,15 +222,30 @@ def resolve_max_length(asked: int | None, micro_batch_tokens: int, checkpoint: C
 
 
 def resolve_policy(
-    threshold: float | tuple[float | None, ...] | None, checkpoint: Checkpoint
-) -> EntropyThreshold:
+    entropy: Thresholds | None, certainty: Thresholds | None, checkpoint: Checkpoint
+) -> StoredPolicy:
     """The policy asked for, or the model's own operating point.
 
     Raises:
-        PolicyError: a threshold out of range, or a wrong number of them.
+        UsageError: thresholds of both kinds.
+        PolicyError: a threshold out of range, a wrong number of them, or none of a kind that the model knows.
     """
-    policy = checkpoint.exit_policy if threshold is None else EntropyThreshold(threshold)
-    policy.check(num_labels=len(checkpoint.labels), num_layers=checkpoint.model.config.num_hidden_layers)
+    if entropy is not None and certainty is not None:
+        raise UsageError(
+            "--entropy-threshold and --certainty-threshold are two ways to decide who leaves: give one"
+        )
+    policy: StoredPolicy = checkpoint.exit_policy
+    if entropy is not None:
+        policy = EntropyThreshold(entropy)
+    elif certainty is not None:
+        policy = LearningToExit(certainty)
+    config = checkpoint.model.config
+    policy.check(
+        problem=config.problem,
+        num_labels=len(checkpoint.labels),
+        num_layers=config.num_hidden_layers,
+        learns_to_exit=config.learns_to_exit,
+    )
     return policy
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from deebert.checkpoint import load_checkpoint, weights_digest
@@ -83,7 +83,7 @@ def train(
         RecipeError: the recipe does not fit the models or the machine, or `work_dir` holds another training.
         CheckpointError: the teacher cannot be loaded.
     """
-    check_labels(data, model.final_classifier.classifier.out_features)
+    check_labels(data, model.final_classifier.classifier.out_features, model.config.problem)
     training = _Training(model, tokenizer, data, recipe, work_dir, show_progress=show_progress)
     training.claim(resume=resume)
     try:
@@ -181,7 +181,7 @@ class _Training:
         objective = stage.objective
         with contextlib.ExitStack() as during:
             if isinstance(objective, FinalOnly):
-                during.enter_context(frozen([model.off_ramps]))
+                during.enter_context(frozen([model.off_ramps, *_exit_head(model)]))
             if isinstance(objective, Joint) and objective.weighting == "equilibrium":
                 during.enter_context(gradient_equilibrium(model))
             return train_through_backbone(
@@ -236,18 +236,23 @@ class _Training:
         return self._work_dir / f"stage-{number}.safetensors"
 
 
+def _exit_head(model: DeeBertForSequenceClassification) -> tuple[nn.Module, ...]:
+    return () if model.exit_head is None else (model.exit_head,)
+
+
 def _load_teacher(
     teacher: Teacher, student: DeeBertForSequenceClassification
 ) -> DeeBertForSequenceClassification:
     model = load_checkpoint(teacher.folder).model
     ours, theirs = student.config, model.config
-    if (ours.id2label, ours.backbone_config.vocab_size) != (
+    if (ours.id2label, ours.problem, ours.backbone_config.vocab_size) != (
         theirs.id2label,
+        theirs.problem,
         theirs.backbone_config.vocab_size,
     ):
         raise RecipeError(
-            f"the teacher {teacher.folder!r} has other labels or another vocabulary than the model: train one on "
-            "the same labels and backbone"
+            f"the teacher {teacher.folder!r} has other labels, another problem type or another vocabulary than the "
+            "model: train one on the same labels and backbone"
         )
     if teacher.hidden_weight and (ours.num_hidden_layers, ours.hidden_size) != (
         theirs.num_hidden_layers,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from deebert.encoder import PackedEncoder
 from deebert.evaluation import exits, trace
-from deebert.exit_policy import FULL_DEPTH, EntropyThreshold, entropy
+from deebert.exit_policy import FULL_DEPTH, EntropyThreshold, OffRampAnswer, entropy
 from deebert.packing import PackedTokens
 from pipeline.engine import EngineConfig
 from pipeline.lanes import Lanes, Submission
@@ -166,15 +166,17 @@ class GatedPolicy:
         self.reached, self.gate = threading.Event(), threading.Event()
         self._error = error
 
+    reads_certainty = False
+
     def can_fire(self, layer: int) -> bool:
         return True
 
-    def fires(self, layer: int, logits: Tensor, entropy: Tensor) -> Tensor:
+    def fires(self, layer: int, answer: OffRampAnswer) -> Tensor:
         self.reached.set()
         assert self.gate.wait(PATIENCE_SECONDS)
         if self._error is not None:
             raise self._error
-        return torch.ones(len(entropy), dtype=torch.bool)
+        return torch.ones(len(answer), dtype=torch.bool)
 
     def to_dict(self) -> dict[str, Any]:
         return {"type": "gated"}
