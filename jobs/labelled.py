@@ -119,7 +119,9 @@ class LabelledSource:
             rows = read_rows(self.data, (self.columns,), split=split)
             return _texts_of(rows, names, self.problem, self.label_separator)
         if self.problem not in (None, problem_of(task.problem_type)):
-            raise UsageError(f"{task.name} is a {task.problem_type}: leave --problem out, or --task")
+            raise UsageError(
+                f"the task {task.name} is a {task.problem_type}, which --problem or the model is not: give what fits"
+            )
         return _load_task(task, self._path(task, split), split, names)
 
     def _path(self, task: GlueTask, split: str) -> str:

@@ -19,8 +19,9 @@ import numpy.typing as npt
 from deebert.encoder import PackedEncoder
 from deebert.exit_policy import FULL_DEPTH, ExitPolicy
 from deebert.packing import IntArray, PackedTokens
+from deebert.problem import Problem
 from pipeline.engine import Engine, EngineConfig, EngineStats, Exits
-from pipeline.schema import NOT_AUDITED
+from pipeline.schema import no_predictions
 
 _ROW_BITS = 32
 _ROW_MASK = (1 << _ROW_BITS) - 1
@@ -39,15 +40,19 @@ Limit = Callable[[str], AbstractContextManager[None]]
 class Submission:
     """N rows in the lanes, and their answers as they come."""
 
-    def __init__(self, tokens: PackedTokens, audited: npt.NDArray[np.bool_], num_labels: int) -> None:
+    def __init__(
+        self, tokens: PackedTokens, audited: npt.NDArray[np.bool_], problem: Problem, num_labels: int
+    ) -> None:
         rows = len(tokens)
         self._input: tuple[PackedTokens, npt.NDArray[np.bool_]] | None = (tokens, audited)
         self.total_tokens = tokens.layout.total_tokens
-        self.prediction = np.zeros(rows, np.int32)
+        self.audited = audited
+        self.prediction = no_predictions(problem, rows, num_labels)
         self.exit_layer = np.zeros(rows, np.int16)
         self.entropy = np.zeros(rows, np.float32)
+        self.certainty = np.full(rows, np.nan, np.float32)
         self.probabilities = np.zeros((rows, num_labels), np.float32)
-        self.audit_prediction = np.full(rows, NOT_AUDITED, np.int32)
+        self.audit_prediction = no_predictions(problem, rows, num_labels)
         self._outstanding = rows + int(audited.sum())
         self._done = threading.Event()
         self._error: BaseException | None = None
@@ -77,13 +82,14 @@ class Submission:
 
     def answer(self, rows: IntArray, exits: Exits, chosen: npt.NDArray[np.bool_], *, audit: bool) -> bool:
         """Take the answers of `rows`; True when that was the last of them."""
-        logits = exits.logits[chosen]
         if audit:
-            self.audit_prediction[rows] = logits.argmax(axis=1)
+            self.audit_prediction[rows] = exits.predictions[chosen]
         else:
-            self.prediction[rows] = logits.argmax(axis=1)
+            self.prediction[rows] = exits.predictions[chosen]
             self.exit_layer[rows] = exits.exit_layer
             self.entropy[rows] = exits.entropy[chosen]
+            if exits.certainty is not None:
+                self.certainty[rows] = exits.certainty[chosen]
             self.probabilities[rows] = exits.probabilities[chosen]
         self._outstanding -= len(rows)
         if self._outstanding == 0:
@@ -105,7 +111,7 @@ class Lanes:
     ) -> None:
         self._exit_lane = Engine(encoder, policy, config)
         self._audit_lane = Engine(encoder, FULL_DEPTH, config)
-        self._num_labels = encoder.num_labels
+        self._problem, self._num_labels = encoder.problem, encoder.num_labels
         self._most_queued_tokens = _QUEUED_MICRO_BATCHES * config.micro_batch_tokens
         self._on_progress, self._limit = on_progress, limit
         self._changed = threading.Condition()
@@ -139,7 +145,7 @@ class Lanes:
             tokens: N sequences.
             audited: (N,) which of them also run at full depth.
         """
-        submission = Submission(tokens, audited, self._num_labels)
+        submission = Submission(tokens, audited, self._problem, self._num_labels)
         if not len(tokens):
             return submission
         with self._changed:

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from deebert.checkpoint import Checkpoint, load_checkpoint, weights_digest
-from deebert.exit_policy import EntropyThreshold, LearningToExit, StoredPolicy
+from deebert.exit_policy import EntropyThreshold, LearningToExit, StoredPolicy, policy_from_dict
 from deebert.precision import resolve_precision
+from deebert.problem import REGRESSION
 from pipeline.config import ClassifyConfig, Thresholds
 from pipeline.errors import UsageError
 from pipeline.input_schema import InputSchema, check_columns
@@ -59,6 +60,11 @@ def make_plan(config: ClassifyConfig, *, has_gpu: bool) -> RunPlan:
     files = _inputs(config, output)
     schema = check_columns(files, _text_columns(config), _other_columns(config))
     checkpoint = load_checkpoint(config.model)
+    if config.probabilities and checkpoint.model.config.problem is REGRESSION:
+        raise UsageError(
+            f"the model {config.model!r} is a regression, whose answers are numbers without probabilities: leave "
+            "--probabilities out"
+        )
     identity = _identity(config, checkpoint, has_gpu=has_gpu)
     shards = plan(files, shard_rows=config.shard_rows)
     return RunPlan(
@@ -68,7 +74,7 @@ def make_plan(config: ClassifyConfig, *, has_gpu: bool) -> RunPlan:
         model=_model_record(checkpoint),
         files=files,
         schema=schema,
-        columns=_columns(config, schema, checkpoint.labels),
+        columns=_columns(config, schema, checkpoint, identity),
         shards={part_name(shard, identity.digest): shard for shard in shards},
     )
 
@@ -170,16 +176,20 @@ def _other_columns(config: ClassifyConfig) -> tuple[str, ...]:
     return tuple(dict.fromkeys(wanted))
 
 
-def _columns(config: ClassifyConfig, schema: InputSchema, labels: tuple[str, ...]) -> tuple[str, ...]:
+def _columns(
+    config: ClassifyConfig, schema: InputSchema, checkpoint: Checkpoint, identity: Identity
+) -> tuple[str, ...]:
     """What the parts will look like: those of a table without rows."""
+    labels = checkpoint.labels
     table = part_table(
-        Answers.empty(len(labels)),
+        Answers.empty(checkpoint.model.config.problem, len(labels)),
         source_file="",
         kept=schema.kept.empty_table(),
         id_column=config.id_column,
         keep_columns=config.keep_columns,
         labels=labels,
         with_probabilities=config.probabilities,
+        with_certainty=policy_from_dict(identity.exit_policy).reads_certainty,
     )
     return tuple(f"{field.name} {field.type}" for field in table.schema)
 
@@ -259,4 +269,5 @@ def _model_record(checkpoint: Checkpoint) -> ModelRecord:
         labels=checkpoint.labels,
         off_ramp_layers=tuple(config.off_ramp_layers),
         off_ramp_pooling=config.off_ramp_pooling,
+        problem_type=config.problem.name,
     )

@@ -8,6 +8,7 @@ and a fast one in full batches.
 from __future__ import annotations
 
 import json
+import math
 import queue
 import threading
 from collections.abc import Iterable, Iterator
@@ -119,18 +120,32 @@ class _Stream:
         self._engine.submit(np.array([s.index for s in samples], np.int64), batch.tokens)
 
     def _answers(self, exits: Exits) -> Iterator[dict[str, Any]]:
-        predictions = exits.logits.argmax(axis=1)
-        columns = (exits.sample_ids, predictions, exits.probabilities.max(axis=1), exits.entropy)
-        for index, prediction, score, entropy in zip(*(c.tolist() for c in columns), strict=True):
+        columns = (exits.sample_ids, exits.predictions, exits.probabilities, exits.entropy)
+        certainties = [None] * len(exits) if exits.certainty is None else exits.certainty.tolist()
+        rows = zip(*(c.tolist() for c in columns), certainties, strict=True)
+        for index, prediction, probabilities, entropy, certainty in rows:
             yield {
                 "index": index,
                 **self._waiting.pop(index),
-                "prediction": prediction,
-                "label": self._labels[prediction],
-                "score": round(score, 6),
+                **self._said(prediction, probabilities),
                 "exit_layer": exits.exit_layer,
-                "entropy": round(entropy, 6),
+                "entropy": None if math.isnan(entropy) else round(entropy, 6),
+                **({} if certainty is None else {"certainty": round(certainty, 6)}),
             }
+
+    def _said(self, prediction: Any, probabilities: list[float]) -> dict[str, Any]:
+        """The fields that depend on what the model is asked, as the columns of `pipeline.schema`."""
+        if isinstance(prediction, float):
+            return {"prediction": round(prediction, 6)}
+        if isinstance(prediction, int):
+            score = round(max(probabilities), 6)
+            return {"prediction": prediction, "label": self._labels[prediction], "score": score}
+        chosen = [i for i, holds in enumerate(prediction) if holds]
+        return {
+            "prediction": chosen,
+            "label": [self._labels[i] for i in chosen],
+            "score": [round(probabilities[i], 6) for i in chosen],
+        }
 
     def _write(self, answers: Iterable[dict[str, Any]]) -> None:
         for answer in answers:
