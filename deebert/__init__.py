@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from deebert.checkpoint import load_checkpoint
     from deebert.config import DeeBertConfig
     from deebert.encoder import PackedEncoder
-    from deebert.exit_policy import FULL_DEPTH, EntropyThreshold, ExitPolicy, entropy
+    from deebert.exit_policy import FULL_DEPTH, EntropyThreshold, ExitPolicy, LearningToExit, entropy
     from deebert.modeling import DeeBertForSequenceClassification
     from deebert.packing import PackedTokens
 
@@ -21,6 +21,7 @@ _HOMES = {
     "EntropyThreshold": "exit_policy",
     "ExitPolicy": "exit_policy",
     "FULL_DEPTH": "exit_policy",
+    "LearningToExit": "exit_policy",
     "PackedEncoder": "encoder",
     "PackedTokens": "packing",
     "entropy": "exit_policy",
@@ -33,6 +34,7 @@ __all__ = [
     "DeeBertForSequenceClassification",
     "EntropyThreshold",
     "ExitPolicy",
+    "LearningToExit",
     "PackedEncoder",
     "PackedTokens",
     "entropy",

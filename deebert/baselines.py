@@ -49,6 +49,7 @@ def cut(model: DeeBertForSequenceClassification, layers: Sequence[int]) -> DeeBe
         off_ramp_pooling=model.config.off_ramp_pooling,
         off_ramp_activation=model.config.off_ramp_activation,
         max_seq_length=model.config.max_seq_length,
+        problem_type=model.config.problem_type,
         id2label=labels,
         label2id={name: i for i, name in labels.items()},
     )

@@ -17,8 +17,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from deebert.backbones import family_of
 from deebert.config import DeeBertConfig
 from deebert.errors import CheckpointError
-from deebert.exit_policy import FULL_DEPTH, EntropyThreshold, policy_from_dict
+from deebert.exit_policy import FULL_DEPTH, StoredPolicy, policy_from_dict
 from deebert.modeling import DeeBertForSequenceClassification
+from deebert.problem import SINGLE_LABEL
 from deebert.weights import UNREADABLE, is_folder_name, load_pretrained, reason, refuse_pickles
 
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model")
@@ -41,7 +42,7 @@ class Checkpoint:
         return tuple(str(names[i]) for i in range(len(names)))
 
     @property
-    def exit_policy(self) -> EntropyThreshold:
+    def exit_policy(self) -> StoredPolicy:
         """The operating point stored with the model, or full depth."""
         stored = self.model.config.exit_policy
         return FULL_DEPTH if stored is None else policy_from_dict(stored)
@@ -123,6 +124,8 @@ def weights_digest(model: DeeBertForSequenceClassification) -> str:
         "off_ramp_layers": config.off_ramp_layers,
         "off_ramp_pooling": config.off_ramp_pooling,
         "off_ramp_activation": config.off_ramp_activation,
+        # Said only where it differs: models from before problem types keep their digest.
+        **({} if config.problem is SINGLE_LABEL else {"problem_type": config.problem_type}),
     }
     digest = hashlib.sha256(json.dumps(shape, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):

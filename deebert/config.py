@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 from transformers import AutoConfig, PreTrainedConfig
 
 from deebert.backbones import family_of, no_family
+from deebert.problem import Problem, problem_of
 
 OffRampPooling = Literal["cls", "mean", "both", "attention"]
 POOLINGS: tuple[OffRampPooling, ...] = get_args(OffRampPooling)
@@ -34,6 +35,10 @@ class DeeBertConfig(PreTrainedConfig):
         max_seq_length: tokens that training truncated to, None where unknown.
         shares_off_ramp_pooler: whether all off-ramps have one pooler; each keeps a classifier of its own, and
             the final classifier keeps both.
+        learns_to_exit: whether a head, shared by all off-ramps, tells how certain each of their answers is
+            (learning to exit: Xin et al., BERxiT, EACL 2021).
+        kwargs: those of every configuration; `problem_type` is Hugging Face's, single-label classification
+            when None.
     """
 
     model_type = "deebert"
@@ -48,6 +53,7 @@ class DeeBertConfig(PreTrainedConfig):
         max_seq_length: int | None = None,
         off_ramp_activation: str = "tanh",
         shares_off_ramp_pooler: bool = False,
+        learns_to_exit: bool = False,
         **kwargs: Any,
     ) -> None:
         self.backbone_config = _as_config(backbone_config)
@@ -58,6 +64,7 @@ class DeeBertConfig(PreTrainedConfig):
         self.exit_policy = exit_policy
         self.max_seq_length = max_seq_length
         self.shares_off_ramp_pooler = shares_off_ramp_pooler
+        self.learns_to_exit = learns_to_exit
         if off_ramp_pooling not in POOLINGS:
             raise ValueError(f"off_ramp_pooling is {off_ramp_pooling!r}: choose one of {', '.join(POOLINGS)}")
         if off_ramp_activation not in ACTIVATIONS:
@@ -72,6 +79,13 @@ class DeeBertConfig(PreTrainedConfig):
                 f"{layers - 1}"
             )
         super().__init__(**kwargs)
+        if self.problem_type == "regression" and self.num_labels != 1:
+            raise ValueError(f"a regression has one output, not {self.num_labels}: give it one label")
+
+    @property
+    def problem(self) -> Problem:
+        """What the model is asked."""
+        return problem_of(self.problem_type)
 
     @property
     def num_hidden_layers(self) -> int:

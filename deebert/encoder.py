@@ -1,7 +1,7 @@
 """The inference form: fused weights, packed tokens, one layer at a time.
 
-`embed`, `layer` and `off_ramp` are the three things an engine does with a model; between them it may
-regroup sequences as it likes. No padding anywhere. Knows nothing of policies, scheduling or training.
+`embed`, `layer` and `answer` are the three things an engine does with a model; between them it may
+regroup sequences as it likes. No padding anywhere. Knows nothing of thresholds, scheduling or training.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from transformers.activations import ACT2FN
 
 from deebert.attention import varlen_attention
 from deebert.backbones import Family, family_of
+from deebert.exit_policy import OffRampAnswer
 from deebert.memory import keep_freed_memory
 from deebert.modeling import DeeBertForSequenceClassification
 from deebert.packing import PackedTokens, SequenceLayout
@@ -72,6 +73,15 @@ class _OffRamp:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class _ExitHead:
+    weight: Tensor  # (1, H)
+    bias: Tensor  # (1,)
+
+    def __call__(self, pooled: Tensor) -> Tensor:
+        return F.linear(pooled, self.weight, self.bias).float().sigmoid().squeeze(-1)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class _Embeddings:
     word: Tensor  # (V, E); E is H but where there is a projection
     position: Tensor  # (P, E)
@@ -103,6 +113,7 @@ class PackedEncoder:
         self.hidden_size: int = config.hidden_size
         self.pooling = config.off_ramp_pooling
         self.pooled_size: int = config.pooled_size
+        self.problem = config.problem
         self.has_token_types = config.has_token_types
         self._heads: int = backbone.num_attention_heads
         cast = _Cast(self.device, dtype, family := family_of(backbone))
@@ -115,11 +126,17 @@ class PackedEncoder:
             for layer, ramp in zip(config.off_ramp_layers, model.off_ramps, strict=True)
         }
         self._off_ramps[self.num_layers] = cast.off_ramp(model.final_classifier, None)
+        self._exit_head = None if model.exit_head is None else cast.exit_head(model.exit_head)
 
     @property
     def off_ramp_layers(self) -> tuple[int, ...]:
         """1-based layers after which `off_ramp` answers, 0 for the embeddings; the last is always among them."""
         return tuple(self._off_ramps)
+
+    @property
+    def learns_to_exit(self) -> bool:
+        """Whether `answer` can tell how certain it is."""
+        return self._exit_head is not None
 
     @torch.inference_mode()
     def embed(self, packed: PackedTokens) -> Tensor:
@@ -171,6 +188,26 @@ class PackedEncoder:
         """
         ramp = self._off_ramps[index + 1]
         return ramp(self.pooled(states, layout, ramp.query))
+
+    @torch.inference_mode()
+    def answer(
+        self, index: int, states: Tensor, layout: SequenceLayout, *, with_certainty: bool = False
+    ) -> OffRampAnswer:
+        """What the off-ramp after layer `index` (0-based) says of N sequences, and how sure it is.
+
+        Args:
+            index: of the layer.
+            states: (total_tokens, H).
+            layout: where the N sequences lie.
+            with_certainty: whether to ask the learning-to-exit head, which the model then has.
+        """
+        pooled = self.pooled(states, layout)
+        logits = self._off_ramps[index + 1](pooled)
+        certainty = None
+        if with_certainty:
+            assert self._exit_head is not None
+            certainty = self._exit_head(pooled)
+        return OffRampAnswer(logits=logits, entropy=self.problem.entropy(logits), certainty=certainty)
 
     def _positions(self, packed: PackedTokens) -> Tensor:
         layout, padding = packed.layout, self._embeddings.padding_id
@@ -234,6 +271,9 @@ class _Cast:
             classifier=self.linear(module.classifier),
             query=None if module.query is None else self.tensor(module.query),
         )
+
+    def exit_head(self, module: Any) -> _ExitHead:
+        return _ExitHead(weight=self.tensor(module.linear.weight), bias=self.tensor(module.linear.bias))
 
     def embeddings(self, model: DeeBertForSequenceClassification) -> _Embeddings:
         module, family = model.backbone.embeddings, self.family

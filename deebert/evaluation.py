@@ -16,17 +16,13 @@ from torch import Tensor
 
 from deebert.cost import ModelShape, expected_saving, mean_exit_layer
 from deebert.encoder import PackedEncoder
-from deebert.exit_policy import EntropyThreshold, ExitPolicy, entropy
+from deebert.exit_policy import EntropyThreshold, ExitPolicy, OffRampAnswer
 from deebert.packing import IntArray, PackedTokens
+from deebert.problem import SINGLE_LABEL, Problem
 from deebert.windows import first_windows, text_means
 
 Metric = Callable[[Tensor, Tensor], float]
-"""Labels (N,) int64 and predictions (N,) int64 -> a score between 0 and 1; larger is better."""
-
-
-def accuracy(labels: Tensor, predictions: Tensor) -> float:
-    """Share of predictions that are right."""
-    return float((predictions == labels).float().mean())
+"""Labels and predictions, in the form that the problem gives both -> a score; larger is better."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -35,7 +31,8 @@ class LabelledSequences:
 
     tokens: PackedTokens
     labels: Tensor
-    """(N,) int64; (M,) with `windows`."""
+    """(N,) int64 ids; (N, C) float32, 0 or 1, of multi-label data; (N,) float32 numbers of a regression; of M
+    texts instead of N samples with `windows`."""
     windows: IntArray | None = None
     """(M,) windows of each of M texts, whose N sequences lie text by text; None: a text is a sequence."""
 
@@ -63,11 +60,27 @@ class Trace:
     """(N,) tokens."""
     windows: IntArray | None = None
     """(M,) where the N samples are the windows of M texts, text by text: of how many each text is the mean."""
+    problem: Problem = SINGLE_LABEL
+    certainties: Tensor | None = None
+    """(R, N) float32, of the learning-to-exit head where there is one."""
 
     @property
     def num_layers(self) -> int:
         """The model's depth."""
         return self.layers[-1]
+
+    def answer(self, place: int) -> OffRampAnswer:
+        """What the off-ramp at `place` (0-based, in the order of `layers`) said of all samples."""
+        logits = self.logits[place]
+        return OffRampAnswer(
+            logits=logits,
+            entropy=self.problem.entropy(logits),
+            certainty=None if self.certainties is None else self.certainties[place],
+        )
+
+    def mean_agreement(self, labels: Tensor, predictions: Tensor) -> float:
+        """Mean agreement of predictions with labels: accuracy, or 1 - tanh|a - b| of a regression."""
+        return float(self.problem.agreement(predictions, labels).mean())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +89,9 @@ class OperatingPointScore:
 
     policy: ExitPolicy
     score: float
-    """By the task's metric; accuracy where none was named."""
+    """By the task's metric; `accuracy` where none was named."""
     accuracy: float
+    """Mean agreement with the labels: see `Trace.mean_agreement`."""
     mean_exit_layer: float
     """Of samples: each window counts by itself."""
     saving: float
@@ -122,29 +136,42 @@ def trace(
     layers = tuple(sorted(encoder.off_ramp_layers))
     place = {layer: i for i, layer in enumerate(layers)}
     logits = torch.empty(len(layers), len(tokens), encoder.num_labels)
+    certainties = torch.empty(len(layers), len(tokens)) if encoder.learns_to_exit else None
     for rows, batch in length_sorted_batches(tokens, micro_batch_tokens):
         batch = batch.to(encoder.device)
         states = encoder.embed(batch)
         for layer in range(encoder.num_layers + 1):
             if layer > 0:
                 states = encoder.layer(layer - 1, states, batch.layout)
-            if layer in place:
-                logits[place[layer], rows] = encoder.off_ramp(layer - 1, states, batch.layout).cpu()
-    return Trace(layers=layers, logits=logits, lengths=tokens.layout.lengths, windows=windows)
+            if layer not in place:
+                continue
+            answer = encoder.answer(layer - 1, states, batch.layout, with_certainty=encoder.learns_to_exit)
+            logits[place[layer], rows] = answer.logits.cpu()
+            if certainties is not None and answer.certainty is not None:
+                certainties[place[layer], rows] = answer.certainty.cpu()
+    return Trace(
+        layers=layers,
+        logits=logits,
+        lengths=tokens.layout.lengths,
+        windows=windows,
+        problem=encoder.problem,
+        certainties=certainties,
+    )
 
 
 def off_ramp_accuracy(trace: Trace, labels: Tensor) -> tuple[float, ...]:
-    """Accuracy of each off-ramp alone, in the order of `trace.layers`."""
+    """Mean agreement of each off-ramp alone with the labels, in the order of `trace.layers`."""
     return off_ramp_scores(trace, labels)
 
 
-def off_ramp_scores(trace: Trace, labels: Tensor, metric: Metric = accuracy) -> tuple[float, ...]:
-    """`metric` of each off-ramp alone, in the order of `trace.layers`."""
-    return tuple(metric(labels, _of_texts(trace, logits)) for logits in trace.logits)
+def off_ramp_scores(trace: Trace, labels: Tensor, metric: Metric | None = None) -> tuple[float, ...]:
+    """`metric` of each off-ramp alone, in the order of `trace.layers`; mean agreement where none is named."""
+    judge = metric or trace.mean_agreement
+    return tuple(judge(labels, _of_texts(trace, logits)) for logits in trace.logits)
 
 
 def predictions(trace: Trace, policy: ExitPolicy) -> Tensor:
-    """What is said of each text under `policy`: (N,) int64, or (M,) where texts are the means of windows."""
+    """What is said of each of N samples under `policy`, or of M texts where they are the means of windows."""
     exit_layer, prediction = exits(trace, policy)
     if trace.windows is None:
         return prediction
@@ -154,28 +181,28 @@ def predictions(trace: Trace, policy: ExitPolicy) -> Tensor:
 
 def _of_texts(trace: Trace, logits: Tensor) -> Tensor:
     """Predictions from the logits (N, C) that answered for each sample."""
-    prediction = logits.argmax(-1)
+    prediction = trace.problem.predict(logits)
     if trace.windows is None:
         return prediction
-    means = text_means(logits.softmax(-1).numpy(), trace.windows).argmax(axis=1)
-    alone = trace.windows == 1
-    means[alone] = prediction.numpy()[first_windows(trace.windows)[alone]]
-    return torch.from_numpy(means)
+    means = text_means(trace.problem.scores(logits).numpy(), trace.windows)
+    said = trace.problem.predict_scores(torch.from_numpy(means))
+    alone = torch.from_numpy(trace.windows == 1)
+    said[alone] = prediction[torch.from_numpy(first_windows(trace.windows))[alone]]
+    return said
 
 
 def exits(trace: Trace, policy: ExitPolicy) -> tuple[Tensor, Tensor]:
-    """Exit layers (N,) int64, 1-based, and predictions (N,) int64 of the samples under `policy`."""
-    num_samples = trace.logits.shape[1]
-    exit_layer = torch.full((num_samples,), -1)  # not left yet
-    prediction = torch.zeros(num_samples, dtype=torch.long)
-    for layer, logits in zip(trace.layers, trace.logits, strict=True):
+    """Exit layers (N,) int64, 1-based, and predictions of the samples, as `Problem.predict` gives them."""
+    exit_layer = torch.full((trace.logits.shape[1],), -1)  # not left yet
+    prediction = trace.problem.predict(torch.zeros_like(trace.logits[-1]))
+    for place, layer in enumerate(trace.layers):
         leaves = exit_layer < 0
         if layer != trace.num_layers:
             if not policy.can_fire(layer):
                 continue
-            leaves &= policy.fires(layer, logits, entropy(logits))
+            leaves &= policy.fires(layer, trace.answer(place))
         exit_layer[leaves] = layer
-        prediction[leaves] = logits[leaves].argmax(-1)
+        prediction[leaves] = trace.problem.predict(trace.logits[place, leaves])
     return exit_layer, prediction
 
 
@@ -211,15 +238,18 @@ def _flops(trace: Trace, exit_layer: Tensor, off_ramps: Sequence[int], shape: Mo
     return layers + sum(shape.off_ramp_flops(int((left >= layer).sum())) for layer in off_ramps)
 
 
-def score(trace: Trace, labels: Tensor, policy: ExitPolicy, metric: Metric = accuracy) -> OperatingPointScore:
+def score(
+    trace: Trace, labels: Tensor, policy: ExitPolicy, metric: Metric | None = None
+) -> OperatingPointScore:
     """Score and saving of `policy` on a labelled trace."""
     exit_layer, _ = exits(trace, policy)
     prediction = predictions(trace, policy)
     histogram = torch.bincount(exit_layer, minlength=trace.num_layers + 1).tolist()
+    agreement = trace.mean_agreement(labels, prediction)
     return OperatingPointScore(
         policy=policy,
-        score=metric(labels, prediction),
-        accuracy=accuracy(labels, prediction),
+        score=agreement if metric is None else metric(labels, prediction),
+        accuracy=agreement,
         mean_exit_layer=mean_exit_layer(histogram),
         saving=expected_saving(histogram),
         exit_histogram=tuple(histogram),
@@ -227,7 +257,7 @@ def score(trace: Trace, labels: Tensor, policy: ExitPolicy, metric: Metric = acc
 
 
 def sweep(
-    trace: Trace, labels: Tensor, thresholds: Sequence[float | None], metric: Metric = accuracy
+    trace: Trace, labels: Tensor, thresholds: Sequence[float | None], metric: Metric | None = None
 ) -> tuple[OperatingPointScore, ...]:
     """`score` for one entropy threshold after another."""
     return tuple(score(trace, labels, EntropyThreshold(t), metric) for t in thresholds)

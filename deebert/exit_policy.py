@@ -1,9 +1,10 @@
-"""When a sample may leave: entropy, and the policies that decide on it.
+"""When a sample may leave: entropy, certainty, and the policies that decide on them.
 
 The rule of the paper (Xin et al., 2020, section 2.2 and Eq. for entropy): a sample leaves at the first
-off-ramp whose output entropy is strictly below the threshold S. Layers are counted from 1; an off-ramp on
-the embeddings is layer 0. The last layer
-is not a policy's business: it always answers. Knows nothing of models, batches or engines.
+off-ramp whose output entropy is strictly below the threshold S. Learning to exit (Xin et al., BERxiT, EACL 2021,
+section 4) asks a head that was trained to tell how right the off-ramp is. Layers are counted from 1; an off-ramp
+on the embeddings is layer 0. The last layer is not a policy's business: it always answers. Knows nothing of
+models, batches or engines.
 """
 
 from __future__ import annotations
@@ -11,13 +12,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from deebert.errors import PolicyError
+
+if TYPE_CHECKING:
+    from deebert.problem import Problem
+
+Thresholds = float | tuple[float | None, ...] | None
+"""One for all layers, or one per layer before the last; None never fires."""
 
 
 def entropy(logits: Tensor) -> Tensor:
@@ -30,21 +37,48 @@ def entropy(logits: Tensor) -> Tensor:
     return -(log_p.exp() * log_p).sum(dim=-1)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class OffRampAnswer:
+    """What an off-ramp says of N samples, and what it shows of how sure it is."""
+
+    logits: Tensor
+    """(N, C) float32."""
+    entropy: Tensor
+    """(N,) float32, nats; NaN where the problem has none."""
+    certainty: Tensor | None = None
+    """(N,) float32 between 0 and 1, of the learning-to-exit head; None where it was not asked."""
+
+    def __len__(self) -> int:
+        return len(self.logits)
+
+    def take(self, chosen: Tensor | slice) -> OffRampAnswer:
+        """That of some samples: (N,) bool, or a slice."""
+        return OffRampAnswer(
+            logits=self.logits[chosen],
+            entropy=self.entropy[chosen],
+            certainty=None if self.certainty is None else self.certainty[chosen],
+        )
+
+
 class ExitPolicy(Protocol):
     """Decides, at an off-ramp, which samples leave."""
+
+    @property
+    def reads_certainty(self) -> bool:
+        """Whether `fires` needs the learning-to-exit head's word."""
+        ...
 
     def can_fire(self, layer: int) -> bool:
         """Whether any sample could leave after `layer` (1-based, 0: the embeddings); else its off-ramp is not
         computed."""
         ...
 
-    def fires(self, layer: int, logits: Tensor, entropy: Tensor) -> Tensor:
+    def fires(self, layer: int, answer: OffRampAnswer) -> Tensor:
         """Which samples leave after `layer`.
 
         Args:
             layer: 1-based, 0 for the embeddings.
-            logits: (N, C) float32, of this layer's off-ramp.
-            entropy: (N,) float32, nats.
+            answer: of this layer's off-ramp, N samples.
 
         Returns:
             (N,) bool.
@@ -56,11 +90,15 @@ class ExitPolicy(Protocol):
         ...
 
 
+def _each(thresholds: Thresholds) -> tuple[float | None, ...]:
+    return thresholds if isinstance(thresholds, tuple) else (thresholds,)
+
+
 @dataclass(frozen=True)
 class EntropyThreshold:
     """Leave when the entropy is strictly below the threshold: one for all layers, or one per layer."""
 
-    thresholds: float | tuple[float | None, ...] | None
+    thresholds: Thresholds
     """Nats. None or a negative number never fires. Entry 0 of a tuple is layer 1's."""
     layer_0: float | None = None
     """Of an off-ramp on the embeddings. None: what `thresholds` says of all layers; a tuple says nothing of it."""
@@ -71,6 +109,11 @@ class EntropyThreshold:
                 raise PolicyError(
                     f"the entropy threshold {value} is not a number: give nats between 0 and ln(labels)"
                 )
+
+    @property
+    def reads_certainty(self) -> bool:
+        """See `ExitPolicy`."""
+        return False
 
     def at(self, layer: int) -> float | None:
         """The threshold after `layer` (1-based, 0: the embeddings), None where it cannot fire."""
@@ -87,63 +130,136 @@ class EntropyThreshold:
             return False
         return self.at(layer) is not None
 
-    def fires(self, layer: int, logits: Tensor, entropy: Tensor) -> Tensor:
+    def fires(self, layer: int, answer: OffRampAnswer) -> Tensor:
         """See `ExitPolicy`."""
         threshold = self.at(layer)
         if threshold is None:
-            return torch.zeros(len(entropy), dtype=torch.bool, device=entropy.device)
-        return entropy < threshold
+            return torch.zeros(len(answer), dtype=torch.bool, device=answer.entropy.device)
+        return answer.entropy < threshold
 
     def to_dict(self) -> dict[str, Any]:
         """See `ExitPolicy`."""
-        values = list(self.thresholds) if isinstance(self.thresholds, tuple) else self.thresholds
         # Left out where it says nothing: operating points without it keep their form, and their digest.
-        return {
-            "type": "entropy",
-            "thresholds": values,
-            **({} if self.layer_0 is None else {"layer_0": self.layer_0}),
-        }
+        of_embeddings = {} if self.layer_0 is None else {"layer_0": self.layer_0}
+        return {"type": "entropy", "thresholds": _as_json(self.thresholds), **of_embeddings}
 
-    def check(self, *, num_labels: int, num_layers: int) -> None:
+    def check(self, *, problem: Problem, num_labels: int, num_layers: int, learns_to_exit: bool) -> None:
         """Refuse what cannot be meant for this model.
 
         Raises:
-            PolicyError: a threshold above ln(num_labels), the largest entropy there is, or a number of
-                thresholds that is not the number of layers that can exit.
+            PolicyError: a threshold above the largest entropy there is, any threshold where there is no
+                entropy, or a number of thresholds that is not the number of layers that can exit.
         """
-        values = self.thresholds
-        if isinstance(values, tuple) and len(values) != num_layers - 1:
-            raise PolicyError(
-                f"{len(values)} entropy thresholds for {num_layers} layers: give one, or one for each of the "
-                f"{num_layers - 1} layers before the last"
-            )
-        most = math.log(num_labels)
+        _check_number(self.thresholds, "entropy", num_layers)
+        outcomes = problem.outcomes(num_labels)
         for value in self._values:
-            if value is not None and value > most:
+            if value is None or value <= 0:
+                continue
+            if outcomes is None:
                 raise PolicyError(
-                    f"the entropy threshold {value:g} is above ln({num_labels}) = {most:.4g}, the largest entropy "
-                    f"of {num_labels} labels: give at most that, or leave it out to run at full depth"
+                    f"the entropy threshold {value:g} means nothing to a regression, whose answers have no entropy: "
+                    "train with --learn-to-exit and give --certainty-threshold"
+                )
+            if value > math.log(outcomes):
+                raise PolicyError(
+                    f"the entropy threshold {value:g} is above ln({outcomes}) = {math.log(outcomes):.4g}, the largest "
+                    f"entropy of {num_labels} labels: give at most that, or leave it out to run at full depth"
                 )
 
     @property
     def _values(self) -> tuple[float | None, ...]:
-        values = self.thresholds if isinstance(self.thresholds, tuple) else (self.thresholds,)
-        return (self.layer_0, *values)
+        return (self.layer_0, *_each(self.thresholds))
+
+
+@dataclass(frozen=True)
+class LearningToExit:
+    """Leave when the learning-to-exit head's certainty is strictly above the threshold."""
+
+    thresholds: Thresholds
+    """Between 0 and 1. None and 1 never fire. Entry 0 of a tuple is layer 1's; it says nothing of layer 0."""
+
+    def __post_init__(self) -> None:
+        for value in _each(self.thresholds):
+            if value is not None and not 0 <= value <= 1:
+                raise PolicyError(
+                    f"the certainty threshold {value} is no certainty: give a number between 0 and 1"
+                )
+
+    @property
+    def reads_certainty(self) -> bool:
+        """See `ExitPolicy`."""
+        return True
+
+    def at(self, layer: int) -> float | None:
+        """The threshold after `layer` (1-based, 0: the embeddings), None where it cannot fire."""
+        if isinstance(self.thresholds, tuple):
+            value = None if layer == 0 else self.thresholds[layer - 1]
+        else:
+            value = self.thresholds
+        return None if value is None or value >= 1 else value
+
+    def can_fire(self, layer: int) -> bool:
+        """See `ExitPolicy`."""
+        if isinstance(self.thresholds, tuple) and layer > len(self.thresholds):
+            return False
+        return self.at(layer) is not None
+
+    def fires(self, layer: int, answer: OffRampAnswer) -> Tensor:
+        """See `ExitPolicy`."""
+        threshold = self.at(layer)
+        if threshold is None:
+            return torch.zeros(len(answer), dtype=torch.bool, device=answer.logits.device)
+        assert answer.certainty is not None  # asked for by `reads_certainty`
+        return answer.certainty > threshold
+
+    def to_dict(self) -> dict[str, Any]:
+        """See `ExitPolicy`."""
+        return {"type": "learning-to-exit", "thresholds": _as_json(self.thresholds)}
+
+    def check(self, *, problem: Problem, num_labels: int, num_layers: int, learns_to_exit: bool) -> None:
+        """Refuse what cannot be meant for this model.
+
+        Raises:
+            PolicyError: it has no learning-to-exit head, or another number of layers that can exit.
+        """
+        _check_number(self.thresholds, "certainty", num_layers)
+        if not learns_to_exit:
+            raise PolicyError(
+                "a certainty threshold asks a learning-to-exit head, which this model has not: train it with "
+                "--learn-to-exit, or give --entropy-threshold"
+            )
 
 
 FULL_DEPTH = EntropyThreshold(None)
 """No exits: every sample runs through all layers."""
 
+StoredPolicy = EntropyThreshold | LearningToExit
+"""The policies that a model's configuration can hold."""
 
-def policy_from_dict(values: dict[str, Any]) -> EntropyThreshold:
+
+def policy_from_dict(values: dict[str, Any]) -> StoredPolicy:
     """The policy whose `to_dict` gave `values`.
 
     Raises:
         PolicyError: an unknown type.
     """
-    if values.get("type") != "entropy":
-        raise PolicyError(f"unknown exit policy {values.get('type')!r}: this version knows 'entropy'")
+    kinds: dict[Any, type[StoredPolicy]] = {"entropy": EntropyThreshold, "learning-to-exit": LearningToExit}
+    if (kind := values.get("type")) not in kinds:
+        raise PolicyError(
+            f"unknown exit policy {kind!r}: this version knows {' and '.join(map(repr, kinds))}"
+        )
     thresholds = values.get("thresholds")
-    return EntropyThreshold(
-        tuple(thresholds) if isinstance(thresholds, Sequence) else thresholds, values.get("layer_0")
-    )
+    of = tuple(thresholds) if isinstance(thresholds, Sequence) else thresholds
+    return LearningToExit(of) if kind == "learning-to-exit" else EntropyThreshold(of, values.get("layer_0"))
+
+
+def _as_json(thresholds: Thresholds) -> list[float | None] | float | None:
+    return list(thresholds) if isinstance(thresholds, tuple) else thresholds
+
+
+def _check_number(thresholds: Thresholds, kind: str, num_layers: int) -> None:
+    if isinstance(thresholds, tuple) and len(thresholds) != num_layers - 1:
+        raise PolicyError(
+            f"{len(thresholds)} {kind} thresholds for {num_layers} layers: give one, or one for each of the "
+            f"{num_layers - 1} layers before the last"
+        )

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
@@ -54,6 +53,23 @@ class OffRamp(nn.Module):
         return logits
 
 
+class ExitHead(nn.Module):
+    """Tells, from what an off-ramp reads, how certain its answer is; one for all off-ramps (BERxiT, section 4).
+
+    There it trains with the rest of the model. Here it reads states without moving them: no answer, early or at
+    full depth, pays for it.
+    """
+
+    def __init__(self, config: DeeBertConfig) -> None:
+        super().__init__()
+        self.linear = nn.Linear(config.pooled_size, 1)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """(..., W) pooled states -> (...) certainties between 0 and 1, float32."""
+        logits: Tensor = self.linear(pooled.detach())
+        return logits.float().sigmoid().squeeze(-1)
+
+
 def pool(
     hidden: Tensor, attention_mask: Tensor, pooling: OffRampPooling, query: Tensor | None = None
 ) -> Tensor:
@@ -84,11 +100,13 @@ class DeeBertOutput(ModelOutput):
     """What the training form returns."""
 
     loss: Tensor | None = None
-    """Mean cross-entropy of the final classifier: the paper's stage 1."""
+    """Mean loss of the final classifier, the paper's stage 1: cross-entropy, or what the problem has instead."""
     logits: Tensor | None = None
     """(N, C), of the final classifier."""
     off_ramp_logits: Tensor | None = None
     """(R, N, C), one row per off-ramp layer, shallowest first."""
+    certainties: Tensor | None = None
+    """(R + 1, N), of the learning-to-exit head where there is one; the final classifier's row is the last."""
     hidden_states: tuple[Tensor, ...] | None = None
     """On request: embeddings and each layer's output, n + 1 tensors (N, L, H)."""
 
@@ -111,6 +129,7 @@ class DeeBertForSequenceClassification(PreTrainedModel):
         self.off_ramps = nn.ModuleList(OffRamp(config, has_pooler=not shares) for _ in config.off_ramp_layers)
         self.off_ramp_pooler = nn.Linear(config.pooled_size, config.hidden_size) if shares else None
         self.final_classifier = OffRamp(config)
+        self.exit_head = ExitHead(config) if config.learns_to_exit else None
         self.post_init()  # type: ignore[no-untyped-call]
 
     @classmethod
@@ -168,20 +187,22 @@ class DeeBertForSequenceClassification(PreTrainedModel):
 
         Its backbone and head stay bit for bit, so that the final logits are its own: stage 2 alone
         (`deebert.training`, a recipe without stage 1) makes a DeeBERT model of it. All such heads read [CLS], and so do
-        the off-ramps, whose poolers start as the head's. The labels are those of its configuration.
+        the off-ramps, whose poolers start as the head's. Labels and problem type are those of its configuration; as in
+        Hugging Face, one output without a problem type is a regression.
 
         Args:
             name_or_path: folder or hub id of a sequence classifier of one of `deebert.backbones.FAMILIES`.
             allow_pickle: whether weights may be read from `pytorch_model.bin` (tensors only).
-            config: further arguments of `DeeBertConfig`: `off_ramp_layers`, `max_seq_length`.
+            config: further arguments of `DeeBertConfig`: `off_ramp_layers`, `max_seq_length`, `learns_to_exit`.
 
         Raises:
-            BackboneError: another family of models, a decoder, or a head that gives no class probabilities.
+            BackboneError: another family of models, a decoder, a regression of several outputs, or one that does
+                not learn to exit.
             CheckpointError: its weights are incomplete (a bare encoder, or another task's head), or pickled.
         """
         theirs = _backbone_config(name_or_path)
         family = family_of(theirs)
-        _refuse_other_tasks(name_or_path, theirs)
+        problem_type = _problem_type(name_or_path, theirs, learns_to_exit=bool(config.get("learns_to_exit")))
         pretrained, missing = load_pretrained(family.classifier, name_or_path, allow_pickle=allow_pickle)
         _refuse_incomplete(name_or_path, missing)
         model = cls(
@@ -189,6 +210,7 @@ class DeeBertForSequenceClassification(PreTrainedModel):
                 backbone_config=theirs,
                 off_ramp_pooling="cls",
                 off_ramp_activation=family.head.activation,
+                problem_type=problem_type,
                 id2label=theirs.id2label,
                 label2id=theirs.label2id,
                 **config,
@@ -201,15 +223,23 @@ class DeeBertForSequenceClassification(PreTrainedModel):
         model._take_backbone(pretrained.base_model)
         return model
 
+    def learn_to_exit(self) -> None:
+        """Give the model a learning-to-exit head that is yet to be trained, unless it has one."""
+        if self.exit_head is None:
+            self.exit_head = ExitHead(self.config).to(self.device)
+            self._init_weights(self.exit_head.linear)  # type: ignore[no-untyped-call]
+            self.config.learns_to_exit = True
+
     def _take_backbone(self, pretrained: Any) -> None:
         """Copy a pretrained encoder's weights, its pooler aside."""
         weights = pretrained.state_dict()
         self.backbone.load_state_dict({k: v for k, v in weights.items() if not k.startswith("pooler.")})
 
     @property
-    def off_ramp_modules(self) -> tuple[nn.Module, ...]:
-        """All that belongs to the off-ramps, the final classifier aside."""
-        return (self.off_ramps, *([] if self.off_ramp_pooler is None else [self.off_ramp_pooler]))
+    def exit_modules(self) -> tuple[nn.Module, ...]:
+        """All that serves early exits alone: off-ramps, their shared pooler, the learning-to-exit head."""
+        modules: tuple[nn.Module | None, ...] = (self.off_ramps, self.off_ramp_pooler, self.exit_head)
+        return tuple(module for module in modules if module is not None)
 
     @torch.no_grad()
     def _start_poolers_from(self, dense: Any) -> None:
@@ -236,23 +266,29 @@ class DeeBertForSequenceClassification(PreTrainedModel):
             input_ids: (N, L) int64, padded.
             attention_mask: (N, L), 1 for real tokens; all real when None.
             token_type_ids: (N, L) int64 or None.
-            labels: (N,) int64 or None.
+            labels: (N,) int64, (N, C) 0 or 1 for multi-label data, (N,) numbers for a regression, or None.
             output_hidden_states: whether the output holds them.
             kwargs: whatever collators add; ignored, as the backbones do.
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         states = self.hidden_states(input_ids, mask, token_type_ids)
         pooling = self.config.off_ramp_pooling
-        logits = self.final_classifier(pool(states[-1], mask, pooling, self.final_classifier.query))
         ramps: list[Any] = list(self.off_ramps)
-        off_ramp_logits = [
-            ramp(pool(states[layer], mask, pooling, ramp.query), self.off_ramp_pooler)
+        read = [
+            pool(states[layer], mask, pooling, ramp.query)
             for layer, ramp in zip(self.config.off_ramp_layers, ramps, strict=True)
         ]
+        last = pool(states[-1], mask, pooling, self.final_classifier.query)
+        logits = self.final_classifier(last)
+        off_ramp_logits = [
+            ramp(pooled, self.off_ramp_pooler) for ramp, pooled in zip(ramps, read, strict=True)
+        ]
+        head = self.exit_head
         return DeeBertOutput(
-            loss=None if labels is None else F.cross_entropy(logits.float(), labels),
+            loss=None if labels is None else self.config.problem.losses(logits, labels).mean(),
             logits=logits,
             off_ramp_logits=torch.stack(off_ramp_logits) if off_ramp_logits else None,
+            certainties=None if head is None else head(torch.stack([*read, last])),
             hidden_states=states if output_hidden_states else None,
         )
 
@@ -290,16 +326,18 @@ def _refuse_incomplete(name: str, missing: list[str]) -> None:
         )
 
 
-def _refuse_other_tasks(name: str, config: PreTrainedConfig) -> None:
-    """Entropy says how sure a softmax over several classes is, and of nothing else."""
-    labels = int(config.num_labels or 0)
-    if config.problem_type in (None, "single_label_classification") and labels > 1:
-        return
-    task = config.problem_type or "regression"
-    raise BackboneError(
-        f"{name!r} is a {task.replace('_', ' ')} model of {labels} outputs, whose answers have no entropy to exit "
-        "by: give one that chooses one of several labels"
-    )
+def _problem_type(name: str, config: PreTrainedConfig, *, learns_to_exit: bool) -> str:
+    """What a Hugging Face classifier is asked; refuses what off-ramps could not answer early."""
+    outputs = int(config.num_labels or 0)
+    problem: str = config.problem_type or ("regression" if outputs == 1 else "single_label_classification")
+    if problem == "regression" and outputs != 1:
+        raise BackboneError(f"{name!r} is a regression of {outputs} outputs: give one of a single output")
+    if problem == "regression" and not learns_to_exit:
+        raise BackboneError(
+            f"{name!r} is a regression, whose answers have no entropy to exit by: let it learn to exit "
+            "(learns_to_exit, --learn-to-exit)"
+        )
+    return problem
 
 
 # What makes `AutoModelForSequenceClassification.from_pretrained` know our folders: idempotent, and the one

@@ -1,9 +1,10 @@
 """What is said of a text that is longer than the model reads at once: the mean of its windows.
 
 Such a text is cut into windows that overlap; each is a sample of its own and leaves where it is sure. The
-text's distribution is the mean of its windows' distributions, each counting the same whatever its length; its
-label is the largest of the mean, its entropy the entropy of the mean, its exit layer that of its deepest
-window: what the answer waited for. Knows nothing of tokenizers, models or who holds the windows meanwhile.
+text's scores (its distribution, a probability for each label, or its number) are the mean of its windows'
+scores, each counting the same whatever its length; its answer and its entropy are those of the mean
+(`Problem.predict_scores`, `Problem.entropy_of_scores`), its exit layer is that of its deepest window: what the
+answer waited for. Knows nothing of tokenizers, models or who holds the windows meanwhile.
 """
 
 from __future__ import annotations
@@ -43,10 +44,3 @@ def text_sums(values: IntArray, counts: IntArray) -> IntArray:
     if not len(counts):
         return np.zeros(0, np.int64)
     return np.asarray(np.add.reduceat(values, first_windows(counts)), np.int64)
-
-
-def distribution_entropy(probabilities: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Entropy of distributions in nats, ``-Σ p ln p`` with ``0 ln 0 = 0``; (N, C) -> (N,)."""
-    logs = np.log(probabilities, out=np.zeros_like(probabilities), where=probabilities > 0)
-    # A sum of terms that are not above 0; `abs` only turns the -0.0 of a certain answer into 0.0.
-    return np.asarray(np.abs((probabilities * logs).sum(axis=1)), np.float64)

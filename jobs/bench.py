@@ -238,7 +238,7 @@ def _settings(job: BenchJob, checkpoint: Checkpoint) -> BenchSettings:
         batch_size=job.batch_size,
         micro_batch_tokens=job.micro_batch_tokens,
         mean_exit_layers=job.mean_exit_layers,
-        policy=resolve_policy(job.entropy_threshold, checkpoint),
+        policy=resolve_policy(job.entropy_threshold, None, checkpoint),
         rivals=job.rivals,
         shards=job.shards,
         memory_rows=job.memory_rows,

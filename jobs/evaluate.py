@@ -56,6 +56,12 @@ class EvaluateJob:
     thresholds: tuple[float, ...] = flag(
         "entropy thresholds to try, nats", default=(0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5), parse=_numbers
     )
+    certainty_thresholds: tuple[float, ...] = flag(
+        "of a model that learns to exit: certainty thresholds to try",
+        default=(0.5, 0.6, 0.7, 0.8, 0.9, 0.95),
+        parse=_numbers,
+    )
+    label_separator: str = flag("multi-label CSV and TSV: between the labels of a row", default=",")
     split: str | None = flag("of a data set; left out, validation (MNLI: both, apart)", default=None)
     max_length: int | None = flag(
         "tokens a text is cut to; left out, what the model was trained with", default=None, parse=positive
@@ -106,7 +112,7 @@ def execute(argv: Sequence[str], *, prog: str) -> int:
         EvaluateJob,
         argv,
         prog=prog,
-        description="Score every off-ramp, sweep entropy thresholds, measure time, draw the paper's figures.",
+        description="Score every off-ramp, sweep thresholds, measure time, draw the paper's figures.",
     )
     show(evaluate(job), job.output)
     return 0

@@ -7,15 +7,16 @@ of flags' spelling, pages or pictures.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deebert.baselines import StaticStyle, kept_layers
 from deebert.evaluation import LabelledSequences, predictions, trace
-from deebert.exit_policy import FULL_DEPTH, EntropyThreshold
+from deebert.exit_policy import FULL_DEPTH, EntropyThreshold, LearningToExit, StoredPolicy
 from deebert.precision import resolve_precision
+from deebert.problem import problem_of
 from deebert.training import BackboneStage, Recipe
 from jobs.labelled import LabelledSource, sample
 from jobs.scoring import evaluated
@@ -67,7 +68,7 @@ def run(job: EvaluateJob) -> Evaluation:
         model=file.origin.model,
         task=file.origin.task,
         origin=f"{file.origin.precision}, {_lengths(file.origin)}",
-        sets=tuple(evaluated(name, file, job.thresholds, statics) for name in file.sets),
+        sets=tuple(evaluated(name, file, policies_of(job, file), statics) for name in file.sets),
     )
 
 
@@ -106,6 +107,7 @@ def _check_origin(job: EvaluateJob, origin: TraceOrigin, subject: Subject) -> No
         ("another model", origin.model_digest, given.model_digest),
         ("another precision", origin.precision, given.precision),
         ("another label order", origin.labels, given.labels),
+        ("another problem type", origin.problem_type, given.problem_type),
     ]
     if subject.data:
         checks += [
@@ -157,6 +159,8 @@ def _training_data(job: EvaluateJob, subject: Subject) -> LabelledSequences:
         glue_dir=None if job.train_data else job.glue_dir,
         task=job.task,
         columns=job.columns,
+        problem=subject.checkpoint.model.config.problem,
+        label_separator=job.label_separator,
     )
     if job.train_data is None and source.is_one_set:
         raise UsageError(
@@ -198,7 +202,7 @@ def _timed(
     job: EvaluateJob, subject: Subject, file: TraceFile, statics: Sequence[StaticBaseline]
 ) -> TraceFile:
     """The file with the seconds that it lacks, measured now."""
-    contenders = _contenders(job.thresholds, subject, statics)
+    contenders = _contenders(policies_of(job, file), subject, statics)
     wanted = {contender.name for contender in contenders}
     timings = dict(file.timings)
     for name, data in subject.data.items():
@@ -210,12 +214,22 @@ def _timed(
     return file if timings == file.timings else _kept(job, replace(file, timings=timings))
 
 
+def policies_of(job: EvaluateJob, file: TraceFile) -> dict[str, StoredPolicy]:
+    """The policies to try, by the name that tables give them: those that the traced model knows."""
+    policies: dict[str, StoredPolicy] = {}
+    if problem_of(file.origin.problem_type).outcomes(len(file.origin.labels)) is not None:
+        policies |= {f"{t:g}": EntropyThreshold(t) for t in job.thresholds}
+    if all(traced.trace.certainties is not None for traced in file.sets.values()):
+        policies |= {f"certainty {t:g}": LearningToExit(t) for t in job.certainty_thresholds}
+    return policies
+
+
 def _contenders(
-    thresholds: Sequence[float], subject: Subject, statics: Sequence[StaticBaseline]
+    policies: Mapping[str, StoredPolicy], subject: Subject, statics: Sequence[StaticBaseline]
 ) -> tuple[Contender, ...]:
     full = Contender(name=FULL_DEPTH_NAME, encoder=subject.encoder, policy=FULL_DEPTH)
     early = (
-        Contender(name=f"{t:g}", encoder=subject.encoder, policy=EntropyThreshold(t)) for t in thresholds
+        Contender(name=name, encoder=subject.encoder, policy=policy) for name, policy in policies.items()
     )
     shallow = (
         Contender(

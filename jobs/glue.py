@@ -28,7 +28,7 @@ class Columns:
 
 @dataclass(frozen=True, kw_only=True)
 class GlueTask:
-    """One classification task of GLUE."""
+    """One task of GLUE."""
 
     name: str
     """As `--task` takes it."""
@@ -39,7 +39,7 @@ class GlueTask:
     columns: tuple[Columns, ...]
     """TSV form first, then the hub's where it differs."""
     labels: tuple[str, ...]
-    """Names in the order that models are trained with."""
+    """Names in the order that models are trained with; none of a regression."""
     values: dict[str, str] = field(default_factory=dict)
     """What the TSVs write instead of names."""
     positive: str | None = None
@@ -48,6 +48,8 @@ class GlueTask:
     """Suffixes of the development sets: MNLI has two."""
     has_fixed_order: bool = True
     """Whether a label's number means the same everywhere: MNLI's does not."""
+    problem_type: str = "single_label_classification"
+    """Hugging Face's."""
 
     def dev_splits(self, stem: str) -> tuple[str, ...]:
         """Names of the development sets: (``dev``,), or (``dev_matched``, ``dev_mismatched``)."""
@@ -124,6 +126,17 @@ TASKS = (
         labels=("contradiction", "entailment", "neutral"),
         evaluation_sets=("matched", "mismatched"),
         has_fixed_order=False,
+    ),
+    GlueTask(
+        name="sts-b",
+        folder="STS-B",
+        configuration="stsb",
+        columns=(
+            Columns(text="sentence1", pair="sentence2", label="score"),
+            Columns(text="sentence1", pair="sentence2", label="label"),
+        ),
+        labels=(),
+        problem_type="regression",
     ),
 )
 TASK_NAMES = tuple(task.name for task in TASKS)

@@ -1,23 +1,23 @@
 """Labelled data for training and evaluation: files, data sets, GLUE's folders, the hub.
 
-Turns any of them into texts with label ids, and those into packed samples. Labels are matched by name
-wherever there are names: the number of a label means what its source says. Knows nothing of models beyond
-their label names.
+Turns any of them into texts with label ids, sets of them, or numbers, and those into packed samples. Knows
+nothing of models beyond their label names and what they are asked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from deebert.errors import DataError
 from deebert.evaluation import LabelledSequences
+from deebert.problem import REGRESSION, SINGLE_LABEL, Problem, problem_of
 from jobs.glue import Columns, GlueTask, find_task, task_of_hub_id, tsv_path
+from jobs.label_ids import found_problem, label_places, labels_of
 from jobs.labelled_rows import LabelledRows, read_rows
 from pipeline.errors import UsageError
 from pipeline.tokenization import TextTokenizer
@@ -29,10 +29,11 @@ class LabelledTexts:
 
     texts: tuple[str, ...]
     pairs: tuple[str, ...] | None
-    labels: tuple[int, ...]
-    """Ids into `names`."""
+    labels: tuple[Any, ...]
+    """Ids into `names`; tuples of such ids in multi-label data; numbers in a regression."""
     names: tuple[str, ...]
     """Label names, in the order of their ids."""
+    problem: Problem = SINGLE_LABEL
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -42,7 +43,7 @@ class LabelledTexts:
         batch = tokenizer(self.texts, self.pairs)
         return LabelledSequences(
             tokens=batch.tokens,
-            labels=torch.tensor(self.labels, dtype=torch.long),
+            labels=self.problem.label_tensor(self.labels, len(self.names)),
             windows=None if tokenizer.window_stride is None else batch.windows,
         )
 
@@ -61,6 +62,10 @@ class LabelledSource:
     """Of data that belongs to no task."""
     split: str | None = None
     """Left out, the split that the purpose asks for."""
+    problem: Problem | None = None
+    """What the labels are of; left out, the task's problem, or multi-label where rows have lists of labels."""
+    label_separator: str = ","
+    """Between the labels of one row of multi-label data in a text file."""
 
     def __post_init__(self) -> None:
         if (self.data is None) == (self.glue_dir is None):
@@ -113,7 +118,12 @@ class LabelledSource:
         task = self.glue_task
         if task is None:
             assert self.data is not None  # without --glue-dir, as checked above
-            return _identified(read_rows(self.data, (self.columns,), split=split), names)
+            rows = read_rows(self.data, (self.columns,), split=split)
+            return _texts_of(rows, names, self.problem, self.label_separator)
+        if self.problem not in (None, problem_of(task.problem_type)):
+            raise UsageError(
+                f"the task {task.name} is a {task.problem_type}, which --problem or the model is not: give what fits"
+            )
         return _load_task(task, self._path(task, split), split, names)
 
     def _path(self, task: GlueTask, split: str) -> str:
@@ -143,7 +153,7 @@ def load_labelled(
         DataError: no such source or column, or labels that are not among `names`.
     """
     columns = Columns(text=text_column, pair=text_pair_column, label=label_column)
-    return _identified(read_rows(source, (columns,), split=split), names)
+    return _texts_of(read_rows(source, (columns,), split=split), names)
 
 
 def sample(data: LabelledSequences, most: int | None, *, seed: int) -> LabelledSequences:
@@ -153,27 +163,41 @@ def sample(data: LabelledSequences, most: int | None, *, seed: int) -> LabelledS
     return data.take(np.random.default_rng(seed).permutation(len(data))[:most])
 
 
-def label_places(theirs: Sequence[str], ours: Sequence[str]) -> tuple[int | None, ...]:
-    """For each name of `theirs` its place in `ours`, None where it has none; case does not matter."""
-    places = {name.casefold(): i for i, name in enumerate(ours)}
-    if len(places) != len(ours):  # labels that differ in case alone
-        places = {name: i for i, name in enumerate(ours)}
-        return tuple(places.get(name) for name in theirs)
-    return tuple(places.get(name.casefold()) for name in theirs)
-
-
 def _load_task(task: GlueTask, source: str, split: str, names: tuple[str, ...] | None) -> LabelledTexts:
+    if problem_of(task.problem_type) is REGRESSION:
+        rows = read_rows(source, task.columns, split=split, is_label=_is_number)
+        return _texts_of(rows, None, REGRESSION)
     # A number is told from a name by the task alone: MNLI's numbers differ from source to source.
-    known = frozenset((*task.labels, *task.values)) if source.endswith(".tsv") else None
-    rows = read_rows(source, task.columns, split=split, known_labels=known)
+    known = {*task.labels, *task.values} if source.endswith(".tsv") else None
+    rows = read_rows(
+        source, task.columns, split=split, is_label=lambda label: known is None or str(label) in known
+    )
     renamed = tuple(task.values.get(str(label), label) for label in rows.labels)
     if not task.has_fixed_order and any(isinstance(label, int) for label in renamed):
         raise DataError(
             f"{source!r} numbers the labels of {task.name}, which differ from source to source: give their names"
         )
     rows = replace(rows, labels=renamed)
-    as_task = _identified(rows, task.labels)
+    as_task = _texts_of(rows, task.labels)
     return as_task if names is None else _reordered(source, as_task, names)
+
+
+def _texts_of(
+    rows: LabelledRows,
+    names: tuple[str, ...] | None,
+    problem: Problem | None = None,
+    separator: str = ",",
+) -> LabelledTexts:
+    problem = problem or found_problem(rows)
+    labels, order = labels_of(rows, problem, names, separator=separator)
+    return LabelledTexts(texts=rows.texts, pairs=rows.pairs, labels=labels, names=order, problem=problem)
+
+
+def _is_number(label: Any) -> bool:
+    try:
+        return math.isfinite(float(label))
+    except (TypeError, ValueError):
+        return False
 
 
 def _reordered(source: str, texts: LabelledTexts, names: tuple[str, ...]) -> LabelledTexts:
@@ -185,33 +209,3 @@ def _reordered(source: str, texts: LabelledTexts, names: tuple[str, ...]) -> Lab
             "name the model's labels in the order of their ids with --labels"
         )
     return replace(texts, labels=tuple(int(places[i] or 0) for i in texts.labels), names=names)
-
-
-def _identified(rows: LabelledRows, names: tuple[str, ...] | None) -> LabelledTexts:
-    """Label ids: by name where labels are names, else integers as they are."""
-    labels = tuple(_whole_number(rows.source, label) for label in rows.labels)
-    present = sorted(set(labels), key=lambda x: (isinstance(x, str), x))
-    order = names or rows.class_names or tuple(map(str, present))
-    ids: dict[Any, int | None] = dict(
-        zip(present, label_places(tuple(map(str, present)), order), strict=True)
-    )
-    if None in ids.values() and all(isinstance(label, int) for label in present):
-        ids = {label: label if 0 <= label < len(order) else None for label in present}
-    unknown = [label for label, i in ids.items() if i is None]
-    if unknown:
-        raise DataError(
-            f"{rows.source!r} has the label {unknown[0]!r}, which is not among {', '.join(order)}: "
-            "name all labels with --labels, in the order of their ids"
-        )
-    return LabelledTexts(
-        texts=rows.texts, pairs=rows.pairs, labels=tuple(int(ids[x] or 0) for x in labels), names=order
-    )
-
-
-def _whole_number(source: str, label: Any) -> Any:
-    """Integral floats are integers (a column with gaps becomes float); others are no classes."""
-    if not isinstance(label, float):
-        return label
-    if not label.is_integer():
-        raise DataError(f"{source!r} has the label {label}, a measure and not a class: give class labels")
-    return int(label)

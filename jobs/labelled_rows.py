@@ -7,7 +7,7 @@ tokens or models.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from jobs.tsv import read_tsv, read_tsv_header
 
 log = logging.getLogger(__name__)
 
+IsLabel = Callable[[Any], bool]
 TOLERATED_BROKEN_ROWS = 10
 TOLERATED_BROKEN_SHARE = 0.01
 """Above both, the file is not what its reader takes it for."""
@@ -31,7 +32,7 @@ class LabelledRows:
     texts: tuple[str, ...]
     pairs: tuple[str, ...] | None
     labels: tuple[Any, ...]
-    """Names or integers, as the source has them."""
+    """Names or numbers, or lists of names or integers, as the source has them."""
     class_names: tuple[str, ...] | None
     """Label names in the order of their ids, where the source states them; `labels` are names then."""
 
@@ -45,7 +46,7 @@ class _Row:
 
 
 def read_rows(
-    source: str, columns: Sequence[Columns], *, split: str, known_labels: frozenset[str] | None = None
+    source: str, columns: Sequence[Columns], *, split: str, is_label: IsLabel = lambda label: True
 ) -> LabelledRows:
     """Read every usable row.
 
@@ -54,7 +55,7 @@ def read_rows(
             ``hub-id[:configuration]``.
         columns: alternatives; the first that the source has is taken.
         split: of a hub data set or of a folder with several.
-        known_labels: a row with another label is broken; None takes any.
+        is_label: a row with a label of which it is not true is broken.
 
     Raises:
         DataError: no such source or columns, no usable row, or too many broken ones.
@@ -75,7 +76,7 @@ def read_rows(
         values = [data[column][:] for column in chosen.all()]
         values[-1] = [_named(label, class_names) for label in values[-1]]
         rows = [_Row(place=f"row {i}", cells=cells) for i, cells in enumerate(zip(*values, strict=True))]
-    usable = _usable(source, rows, known_labels)
+    usable = _usable(source, rows, is_label)
     *texts, labels = zip(*usable, strict=True)
     return LabelledRows(
         source=source,
@@ -86,24 +87,24 @@ def read_rows(
     )
 
 
-def _usable(source: str, rows: list[_Row], known_labels: frozenset[str] | None) -> list[tuple[Any, ...]]:
+def _usable(source: str, rows: list[_Row], is_label: IsLabel) -> list[tuple[Any, ...]]:
     """The cells of rows that have every text and a label."""
     labelled = [row for row in rows if row.cells is None or row.cells[-1] not in (None, "")]
     if unlabelled := len(rows) - len(labelled):
         log.info("%s: left out %d of %d rows, which have no label", source, unlabelled, len(rows))
-    broken = [row for row in labelled if not _is_whole(row, known_labels)]
+    broken = [row for row in labelled if not _is_whole(row, is_label)]
     _judge(source, broken, len(rows))
-    usable = [row.cells for row in labelled if row.cells is not None and _is_whole(row, known_labels)]
+    usable = [row.cells for row in labelled if row.cells is not None and _is_whole(row, is_label)]
     if not usable:
         raise DataError(f"{source!r} has no row with a label: give labelled data")
     return usable
 
 
-def _is_whole(row: _Row, known_labels: frozenset[str] | None) -> bool:
+def _is_whole(row: _Row, is_label: IsLabel) -> bool:
     if row.cells is None:
         return False
     *texts, label = row.cells
-    return all(text is not None for text in texts) and (known_labels is None or str(label) in known_labels)
+    return all(text is not None for text in texts) and is_label(label)
 
 
 def _judge(source: str, broken: list[_Row], total: int) -> None:
@@ -135,11 +136,14 @@ def _number_if_digits(label: Any) -> Any:
 
 
 def _class_names(feature: Any) -> tuple[str, ...] | None:
+    feature = getattr(feature, "feature", feature)  # of a list of class labels
     return tuple(feature.names) if hasattr(feature, "names") else None
 
 
 def _named(label: Any, class_names: tuple[str, ...] | None) -> Any:
     """A class's name for its number; None for -1, which is how hidden test labels are written."""
+    if isinstance(label, list):
+        return [_named(one, class_names) for one in label]
     if class_names is None or label is None:
         return _number_if_digits(label)
     return class_names[label] if label >= 0 else None

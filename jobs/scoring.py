@@ -13,7 +13,8 @@ from torch import Tensor
 
 from deebert.cost import ModelShape
 from deebert.evaluation import flop_saving, off_ramp_scores, predictions, score, static_flop_saving
-from deebert.exit_policy import FULL_DEPTH, EntropyThreshold
+from deebert.exit_policy import FULL_DEPTH, StoredPolicy
+from deebert.problem import problem_of
 from jobs.glue import find_task
 from jobs.metrics import NamedMetric, metrics_of
 from jobs.timing import Measure, Timing
@@ -22,14 +23,23 @@ from pipeline.report.evaluated import FULL_DEPTH_NAME, EvaluatedPoint, Evaluated
 
 
 def evaluated(
-    name: str, file: TraceFile, thresholds: Sequence[float], statics: Sequence[StaticRecord]
+    name: str, file: TraceFile, policies: Mapping[str, StoredPolicy], statics: Sequence[StaticRecord]
 ) -> EvaluatedSet:
-    """Everything to show of the set `name`."""
+    """Everything to show of the set `name`.
+
+    Args:
+        name: of one of the file's sets.
+        file: traces and what was measured on them.
+        policies: to score, by the name that tables give them.
+        statics: baselines to score.
+    """
     task = file.origin.task
     scorer = _SetScorer(
         traced=file.sets[name],
         shape=file.origin.shape,
-        metrics=metrics_of(find_task(task) if task else None, file.origin.labels),
+        metrics=metrics_of(
+            find_task(task) if task else None, file.origin.labels, problem_of(file.origin.problem_type)
+        ),
         timings={timing.name: timing for timing in file.timings.get(name, ())},
     )
     return EvaluatedSet(
@@ -38,7 +48,8 @@ def evaluated(
         metrics=tuple(metric.name for metric in scorer.metrics),
         off_ramps=scorer.off_ramps(),
         full=scorer.point(FULL_DEPTH_NAME, FULL_DEPTH),
-        thresholds=tuple(scorer.point(f"{t:g}", EntropyThreshold(t)) for t in thresholds),
+        thresholds=tuple(scorer.point(n, p) for n, p in policies.items() if not p.reads_certainty),
+        certainties=tuple(scorer.point(n, p) for n, p in policies.items() if p.reads_certainty),
         statics=tuple(map(scorer.static_point, statics)),
     )
 
@@ -59,7 +70,7 @@ class _SetScorer:
         by_metric = [off_ramp_scores(trace, labels, metric.compute) for metric in self.metrics]
         return tuple(zip(trace.layers, zip(*by_metric, strict=True), strict=True))
 
-    def point(self, name: str, policy: EntropyThreshold) -> EvaluatedPoint:
+    def point(self, name: str, policy: StoredPolicy) -> EvaluatedPoint:
         trace, labels = self.traced.trace, self.traced.labels
         found = score(trace, labels, policy)
         return EvaluatedPoint(

@@ -48,7 +48,7 @@ def train_static(
     """
     backbone = str(record.recipe["backbone"])
     config = like.model.config
-    check_labels(data, len(like.labels))
+    check_labels(data, len(like.labels), config.problem)
     set_seed(recipe.seed)
     try:
         whole = DeeBertForSequenceClassification.from_backbone(
@@ -56,6 +56,7 @@ def train_static(
             labels=list(like.labels),
             off_ramp_pooling=config.off_ramp_pooling,
             max_seq_length=config.max_seq_length,
+            problem_type=config.problem.name,
         )
         tokenizer = AutoTokenizer.from_pretrained(backbone)
     except (OSError, ValueError) as error:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from jobs.flags import flag, parse_job
 from jobs.terminal import quiet_libraries
-from pipeline.config import WINDOW_STRIDE_HELP, Thresholds, positive, thresholds, whole
+from pipeline.config import WINDOW_STRIDE_HELP, Thresholds, certainties, positive, thresholds, whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +22,12 @@ class StreamJob:
         default=None,
         parse=thresholds,
         metavar="S",
+    )
+    certainty_threshold: Thresholds | None = flag(
+        "of a model that learns to exit: certainty, 0 to 1, above which a sample leaves: one, or one per layer",
+        default=None,
+        parse=certainties,
+        metavar="C",
     )
     text_column: str = flag("field of the text in JSON lines", default="text")
     text_pair_column: str | None = flag("field of the second text of a pair", default=None)
@@ -73,7 +79,7 @@ def execute(argv: Sequence[str], *, prog: str) -> int:
         precision=resolve_precision(job.precision),
         device="cuda" if torch.cuda.is_available() else "cpu",
     )
-    policy = resolve_policy(job.entropy_threshold, checkpoint)
+    policy = resolve_policy(job.entropy_threshold, job.certainty_threshold, checkpoint)
     # Not `sys.stdin`: the interpreter closes that at its end, and aborts if the reader thread waits in it.
     lines = open(sys.stdin.fileno(), "rb", closefd=False)  # noqa: SIM115
     stream(checkpoint, policy, lines, sys.stdout, config)

@@ -17,6 +17,7 @@ from deebert.encoder import PackedEncoder
 from deebert.evaluation import LabelledSequences
 from deebert.modeling import DeeBertForSequenceClassification
 from deebert.precision import DTYPES, Precision, resolve_precision
+from deebert.problem import Problem
 from jobs.labelled import LabelledSource
 from jobs.traces import TraceOrigin, data_digest
 from pipeline.errors import UsageError
@@ -57,7 +58,7 @@ def load_subject(job: EvaluateJob, model: str) -> Subject:
         window_stride=job.window_stride,
     )
     precision = resolve_precision(job.precision)
-    source = _labelled_source(job)
+    source = _labelled_source(job, checkpoint.model.config.problem)
     texts = {} if source is None else source.evaluation_texts(labels)
     task = None if source is None else source.glue_task
     return Subject(
@@ -77,11 +78,17 @@ def packed_encoder(model: DeeBertForSequenceClassification, precision: Precision
     return PackedEncoder(model, device=device, dtype=DTYPES[precision])
 
 
-def _labelled_source(job: EvaluateJob) -> LabelledSource | None:
+def _labelled_source(job: EvaluateJob, problem: Problem) -> LabelledSource | None:
     if job.data is None and job.glue_dir is None:
         return None
     return LabelledSource(
-        data=job.data, glue_dir=job.glue_dir, task=job.task, columns=job.columns, split=job.split
+        data=job.data,
+        glue_dir=job.glue_dir,
+        task=job.task,
+        columns=job.columns,
+        split=job.split,
+        problem=problem,
+        label_separator=job.label_separator,
     )
 
 
@@ -94,6 +101,7 @@ def origin_of(subject: Subject) -> TraceOrigin:
         data_digest=data_digest(subject.data),
         task=subject.task,
         labels=subject.labels,
+        problem_type=config.problem.name,
         precision=subject.precision,
         max_length=subject.tokenizer.max_length,
         window_stride=subject.tokenizer.window_stride,

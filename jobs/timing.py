@@ -17,7 +17,7 @@ import torch
 
 from deebert.cost import mean_exit_layer
 from deebert.encoder import PackedEncoder
-from deebert.exit_policy import ExitPolicy, entropy
+from deebert.exit_policy import ExitPolicy
 from deebert.packing import IntArray, PackedTokens
 from pipeline.engine import Engine, EngineConfig
 
@@ -140,12 +140,12 @@ def _exit_layer(encoder: PackedEncoder, policy: ExitPolicy, sample: PackedTokens
         if layer > 0:
             states = encoder.layer(layer - 1, states, sample.layout)
         if layer in encoder.off_ramp_layers and policy.can_fire(layer):
-            logits = encoder.off_ramp(layer - 1, states, sample.layout)
-            if bool(policy.fires(layer, logits, entropy(logits))):
+            answer = encoder.answer(layer - 1, states, sample.layout, with_certainty=policy.reads_certainty)
+            if bool(policy.fires(layer, answer)):
                 return layer
     last = encoder.num_layers
     states = encoder.layer(last - 1, states, sample.layout)
-    encoder.off_ramp(last - 1, states, sample.layout).argmax(-1).item()
+    encoder.off_ramp(last - 1, states, sample.layout).cpu()
     return last
 
 

@@ -1,10 +1,10 @@
 """Traces as Parquet: every off-ramp's logits, the lengths and the labels of labelled sets.
 
-One row per sample: `set` (MNLI has two), `label` (id), `num_tokens`, `logits_i` for each off-ramp layer i,
-and the prediction of each static baseline. Where texts are classified in windows, a sample is a window, `text`
-numbers the text that it is of, and what is known of the text stands at each of its windows. The footer says
-of what model and data they are, and holds the seconds measured on them, so that a later evaluation runs no
-model at all. Knows nothing of texts.
+One row per sample: `set` (MNLI has two), `label` (id, a 0 or 1 for each label, or a number), `num_tokens`,
+`logits_i` for each off-ramp layer i, `certainty_i` where the model learns to exit, and the prediction of each static
+baseline. Where texts are classified in windows, a sample is a window, `text` numbers the text that it is of, and what
+is known of the text stands at each of its windows. The footer says of what model and data they are, and holds the
+seconds measured on them, so that a later evaluation runs no model at all. Knows nothing of texts.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from deebert.baselines import StaticStyle
 from deebert.cost import ModelShape
 from deebert.errors import DataError
 from deebert.evaluation import LabelledSequences, Trace
+from deebert.problem import SINGLE_LABEL, problem_of
 from deebert.windows import first_windows
 from jobs.timing import Measure, Timing
 from pipeline.errors import UsageError
@@ -34,6 +35,7 @@ from pipeline.errors import UsageError
 _KEY = b"deebert.trace"
 _LOGITS = "logits_"
 _TEXT = "text"
+_CERTAINTY = "certainty_"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,8 @@ class TraceOrigin:
     """GLUE task, which decides the metric."""
     labels: tuple[str, ...]
     """Names in the order of the ids."""
+    problem_type: str = SINGLE_LABEL.name
+    """Hugging Face's; traces from before there were several do not say."""
     precision: str
     max_length: int
     shape: ModelShape
@@ -77,9 +81,9 @@ class TracedSet:
 
     trace: Trace
     labels: Tensor
-    """(N,) int64, one for each text."""
+    """One for each text, in the form that the problem gives them: see `LabelledSequences.labels`."""
     static_predictions: Mapping[str, Tensor] = field(default_factory=dict)
-    """By the baseline's name, (N,) int64."""
+    """By the baseline's name, N: see `Problem.predict`."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -143,10 +147,11 @@ def read_traces(path: Path) -> TraceFile:
         ) from error
     names = np.asarray(table["set"].cast(pa.string()).to_pylist(), dtype=object)
     statics = tuple(StaticRecord(**record) for record in document["statics"])
+    origin = _origin(document["origin"])
     return TraceFile(
-        origin=_origin(document["origin"]),
+        origin=origin,
         sets={
-            name: _traced_set(table.filter(pa.array(names == name)), statics)
+            name: _traced_set(table.filter(pa.array(names == name)), origin, statics)
             for name in dict.fromkeys(names.tolist())
         },
         timings={name: tuple(map(_timing, all_)) for name, all_ in document["timings"].items()},
@@ -166,40 +171,56 @@ def _timing(values: dict[str, Any]) -> Timing:
 
 def _table(name: str, traced: TracedSet) -> pa.Table:
     trace, samples = traced.trace, len(traced.trace.lengths)
-    num_labels = trace.logits.shape[-1]
-    texts = np.arange(samples)
+    texts = torch.arange(samples)
     if trace.windows is not None:
-        texts = np.repeat(np.arange(len(trace.windows)), trace.windows)
+        texts = torch.arange(len(trace.windows)).repeat_interleave(torch.from_numpy(trace.windows))
     columns = {
         "set": pa.array([name] * samples).dictionary_encode(),
-        **({} if trace.windows is None else {_TEXT: pa.array(texts)}),
-        "label": pa.array(traced.labels.numpy().astype(np.int32)[texts]),
+        **({} if trace.windows is None else {_TEXT: pa.array(texts.numpy())}),
+        "label": _column(traced.labels[texts]),
         "num_tokens": pa.array(trace.lengths.astype(np.int32)),
     }
     for layer, logits in zip(trace.layers, trace.logits, strict=True):
-        flat = pa.array(logits.contiguous().numpy().reshape(-1))
-        columns[f"{_LOGITS}{layer}"] = pa.FixedSizeListArray.from_arrays(flat, num_labels)
+        columns[f"{_LOGITS}{layer}"] = _column(logits)
+    if trace.certainties is not None:
+        for layer, certainties in zip(trace.layers, trace.certainties, strict=True):
+            columns[f"{_CERTAINTY}{layer}"] = _column(certainties)
     for baseline, predictions in traced.static_predictions.items():
-        columns[baseline] = pa.array(predictions.numpy().astype(np.int32)[texts])
+        columns[baseline] = _column(predictions[texts])
     return pa.table(columns)
 
 
-def _traced_set(table: pa.Table, statics: tuple[StaticRecord, ...]) -> TracedSet:
-    columns = [name for name in table.column_names if name.startswith(_LOGITS)]
-    logits = [np.array(table[name].combine_chunks().flatten()).reshape(len(table), -1) for name in columns]
+def _traced_set(table: pa.Table, origin: TraceOrigin, statics: tuple[StaticRecord, ...]) -> TracedSet:
+    names = [name for name in table.column_names if name.startswith(_LOGITS)]
+    layers = tuple(int(name.removeprefix(_LOGITS)) for name in names)
+    certain = [table[name] for layer in layers if (name := f"{_CERTAINTY}{layer}") in table.column_names]
     windows = np.bincount(table[_TEXT].to_numpy()) if _TEXT in table.column_names else None
-    first = np.arange(len(table)) if windows is None else first_windows(windows)
+    first = torch.from_numpy(np.arange(len(table)) if windows is None else first_windows(windows))
     return TracedSet(
         trace=Trace(
-            layers=tuple(int(name.removeprefix(_LOGITS)) for name in columns),
-            logits=torch.from_numpy(np.stack(logits)),
+            layers=layers,
+            logits=torch.stack([_tensor(table[name]) for name in names]),
             lengths=table["num_tokens"].to_numpy().astype(np.int64),
             windows=windows,
+            problem=problem_of(origin.problem_type),
+            certainties=torch.stack([_tensor(column) for column in certain]) if certain else None,
         ),
-        labels=_ids(table["label"])[first],
-        static_predictions={record.name: _ids(table[record.name])[first] for record in statics},
+        labels=_tensor(table["label"])[first],
+        static_predictions={record.name: _tensor(table[record.name])[first] for record in statics},
     )
 
 
-def _ids(column: pa.ChunkedArray) -> Tensor:
-    return torch.from_numpy(column.to_numpy().astype(np.int64))
+def _column(values: Tensor) -> pa.Array:
+    """(N,) or (N, C) -> a column of numbers or of lists; ids take 32 bits."""
+    array = values.contiguous().numpy()
+    flat = pa.array((array.astype(np.int32) if array.dtype == np.int64 else array).reshape(-1))
+    return flat if values.dim() == 1 else pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
+
+
+def _tensor(column: pa.ChunkedArray) -> Tensor:
+    """The inverse of `_column`."""
+    if pa.types.is_fixed_size_list(column.type):
+        rows = column.combine_chunks()
+        return torch.from_numpy(rows.flatten().to_numpy(zero_copy_only=False).reshape(len(rows), -1).copy())
+    array = column.to_numpy()
+    return torch.from_numpy(array.astype(np.int64 if array.dtype == np.int32 else array.dtype))

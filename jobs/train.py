@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from deebert.checkpoint import Checkpoint
     from deebert.evaluation import LabelledSequences
     from deebert.modeling import DeeBertForSequenceClassification
-    from jobs.labelled import LabelledTexts
+    from jobs.labelled import LabelledSource, LabelledTexts
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +77,18 @@ class TrainJob:
         default=None,
         parse=comma_list,
         metavar="A,B",
+    )
+    problem: str | None = flag(
+        "what the labels are: one of several (the default), any number of them (found where rows have lists), "
+        "or a number (found for STS-B)",
+        default=None,
+        choices=("single_label_classification", "multi_label_classification", "regression"),
+    )
+    label_separator: str = flag("multi-label CSV and TSV: between the labels of a row", default=",")
+    learn_to_exit: bool = flag(
+        "also train a head that tells how certain each off-ramp is, to exit by with --certainty-threshold "
+        "(BERxiT); a regression needs it",
+        default=False,
     )
     output: str = flag("model folder to write")
     off_ramp_pooling: str = flag(
@@ -275,19 +288,14 @@ def _load(
     """The model to start from, its tokenizer, and the rows."""
     from transformers import set_seed
 
-    from jobs.labelled import LabelledSource, sample
+    from jobs.labelled import sample
     from pipeline.tokenization import TextTokenizer
 
-    columns = Columns(text=job.text_column, pair=job.text_pair_column, label=job.label_column)
-    source = LabelledSource(data=job.data, glue_dir=job.glue_dir, task=job.task, columns=columns)
-    texts = source.training_texts(job.labels)
     set_seed(job.seed)
-    start = _start(job, texts)
-    if start.labels != texts.names:
-        raise UsageError(
-            f"the model {start.path!r} knows {', '.join(start.labels)} and the data has {', '.join(texts.names)}: "
-            f"give --labels {','.join(start.labels)}"
-        )
+    start = None if job.backbone is not None else _trained_start(job)
+    texts = _source(job, start).training_texts(job.labels)
+    start = start or _fresh_start(job, texts)
+    _check_fit(start, texts)
     length = min(job.max_length, start.longest_input)
     start.model.config.max_seq_length = length
     data = texts.tokenized(TextTokenizer(start.tokenizer, max_length=length))
@@ -300,35 +308,98 @@ def _off_ramp_config(job: TrainJob) -> dict[str, Any]:
     return {**layers, **({"shares_off_ramp_pooler": True} if job.shared_pooler else {})}
 
 
-def _start(job: TrainJob, texts: LabelledTexts) -> Checkpoint:
-    from transformers import AutoTokenizer
+def _source(job: TrainJob, start: Checkpoint | None) -> LabelledSource:
+    """Where the rows are; a model that is there already says what their labels are of."""
+    from deebert.problem import problem_of
+    from jobs.labelled import LabelledSource
 
-    from deebert.checkpoint import Checkpoint, load_checkpoint
+    asked = None if job.problem is None else problem_of(job.problem)
+    known = None if start is None else start.model.config.problem
+    if start is not None and asked not in (None, known):
+        raise UsageError(
+            f"the model {start.path!r} is a {known and known.name}: leave --problem {job.problem} out, or start from "
+            "another model"
+        )
+    return LabelledSource(
+        data=job.data,
+        glue_dir=job.glue_dir,
+        task=job.task,
+        columns=Columns(text=job.text_column, pair=job.text_pair_column, label=job.label_column),
+        problem=asked or known,
+        label_separator=job.label_separator,
+    )
+
+
+def _trained_start(job: TrainJob) -> Checkpoint:
+    """The model or classifier to go on with."""
+    from deebert.checkpoint import load_checkpoint
     from deebert.modeling import DeeBertForSequenceClassification
 
     if job.from_model is not None:
-        return load_checkpoint(job.from_model)
-    name = job.backbone or job.from_classifier
-    assert name is not None
+        checkpoint = load_checkpoint(job.from_model)
+        if job.learn_to_exit:
+            checkpoint.model.learn_to_exit()
+        return checkpoint
+    assert job.from_classifier is not None
+    with _refusing_unreadable("classifier", job.from_classifier):
+        model = DeeBertForSequenceClassification.from_classifier(
+            job.from_classifier,
+            allow_pickle=job.allow_pickle,
+            learns_to_exit=job.learn_to_exit,
+            **_off_ramp_config(job),
+        )
+        return _with_tokenizer(job.from_classifier, model)
+
+
+def _fresh_start(job: TrainJob, texts: LabelledTexts) -> Checkpoint:
+    """A new model on the backbone, for what the texts are labelled with."""
+    from deebert.modeling import DeeBertForSequenceClassification
+
+    assert job.backbone is not None
+    with _refusing_unreadable("backbone", job.backbone):
+        model = DeeBertForSequenceClassification.from_backbone(
+            job.backbone,
+            labels=list(texts.names),
+            off_ramp_pooling=job.off_ramp_pooling,  # type: ignore[arg-type]  # one of the flag's choices
+            allow_pickle=job.allow_pickle,
+            problem_type=texts.problem.name,
+            learns_to_exit=job.learn_to_exit,
+            **_off_ramp_config(job),
+        )
+        return _with_tokenizer(job.backbone, model)
+
+
+def _with_tokenizer(name: str, model: DeeBertForSequenceClassification) -> Checkpoint:
+    from transformers import AutoTokenizer
+
+    from deebert.checkpoint import Checkpoint
+
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    return Checkpoint(path=name, model=model, tokenizer=tokenizer)
+
+
+@contextmanager
+def _refusing_unreadable(what: str, name: str) -> Iterator[None]:
     try:
-        if job.from_classifier is not None:
-            model = DeeBertForSequenceClassification.from_classifier(
-                name, allow_pickle=job.allow_pickle, **_off_ramp_config(job)
-            )
-        else:
-            model = DeeBertForSequenceClassification.from_backbone(
-                name,
-                labels=list(texts.names),
-                off_ramp_pooling=job.off_ramp_pooling,  # type: ignore[arg-type]  # one of the flag's choices
-                allow_pickle=job.allow_pickle,
-                **_off_ramp_config(job),
-            )
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        return Checkpoint(path=name, model=model, tokenizer=tokenizer)
+        yield
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        what = "backbone" if job.from_classifier is None else "classifier"
         raise UsageError(f"cannot load the {what} {name!r}: {reason}") from error
+
+
+def _check_fit(start: Checkpoint, texts: LabelledTexts) -> None:
+    """Labels that the model does not have, or answers that could never leave early."""
+    if start.model.config.problem.outcomes(len(start.labels)) is None:
+        if start.model.exit_head is None:
+            raise UsageError(
+                "a regression has no entropy to exit by: give --learn-to-exit, which trains a head that tells when"
+            )
+        return
+    if start.labels != texts.names:
+        raise UsageError(
+            f"the model {start.path!r} knows {', '.join(start.labels)} and the data has {', '.join(texts.names)}: "
+            f"give --labels {','.join(start.labels)}"
+        )
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def _draw_stage(axes: Axes, stage: int, records: list[Record]) -> None:
     axes.set_ylim(bottom=0)
     axes.grid(axis="y", color=LINE, linewidth=0.5)
     axes.set_xlabel(f"step of stage {stage} ({seconds:.0f} s)")
-    axes.set_title("cross-entropy after each layer", size=SMALL_TEXT_POINTS, color=MUTED, loc="left")
+    axes.set_title("loss after each layer", size=SMALL_TEXT_POINTS, color=MUTED, loc="left")
 
 
 def _curves(records: list[Record], key: str) -> dict[str, list[tuple[int, float]]]:

@@ -54,20 +54,29 @@ def thresholds(text: str) -> Thresholds:
 
     One more in front is for an off-ramp on the embeddings (`pipeline.planning.resolve_policy`).
     """
-    values = tuple(_threshold(part) for part in comma_list(text))
+    values = tuple(_number_or_none(part, "a number of nats") for part in comma_list(text))
     if not values:
         raise ValueError("give a number of nats, `none`, or a comma-separated list of them")
     # A single "none" means full depth whatever the model's stored operating point says: below 0 never fires.
     return (-1.0 if values[0] is None else values[0]) if len(values) == 1 else values
 
 
-def _threshold(text: str) -> float | None:
+def certainties(text: str) -> Thresholds:
+    """``0.9``, or one for each layer but the last: ``none,0.9,0.8``."""
+    values = tuple(_number_or_none(part, "a certainty between 0 and 1") for part in comma_list(text))
+    if not values:
+        raise ValueError("give a certainty between 0 and 1, or a comma-separated list of them")
+    # As with nats, a single "none" means full depth: no certainty is above 1.
+    return (1.0 if values[0] is None else values[0]) if len(values) == 1 else values
+
+
+def _number_or_none(text: str, what: str) -> float | None:
     if text.lower() in ("none", "null"):
         return None
     try:
         return float(text)
     except ValueError:
-        raise ValueError(f"{text!r} is not a number of nats") from None
+        raise ValueError(f"{text!r} is not {what}") from None
 
 
 @dataclass(frozen=True)
@@ -147,6 +156,12 @@ class ClassifyConfig:
         default=None,
         parse=thresholds,
         metavar="S",
+    )
+    certainty_threshold: Thresholds | None = flag(
+        "of a model that learns to exit: certainty, 0 to 1, above which a sample leaves: one, or one per layer",
+        default=None,
+        parse=certainties,
+        metavar="C",
     )
     replicas: Replicas | None = flag(
         "N, MIN:MAX or auto; left out, auto: one per GPU that Ray has, else one per core",

@@ -19,8 +19,9 @@ import numpy.typing as npt
 from deebert.encoder import PackedEncoder
 from deebert.exit_policy import FULL_DEPTH, ExitPolicy
 from deebert.packing import IntArray, PackedTokens
+from deebert.problem import Problem
 from pipeline.engine import Engine, EngineConfig, EngineStats, Exits
-from pipeline.schema import NOT_AUDITED
+from pipeline.schema import no_predictions
 from pipeline.windows import Answered, WindowedTexts
 
 _ROW_BITS = 32
@@ -47,23 +48,26 @@ class Submission:
         self,
         tokens: PackedTokens,
         audited: npt.NDArray[np.bool_],
+        problem: Problem,
         num_labels: int,
         windows: IntArray | None = None,
     ) -> None:
         samples_audited = audited if windows is None else np.repeat(audited, windows)
         self._input: tuple[PackedTokens, npt.NDArray[np.bool_]] | None = (tokens, samples_audited)
         self.total_tokens = tokens.layout.total_tokens
+        self.audited = audited
         rows = len(audited)
-        self.prediction = np.zeros(rows, np.int32)
+        self.prediction = no_predictions(problem, rows, num_labels)
         self.exit_layer = np.zeros(rows, np.int16)
         self.entropy = np.zeros(rows, np.float32)
+        self.certainty = np.full(rows, np.nan, np.float32)
         self.probabilities = np.zeros((rows, num_labels), np.float32)
-        self.audit_prediction = np.full(rows, NOT_AUDITED, np.int32)
+        self.audit_prediction = no_predictions(problem, rows, num_labels)
         self.samples_left: Counter[int] = Counter()
         """Samples (rows, or their windows) that left after each layer, 1-based."""
-        self._exit_windows = None if windows is None else WindowedTexts(windows, num_labels)
+        self._exit_windows = None if windows is None else WindowedTexts(windows, problem, num_labels)
         self._audit_windows = (
-            None if windows is None or not audited.any() else WindowedTexts(windows, num_labels)
+            None if windows is None or not audited.any() else WindowedTexts(windows, problem, num_labels)
         )
         self._outstanding = len(tokens) + int(samples_audited.sum())
         self._done = threading.Event()
@@ -106,6 +110,7 @@ class Submission:
             self.prediction[rows] = answers.prediction
             self.exit_layer[rows] = answers.exit_layer
             self.entropy[rows] = answers.entropy
+            self.certainty[rows] = answers.certainty
             self.probabilities[rows] = answers.probabilities
         self._outstanding -= len(samples)
         return rows
@@ -135,7 +140,7 @@ class Lanes:
     ) -> None:
         self._exit_lane = Engine(encoder, policy, config)
         self._audit_lane = Engine(encoder, FULL_DEPTH, config)
-        self._num_labels = encoder.num_labels
+        self._problem, self._num_labels = encoder.problem, encoder.num_labels
         self._most_queued_tokens = _QUEUED_MICRO_BATCHES * config.micro_batch_tokens
         self._on_progress, self._limit = on_progress, limit
         self._changed = threading.Condition()
@@ -172,7 +177,7 @@ class Lanes:
             audited: (N,) which rows also run at full depth.
             windows: (N,) windows of each row; None: a row is a sequence.
         """
-        submission = Submission(tokens, audited, self._num_labels, windows)
+        submission = Submission(tokens, audited, self._problem, self._num_labels, windows)
         if not len(tokens):
             return submission
         with self._changed:

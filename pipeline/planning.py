@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from deebert.checkpoint import Checkpoint, load_checkpoint, weights_digest
-from deebert.exit_policy import EntropyThreshold
+from deebert.exit_policy import EntropyThreshold, LearningToExit, StoredPolicy, policy_from_dict
 from deebert.precision import resolve_precision
-from pipeline.config import ClassifyConfig
+from deebert.problem import REGRESSION
+from pipeline.config import ClassifyConfig, Thresholds
 from pipeline.errors import UsageError
 from pipeline.input_schema import InputSchema, check_columns
 from pipeline.inputs import InputFile, discover
@@ -59,6 +60,11 @@ def make_plan(config: ClassifyConfig, *, has_gpu: bool) -> RunPlan:
     files = _inputs(config, output)
     schema = check_columns(files, _text_columns(config), _other_columns(config))
     checkpoint = load_checkpoint(config.model)
+    if config.probabilities and checkpoint.model.config.problem is REGRESSION:
+        raise UsageError(
+            f"the model {config.model!r} is a regression, whose answers are numbers without probabilities: leave "
+            "--probabilities out"
+        )
     identity = _identity(config, checkpoint, has_gpu=has_gpu)
     shards = plan(files, shard_rows=config.shard_rows)
     return RunPlan(
@@ -68,7 +74,7 @@ def make_plan(config: ClassifyConfig, *, has_gpu: bool) -> RunPlan:
         model=_model_record(checkpoint),
         files=files,
         schema=schema,
-        columns=_columns(config, schema, checkpoint.labels),
+        columns=_columns(config, schema, checkpoint, identity),
         shards={part_name(shard, identity.digest): shard for shard in shards},
     )
 
@@ -170,10 +176,13 @@ def _other_columns(config: ClassifyConfig) -> tuple[str, ...]:
     return tuple(dict.fromkeys(wanted))
 
 
-def _columns(config: ClassifyConfig, schema: InputSchema, labels: tuple[str, ...]) -> tuple[str, ...]:
+def _columns(
+    config: ClassifyConfig, schema: InputSchema, checkpoint: Checkpoint, identity: Identity
+) -> tuple[str, ...]:
     """What the parts will look like: those of a table without rows."""
+    labels = checkpoint.labels
     table = part_table(
-        Answers.empty(len(labels)),
+        Answers.empty(checkpoint.model.config.problem, len(labels)),
         source_file="",
         kept=schema.kept.empty_table(),
         id_column=config.id_column,
@@ -181,6 +190,7 @@ def _columns(config: ClassifyConfig, schema: InputSchema, labels: tuple[str, ...
         labels=labels,
         with_probabilities=config.probabilities,
         with_windows=config.window_stride is not None,
+        with_certainty=policy_from_dict(identity.exit_policy).reads_certainty,
     )
     return tuple(f"{field.name} {field.type}" for field in table.schema)
 
@@ -196,7 +206,9 @@ def _identity(config: ClassifyConfig, checkpoint: Checkpoint, *, has_gpu: bool) 
     tokenizer = TextTokenizer(checkpoint.tokenizer, max_length=max_length)
     content: dict[str, Any] = {
         "model_digest": weights_digest(checkpoint.model),
-        "exit_policy": resolve_policy(config.entropy_threshold, checkpoint).to_dict(),
+        "exit_policy": resolve_policy(
+            config.entropy_threshold, config.certainty_threshold, checkpoint
+        ).to_dict(),
         "tokenizer_digest": tokenizer.digest(),
         "text_columns": _text_columns(config),
         "max_length": max_length,
@@ -229,22 +241,39 @@ def resolve_max_length(asked: int | None, micro_batch_tokens: int, checkpoint: C
 
 
 def resolve_policy(
-    threshold: float | tuple[float | None, ...] | None, checkpoint: Checkpoint
-) -> EntropyThreshold:
+    entropy: Thresholds | None, certainty: Thresholds | None, checkpoint: Checkpoint
+) -> StoredPolicy:
     """The policy asked for, or the model's own operating point.
 
     A list with one threshold more than the layers before the last begins with that of the off-ramp on the
     embeddings, where the model has one.
 
     Raises:
-        PolicyError: a threshold out of range, or a wrong number of them.
+        UsageError: thresholds of both kinds.
+        PolicyError: a threshold out of range, a wrong number of them, or none of a kind that the model knows.
     """
+    if entropy is not None and certainty is not None:
+        raise UsageError(
+            "--entropy-threshold and --certainty-threshold are two ways to decide who leaves: give one"
+        )
     config = checkpoint.model.config
-    policy = checkpoint.exit_policy if threshold is None else EntropyThreshold(threshold)
-    has_layer_0 = 0 in config.off_ramp_layers
-    if has_layer_0 and isinstance(threshold, tuple) and len(threshold) == config.num_hidden_layers:
-        policy = EntropyThreshold(threshold[1:], layer_0=threshold[0])
-    policy.check(num_labels=len(checkpoint.labels), num_layers=config.num_hidden_layers)
+    policy: StoredPolicy = checkpoint.exit_policy
+    if (
+        isinstance(entropy, tuple)
+        and 0 in config.off_ramp_layers
+        and len(entropy) == config.num_hidden_layers
+    ):
+        policy = EntropyThreshold(entropy[1:], layer_0=entropy[0])
+    elif entropy is not None:
+        policy = EntropyThreshold(entropy)
+    elif certainty is not None:
+        policy = LearningToExit(certainty)
+    policy.check(
+        problem=config.problem,
+        num_labels=len(checkpoint.labels),
+        num_layers=config.num_hidden_layers,
+        learns_to_exit=config.learns_to_exit,
+    )
     return policy
 
 
@@ -258,4 +287,5 @@ def _model_record(checkpoint: Checkpoint) -> ModelRecord:
         labels=checkpoint.labels,
         off_ramp_layers=tuple(config.off_ramp_layers),
         off_ramp_pooling=config.off_ramp_pooling,
+        problem_type=config.problem.name,
     )

@@ -52,6 +52,8 @@ class ModelRecord:
     off_ramp_layers: tuple[int, ...]
     """1-based layers that carry an off-ramp; 0 is the embeddings."""
     off_ramp_pooling: str
+    problem_type: str = "single_label_classification"
+    """Hugging Face's; records from before there were several do not say."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,11 +83,13 @@ class Totals:
     audited_rows: int
     """Rows that also ran at full depth."""
     audit_agreements: int
-    """Audited rows whose full-depth label equals the label they left with."""
+    """Audited rows whose full-depth answer (label, labels or number) equals the one they left with."""
     read_seconds: float
     """Reading and decoding input, summed over shards (overlaps compute)."""
     tokenize_seconds: float
     write_seconds: float
+    audit_distance: float = 0.0
+    """Of a regression: Σ |number - full depth's| over audited rows."""
 
     @classmethod
     def zero(cls, num_layers: int) -> Totals:

@@ -40,7 +40,7 @@ from pipeline.lanes import Lanes, Submission
 from pipeline.narrowing import PROOF, pieces, why_hopeless
 from pipeline.raw_rows import excerpt
 from pipeline.records import Identity, ShardRecord, Totals
-from pipeline.schema import NOT_AUDITED, Answers, footer, part_table
+from pipeline.schema import Answers, footer, part_table
 from pipeline.shards import Shard, part_name
 from pipeline.sink import Output
 from pipeline.source import BadRow, SourceBatch, read_shard
@@ -118,7 +118,9 @@ class _Rows:
             prediction=done.prediction,
             exit_layer=done.exit_layer,
             entropy=done.entropy,
+            certainty=done.certainty,
             probabilities=done.probabilities,
+            audited=done.audited,
             audit_prediction=done.audit_prediction,
         )
 
@@ -153,7 +155,9 @@ class Replica:
         self._spec = spec
         self._turns = Turns()
         self._watchdog = Watchdog(spec.hang_seconds)
-        self._labels = checkpoint.labels
+        self._labels, self._problem = checkpoint.labels, encoder.problem
+        policy = policy_from_dict(spec.identity.exit_policy)
+        self._with_certainty = policy.reads_certainty
         self._num_layers = encoder.num_layers
         self._tokenizer = TextTokenizer(
             checkpoint.tokenizer,
@@ -163,7 +167,7 @@ class Replica:
         )
         self._lanes = Lanes(
             encoder,
-            policy_from_dict(spec.identity.exit_policy),
+            policy,
             EngineConfig(micro_batch_tokens=spec.micro_batch_tokens),
             on_progress=lambda rows, exit_layers: spec.board.add.remote(rows, exit_layers),
             limit=self._watchdog.limit,
@@ -276,7 +280,7 @@ class Replica:
         """Write the dead letters, then the part: its existence is the commit."""
         spec, shard = self._spec, work.shard
         started = time.perf_counter()
-        answers = Answers.concat([rows.answers() for rows in work.rows], len(self._labels))
+        answers = Answers.concat([rows.answers() for rows in work.rows], self._problem, len(self._labels))
         name = part_name(shard, spec.identity.digest)
         table = part_table(
             answers,
@@ -287,6 +291,7 @@ class Replica:
             labels=self._labels,
             with_probabilities=spec.probabilities,
             with_windows=spec.identity.window_stride is not None,
+            with_certainty=self._with_certainty,
         )
         record = ShardRecord(
             part=name,
@@ -305,8 +310,6 @@ class Replica:
     def _totals(self, work: _Work, answers: Answers) -> Totals:
         compute, control = self._lanes.take_stats()
         lengths = answers.num_tokens.astype(np.int64)
-        audited = answers.audit_prediction != NOT_AUDITED
-        agree = answers.audit_prediction[audited] == answers.prediction[audited]
         layers, bins = answers.exit_layer, self._num_layers + 1
         left = sum((rows.submission.samples_left for rows in work.rows), Counter[int]())
         return Totals(
@@ -321,8 +324,9 @@ class Replica:
             exit_tokens=tuple(np.bincount(layers, weights=lengths, minlength=bins).astype(np.int64).tolist()),
             compute=compute,
             control=control,
-            audited_rows=int(audited.sum()),
-            audit_agreements=int(agree.sum()),
+            audited_rows=int(answers.audited.sum()),
+            audit_agreements=int(answers.agreeing().sum()),
+            audit_distance=answers.audit_distance(),
             read_seconds=work.read_seconds,
             tokenize_seconds=work.tokenize_seconds,
             write_seconds=0.0,

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import torch
 
+from deebert.problem import Problem
 from deebert.version import __version__
 from pipeline.records import Identity, ShardRecord
 
@@ -26,13 +29,23 @@ RESERVED_COLUMNS = (
     "score",
     "exit_layer",
     "entropy",
+    "certainty",
     "num_tokens",
     "num_windows",
     "truncated",
     "audit_prediction",
     "probabilities",
 )
-NOT_AUDITED = -1
+
+Predictions = npt.NDArray[Any]
+"""N answers: label ids (N,) int32, chosen labels (N, C) bool, or numbers (N,) float32."""
+
+
+def no_predictions(problem: Problem, rows: int, num_labels: int) -> Predictions:
+    """Room for the answers of so many rows, in the problem's form."""
+    empty = problem.predict(torch.zeros(0, num_labels)).numpy()
+    # Parquet's labels are 32 bits wide.
+    return np.zeros((rows, *empty.shape[1:]), np.int32 if empty.dtype == np.int64 else empty.dtype)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -45,35 +58,54 @@ class Answers:
     num_windows: npt.NDArray[np.int32]
     """1 but for texts that were longer than the model reads at once."""
     truncated: npt.NDArray[np.bool_]
-    prediction: npt.NDArray[np.int32]
+    prediction: Predictions
     exit_layer: npt.NDArray[np.int16]
     """1-based; of a text in windows, that of the deepest (`deebert.windows`)."""
     entropy: npt.NDArray[np.float32]
+    """NaN where the problem has none."""
+    certainty: npt.NDArray[np.float32]
+    """NaN where the exit policy does not read it."""
     probabilities: npt.NDArray[np.float32]
-    """(N, C)."""
-    audit_prediction: npt.NDArray[np.int32]
-    """`NOT_AUDITED` where the row did not run at full depth."""
+    """(N, C); the value itself of a regression."""
+    audited: npt.NDArray[np.bool_]
+    """Whether the row also ran at full depth."""
+    audit_prediction: Predictions
+    """The answer of full depth, where `audited`."""
+
+    def agreeing(self) -> npt.NDArray[np.bool_]:
+        """Which audited rows have full depth's answer: its label, all of its labels, or its number."""
+        same: npt.NDArray[np.bool_] = self.audit_prediction == self.prediction
+        return self.audited & same.all(axis=tuple(range(1, same.ndim)))
+
+    def audit_distance(self) -> float:
+        """Σ |number - full depth's| over the audited rows of a regression; 0 of labels."""
+        if self.prediction.dtype != np.float32:
+            return 0.0
+        differences = self.prediction[self.audited].astype(np.float64) - self.audit_prediction[self.audited]
+        return float(np.abs(differences).sum())
 
     @staticmethod
-    def concat(parts: list[Answers], num_labels: int) -> Answers:
+    def concat(parts: list[Answers], problem: Problem, num_labels: int) -> Answers:
         """All rows, in order; no parts give zero rows."""
-        empty = Answers.empty(num_labels)
+        empty = Answers.empty(problem, num_labels)
         parts = [empty, *parts]
         return Answers(**{name: np.concatenate([getattr(p, name) for p in parts]) for name in vars(empty)})
 
     @staticmethod
-    def empty(num_labels: int) -> Answers:
+    def empty(problem: Problem, num_labels: int) -> Answers:
         """Zero rows."""
         return Answers(
             source_rows=np.zeros(0, np.int64),
             num_tokens=np.zeros(0, np.int32),
             num_windows=np.zeros(0, np.int32),
             truncated=np.zeros(0, np.bool_),
-            prediction=np.zeros(0, np.int32),
+            prediction=no_predictions(problem, 0, num_labels),
             exit_layer=np.zeros(0, np.int16),
             entropy=np.zeros(0, np.float32),
+            certainty=np.zeros(0, np.float32),
             probabilities=np.zeros((0, num_labels), np.float32),
-            audit_prediction=np.zeros(0, np.int32),
+            audited=np.zeros(0, np.bool_),
+            audit_prediction=no_predictions(problem, 0, num_labels),
         )
 
 
@@ -87,8 +119,12 @@ def part_table(
     labels: tuple[str, ...],
     with_probabilities: bool,
     with_windows: bool = False,
+    with_certainty: bool = False,
 ) -> pa.Table:
     """The rows of a part.
+
+    What a row says is, by its problem: a label (``prediction`` its id, ``label``, ``score``); the labels that hold, as
+    lists of the same (perhaps empty); or a number (``prediction`` alone). ``entropy`` is null where there is none.
 
     Args:
         answers: N rows.
@@ -99,24 +135,23 @@ def part_table(
         labels: label names, in the order of their ids.
         with_probabilities: whether to add ``probabilities``.
         with_windows: whether to add ``num_windows``.
+        with_certainty: whether to add ``certainty``, which a learned exit policy reads.
     """
     rows = len(answers.source_rows)
     source = _constant(source_file, rows)
-    audited = answers.audit_prediction != NOT_AUDITED
     columns = {
         "row_id": _row_ids(source_file, answers.source_rows) if id_column is None else kept[id_column],
         "source_file": source,
         "source_row": pa.array(answers.source_rows),
         **{name: kept[name] for name in keep_columns},
-        "prediction": pa.array(answers.prediction),
-        "label": pa.DictionaryArray.from_arrays(pa.array(answers.prediction), pa.array(labels, pa.string())),
-        "score": pa.array(answers.probabilities.max(axis=1, initial=0.0)),
+        **_said(answers, labels),
         "exit_layer": pa.array(answers.exit_layer),
-        "entropy": pa.array(answers.entropy),
+        "entropy": pa.array(answers.entropy, mask=np.isnan(answers.entropy)),
+        **({"certainty": pa.array(answers.certainty)} if with_certainty else {}),
         "num_tokens": pa.array(answers.num_tokens),
         **({"num_windows": pa.array(answers.num_windows)} if with_windows else {}),
         "truncated": pa.array(answers.truncated),
-        "audit_prediction": pa.array(answers.audit_prediction, mask=~audited),
+        "audit_prediction": _audited(answers),
     }
     if with_probabilities:
         columns["probabilities"] = _lists(answers.probabilities)
@@ -135,6 +170,41 @@ def footer(identity: Identity, record: ShardRecord, labels: tuple[str, ...]) -> 
         b"deebert.version": __version__.encode(),
         RECORD_KEY: json.dumps(record.to_dict()).encode(),
     }
+
+
+def _said(answers: Answers, labels: tuple[str, ...]) -> dict[str, pa.Array]:
+    """The columns that depend on what the model is asked."""
+    prediction, names = answers.prediction, pa.array(labels, pa.string())
+    if prediction.dtype == np.float32:
+        return {"prediction": pa.array(prediction)}
+    if prediction.dtype == np.int32:
+        return {
+            "prediction": pa.array(prediction),
+            "label": pa.DictionaryArray.from_arrays(pa.array(prediction), names),
+            "score": pa.array(answers.probabilities.max(axis=1, initial=0.0)),
+        }
+    ids = _sets(prediction)
+    return {
+        "prediction": ids,
+        "label": pa.ListArray.from_arrays(ids.offsets, names.take(ids.values)),
+        "score": pa.ListArray.from_arrays(ids.offsets, pa.array(answers.probabilities[prediction])),
+    }
+
+
+def _audited(answers: Answers) -> pa.Array:
+    if answers.audit_prediction.dtype == np.bool_:
+        return _sets(answers.audit_prediction, null=~answers.audited)
+    return pa.array(answers.audit_prediction, mask=~answers.audited)
+
+
+def _sets(holds: npt.NDArray[np.bool_], null: npt.NDArray[np.bool_] | None = None) -> pa.ListArray:
+    """(N, C) -> the ids of the labels that hold, a list a row."""
+    rows, ids = np.nonzero(holds if null is None else holds & ~null[:, None])
+    counts = np.bincount(rows, minlength=len(holds))
+    offsets = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
+    return pa.ListArray.from_arrays(
+        pa.array(offsets), pa.array(ids.astype(np.int32)), mask=None if null is None else pa.array(null)
+    )
 
 
 def _constant(value: str, rows: int) -> pa.Array:

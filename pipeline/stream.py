@@ -8,6 +8,7 @@ and a fast one in full batches.
 from __future__ import annotations
 
 import json
+import math
 import queue
 import threading
 from collections.abc import Iterable, Iterator
@@ -95,7 +96,9 @@ class _Stream:
             window_stride=config.window_stride,
         )
         self._labels = checkpoint.labels
-        self._in_windows = None if config.window_stride is None else TextsInFlight(len(self._labels))
+        self._in_windows = (
+            None if config.window_stride is None else TextsInFlight(encoder.problem, encoder.num_labels)
+        )
         self._out, self._config = out, config
         self._waiting: dict[int, dict[str, Any]] = {}  # what the answer repeats of the sample, by index
 
@@ -142,19 +145,38 @@ class _Stream:
         return self._in_windows.leave(exits)
 
     def _spelled(self, indices: IntArray, answers: Answered) -> Iterator[dict[str, Any]]:
-        scores = answers.probabilities.max(axis=1, initial=0.0)
-        columns = (indices, answers.prediction, scores, answers.exit_layer, answers.entropy)
+        columns = (
+            indices,
+            answers.prediction,
+            answers.probabilities,
+            answers.exit_layer,
+            answers.entropy,
+            answers.certainty,
+        )
         rows = zip(*(c.tolist() for c in columns), strict=True)
-        for index, prediction, score, exit_layer, entropy in rows:
+        for index, prediction, probabilities, exit_layer, entropy, certainty in rows:
             yield {
                 "index": index,
                 **self._waiting.pop(index),
-                "prediction": prediction,
-                "label": self._labels[prediction],
-                "score": round(score, 6),
+                **self._said(prediction, probabilities),
                 "exit_layer": exit_layer,
-                "entropy": round(entropy, 6),
+                "entropy": None if math.isnan(entropy) else round(entropy, 6),
+                **({} if math.isnan(certainty) else {"certainty": round(certainty, 6)}),
             }
+
+    def _said(self, prediction: Any, probabilities: list[float]) -> dict[str, Any]:
+        """The fields that depend on what the model is asked, as the columns of `pipeline.schema`."""
+        if isinstance(prediction, float):
+            return {"prediction": round(prediction, 6)}
+        if isinstance(prediction, int):
+            score = round(max(probabilities), 6)
+            return {"prediction": prediction, "label": self._labels[prediction], "score": score}
+        chosen = [i for i, holds in enumerate(prediction) if holds]
+        return {
+            "prediction": chosen,
+            "label": [self._labels[i] for i in chosen],
+            "score": [round(probabilities[i], 6) for i in chosen],
+        }
 
     def _write(self, answers: Iterable[dict[str, Any]]) -> None:
         for answer in answers:

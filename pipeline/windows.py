@@ -10,13 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from deebert.packing import IntArray
-from deebert.windows import distribution_entropy, first_windows, text_means
+from deebert.problem import Problem
+from deebert.windows import first_windows, text_means
 from pipeline.engine import Exits
+from pipeline.schema import no_predictions
 
 _WINDOW_BITS = 32
 _WINDOW_MASK = (1 << _WINDOW_BITS) - 1
@@ -26,32 +30,38 @@ _WINDOW_MASK = (1 << _WINDOW_BITS) - 1
 class Answered:
     """Answers of K samples, or of K texts."""
 
-    prediction: npt.NDArray[np.int32]
+    prediction: npt.NDArray[Any]
+    """As `Problem.predict` has it, ids in 32 bits."""
     exit_layer: npt.NDArray[np.int16]
     """1-based; of a text, that of its deepest window."""
     entropy: npt.NDArray[np.float32]
-    """Nats."""
+    """Nats; NaN where the problem has none."""
+    certainty: npt.NDArray[np.float32]
+    """Of a learning-to-exit head, of a text the mean of its windows'; NaN where the policy does not read it."""
     probabilities: npt.NDArray[np.float32]
-    """(K, C)."""
+    """(K, C); the value itself of a regression."""
 
     @staticmethod
     def of(exits: Exits, chosen: npt.NDArray[np.bool_] | slice = slice(None)) -> Answered:
         """The answers of those of `exits` that are `chosen`: of all, unless said."""
-        logits = exits.logits[chosen]
+        exit_layer = np.full(len(exits.entropy[chosen]), exits.exit_layer, np.int16)
+        unread = np.full(len(exit_layer), np.nan, np.float32)
         return Answered(
-            prediction=logits.argmax(axis=1).astype(np.int32),
-            exit_layer=np.full(len(logits), exits.exit_layer, np.int16),
+            prediction=_narrow(exits.predictions[chosen]),
+            exit_layer=exit_layer,
             entropy=exits.entropy[chosen],
+            certainty=unread if exits.certainty is None else exits.certainty[chosen],
             probabilities=exits.probabilities[chosen],
         )
 
     @staticmethod
-    def blank(samples: int, num_labels: int) -> Answered:
+    def blank(samples: int, problem: Problem, num_labels: int) -> Answered:
         """Room for the answers of `samples`."""
         return Answered(
-            prediction=np.zeros(samples, np.int32),
+            prediction=no_predictions(problem, samples, num_labels),
             exit_layer=np.zeros(samples, np.int16),
             entropy=np.zeros(samples, np.float32),
+            certainty=np.zeros(samples, np.float32),
             probabilities=np.zeros((samples, num_labels), np.float32),
         )
 
@@ -68,17 +78,19 @@ class Answered:
 class WindowedTexts:
     """N texts whose W windows, text by text, leave one by one."""
 
-    def __init__(self, windows: IntArray, num_labels: int) -> None:
+    def __init__(self, windows: IntArray, problem: Problem, num_labels: int) -> None:
         """Nobody has left yet.
 
         Args:
             windows: (N,) windows of each text, at least 1.
+            problem: what the windows answer.
             num_labels: C.
         """
         self._counts, self._first = windows, first_windows(windows)
         self._text_of = np.repeat(np.arange(len(windows)), windows)
         self._inside = windows.copy()
-        self._answers = Answered.blank(len(self._text_of), num_labels)
+        self._problem = problem
+        self._answers = Answered.blank(len(self._text_of), problem, num_labels)
 
     @property
     def is_done(self) -> bool:
@@ -109,20 +121,25 @@ class WindowedTexts:
         counts = self._counts[texts]
         starts = first_windows(counts)
         windows = np.repeat(self._first[texts] - starts, counts) + np.arange(int(counts.sum()))
-        means = text_means(self._answers.probabilities[windows], counts)
+        scores, certainty = (
+            text_means(values[windows], counts)
+            for values in (self._answers.probabilities, self._answers.certainty[:, None])
+        )
+        means = torch.from_numpy(scores)
         return Answered(
-            prediction=means.argmax(axis=1).astype(np.int32),
+            prediction=_narrow(self._problem.predict_scores(means).numpy()),
             exit_layer=np.maximum.reduceat(self._answers.exit_layer[windows], starts),
-            entropy=distribution_entropy(means).astype(np.float32),
-            probabilities=means.astype(np.float32),
+            entropy=self._problem.entropy_of_scores(means).numpy().astype(np.float32),
+            certainty=certainty[:, 0].astype(np.float32),
+            probabilities=scores.astype(np.float32),
         )
 
 
 class TextsInFlight:
     """Texts that arrive in batches, share one engine, and are answered one by one."""
 
-    def __init__(self, num_labels: int) -> None:
-        self._num_labels = num_labels
+    def __init__(self, problem: Problem, num_labels: int) -> None:
+        self._problem, self._num_labels = problem, num_labels
         self._batches: dict[int, tuple[IntArray, WindowedTexts]] = {}
         self._next_slot = 0
 
@@ -137,7 +154,7 @@ class TextsInFlight:
             (W,) int64 sample ids for the windows, text by text.
         """
         slot, self._next_slot = self._next_slot, self._next_slot + 1
-        self._batches[slot] = (text_ids, WindowedTexts(windows, self._num_labels))
+        self._batches[slot] = (text_ids, WindowedTexts(windows, self._problem, self._num_labels))
         return (slot << _WINDOW_BITS) | np.arange(int(windows.sum()))
 
     def leave(self, exits: Exits) -> Iterator[tuple[IntArray, Answered]]:
@@ -150,3 +167,8 @@ class TextsInFlight:
             if texts.is_done:
                 del self._batches[slot]
             yield text_ids[complete], answers
+
+
+def _narrow(predictions: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Label ids in 32 bits, as Parquet has them; other answers as they are."""
+    return predictions.astype(np.int32) if predictions.dtype == np.int64 else predictions

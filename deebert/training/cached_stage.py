@@ -22,6 +22,8 @@ from transformers import get_linear_schedule_with_warmup
 from deebert.evaluation import LabelledSequences
 from deebert.modeling import DeeBertForSequenceClassification, OffRamp
 from deebert.precision import DTYPES
+from deebert.problem import Problem
+from deebert.training.cached_exit_head import CachedExitHead
 from deebert.training.config import Distillation, EarlyStopping, OffRampStage
 from deebert.training.frozen import collect_answers
 from deebert.training.losses import distilled
@@ -36,7 +38,9 @@ def train_cached_off_ramps(
     stage: OffRampStage,
     context: StageContext,
 ) -> StageReport:
-    """Train the off-ramps in place; the rest of the model stays bit for bit.
+    """Train the off-ramps, and the exit head if there is one, in place; the rest of the model stays bit for bit.
+
+    Where early stopping gives off-ramps earlier weights back, the exit head keeps its last: it learned from all.
 
     Args:
         model: in eval mode, on the device to train on; its pooling has no weights of its own.
@@ -69,8 +73,10 @@ class _Batch:
     """This process's rows of one batch."""
 
     pooled: Tensor  # (R, n, W) float32
-    labels: Tensor  # (n,)
+    final_pooled: Tensor | None  # (n, W) float32, where the exit head trains
+    labels: Tensor  # n
     targets: Tensor | None  # (n, C)
+    problem: Problem
     share: float
     """n over the rows of all processes: losses are means."""
 
@@ -78,7 +84,14 @@ class _Batch:
         """(R, n, C) -> (R,): this process's part of each off-ramp's mean loss."""
         if not len(self.labels):
             return logits.sum((1, 2))
-        return self.share * distilled(logits, self.labels, self.targets, distillation)
+        return self.share * distilled(self.problem, logits, self.labels, self.targets, distillation)
+
+    def teach(self, head: CachedExitHead, logits: Tensor) -> None:
+        """Train the exit head on what the off-ramps, (R, n, C), and the final classifier said."""
+        assert self.final_pooled is not None
+        assert self.targets is not None
+        pooled = torch.cat([self.pooled, self.final_pooled[None]])
+        head.step(pooled, torch.cat([logits, self.targets[None]]), self.labels, self.share)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -86,8 +99,10 @@ class _Cache:
     """This process's share of the rows: row r lies with process r mod P, at place r div P."""
 
     states: Tensor  # (R, n, W)
+    final_states: Tensor | None  # (n, W)
     targets: Tensor | None  # (n, C)
-    labels: Tensor  # (n,)
+    labels: Tensor  # n
+    problem: Problem
     num_rows: int
     """Of all processes."""
     device: torch.device
@@ -98,8 +113,12 @@ class _Cache:
         own = rows[rows % world.num_processes == world.process_index] // world.num_processes
         return _Batch(
             pooled=self.states[:, own].to(self.device).float(),
+            final_pooled=None
+            if self.final_states is None
+            else self.final_states[own].to(self.device).float(),
             labels=self.labels[own].to(self.device),
             targets=None if self.targets is None else self.targets[own].to(self.device),
+            problem=self.problem,
             share=len(own) / len(rows),
         )
 
@@ -114,19 +133,23 @@ def _cache(
         return None
     world, recipe = processes(), context.recipe
     own = data.take(np.arange(world.process_index, len(data), world.num_processes))
+    config, learns_to_exit = model.config, model.exit_head is not None
+    ramps = len(config.off_ramp_layers)
     answers = collect_answers(
         model,
         own,
         DTYPES[recipe.precision],
         recipe.micro_batch_tokens,
-        layers=model.config.off_ramp_layers,
-        final=stage.self_distillation is not None,
+        layers=[*config.off_ramp_layers, *([config.num_hidden_layers] if learns_to_exit else [])],
+        final=learns_to_exit or stage.self_distillation is not None,
         show_progress=context.show_progress,
     )
     return _Cache(
-        states=answers.states,
+        states=answers.states[:ramps],
+        final_states=answers.states[ramps] if learns_to_exit else None,
         targets=answers.final_logits,
         labels=own.labels,
+        problem=config.problem,
         num_rows=len(data),
         device=model.device,
     )
@@ -158,6 +181,11 @@ class _Training:
         self._schedule = get_linear_schedule_with_warmup(
             self._optimizer, round(stage.warmup_share * self._num_steps), self._num_steps
         )
+        self._exit_head = (
+            None
+            if model.exit_head is None
+            else CachedExitHead(model.exit_head, model.config.problem, stage, self._num_steps)
+        )
         self._meter = _Meter(len(self._layers), model.device)
         self._done, self._loss = 0, float("nan")
 
@@ -188,6 +216,8 @@ class _Training:
         self._optimizer.step()
         self._schedule.step()
         self._meter.add(losses.detach(), batch.losses(logits.detach(), None))
+        if self._exit_head is not None:
+            batch.teach(self._exit_head, logits.detach())
         self._done = step + 1
         if self._done % self._context.log_every(self._num_steps) == 0 or self._done == self._num_steps:
             self._log(rate)
@@ -199,6 +229,7 @@ class _Training:
             epoch=round(self._done / self.steps_per_epoch, 4),
             loss=self._loss,
             losses=dict(zip(map(str, self._layers), by_ramp, strict=True)),
+            **({} if self._exit_head is None else {"certainty_loss": self._exit_head.drain()}),
             learning_rate=rate,
             seconds=self._clock.seconds,
         )
@@ -226,13 +257,13 @@ class _Meter:
         self._sums = torch.zeros(num_ramps + 1, device=device)
         self._steps = 0
 
-    def add(self, losses: Tensor, entropies: Tensor) -> None:
-        """One step's loss and cross-entropy of each off-ramp, (R,) each."""
-        self._sums += torch.cat([losses.sum()[None], entropies])
+    def add(self, losses: Tensor, of_labels: Tensor) -> None:
+        """One step's loss of each off-ramp, as it trains and against the labels alone, (R,) each."""
+        self._sums += torch.cat([losses.sum()[None], of_labels])
         self._steps += 1
 
     def drain(self) -> tuple[float, list[float]]:
-        """(mean loss, mean cross-entropy of each off-ramp) since the last time."""
+        """(mean loss, mean loss of each off-ramp against the labels) since the last time."""
         summed([self._sums])
         total, *by_ramp = (self._sums / self._steps).tolist()
         self._sums.zero_()

@@ -64,7 +64,11 @@ class StageConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Distillation:
-    """(1 - weight) · cross-entropy + weight · T² · KL(target at T ‖ answer at T) (Hinton et al., 2015)."""
+    """(1 - weight) · cross-entropy + weight · T² · KL(target at T ‖ answer at T) (Hinton et al., 2015).
+
+    Multi-label models take the mean over their labels' own; a regression the squared distances to the label and to
+    the target, whatever the temperature.
+    """
 
     weight: float = 0.5
     """Share of the loss, above 0 and at most 1."""

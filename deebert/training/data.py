@@ -15,21 +15,19 @@ from torch.utils.data import Dataset, Sampler
 from deebert.errors import DataError
 from deebert.evaluation import LabelledSequences
 from deebert.packing import IntArray
+from deebert.problem import SINGLE_LABEL, Problem
 
 
-def check_labels(data: LabelledSequences, num_labels: int) -> None:
+def check_labels(data: LabelledSequences, num_labels: int, problem: Problem = SINGLE_LABEL) -> None:
     """Refuse data that the model cannot be trained on.
 
     Raises:
-        DataError: no samples, or a label that the model does not have.
+        DataError: no samples, or labels that the model does not have or that are of another problem.
     """
     if len(data) == 0:
         raise DataError("the training data has no rows: give a file with at least one labelled text")
-    if not 0 <= int(data.labels.min()) <= int(data.labels.max()) < num_labels:
-        raise DataError(
-            f"the labels run from {int(data.labels.min())} to {int(data.labels.max())} but the model has "
-            f"{num_labels}: name all labels"
-        )
+    if (wrong := problem.misfit(data.labels, num_labels)) is not None:
+        raise DataError(wrong)
 
 
 def hold_out(data: LabelledSequences, share: float, seed: int) -> tuple[LabelledSequences, LabelledSequences]:
@@ -61,7 +59,7 @@ class Rows(Dataset[dict[str, Any]]):
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         one = self._data.tokens.sequence(i)
-        row: dict[str, Any] = {"input_ids": one.input_ids.tolist(), "labels": int(self._data.labels[i])}
+        row: dict[str, Any] = {"input_ids": one.input_ids.tolist(), "labels": self._data.labels[i].tolist()}
         if one.token_type_ids is not None:
             row["token_type_ids"] = one.token_type_ids.tolist()
         if self._targets is not None:

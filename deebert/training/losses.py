@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deebert.problem import SINGLE_LABEL, Problem
 from deebert.training.config import Alternating, BackboneStage, Distillation, Joint, OffRampStage, Teacher
 
 
@@ -24,7 +25,10 @@ class Answers:
     final_logits: Tensor
     """(N, C)."""
     labels: Tensor
-    """(N,) int64."""
+    """N, in the form that the problem gives them: see `LabelledSequences.labels`."""
+    problem: Problem = SINGLE_LABEL
+    certainties: Tensor | None = None
+    """(R + 1, N), of the learning-to-exit head where it trains."""
     target_logits: Tensor | None = None
     """(N, C): a teacher's in stage 1, the frozen final classifier's in stage 2."""
     hidden_distance: Tensor | None = None
@@ -51,32 +55,33 @@ class StageLoss:
         return self.turns[-1]
 
 
-def cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of each classifier: (R, N, C) logits, (N,) labels -> (R,) float32."""
-    per_sample = F.cross_entropy(logits.float().flatten(0, 1), labels.repeat(len(logits)), reduction="none")
-    return per_sample.view(len(logits), -1).mean(1)
-
-
-def divergences(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
-    """T² · KL(softmax(targets/T) ‖ softmax(logits/T)) of each classifier: (R, N, C), (N, C) -> (R,) float32.
-
-    T² keeps the gradient's size whatever the temperature (Hinton et al., 2015). Targets get no gradient.
-    """
-    wanted = F.log_softmax(targets.detach().float() / temperature, dim=-1)
-    said = F.log_softmax(logits.float() / temperature, dim=-1)
-    return temperature**2 * (wanted.exp() * (wanted - said)).sum(-1).mean(1)
-
-
 def distilled(
-    logits: Tensor, labels: Tensor, targets: Tensor | None, distillation: Distillation | None
+    problem: Problem,
+    logits: Tensor,
+    labels: Tensor,
+    targets: Tensor | None,
+    distillation: Distillation | None,
 ) -> Tensor:
-    """Each classifier's loss, labels and targets mixed as `Distillation` says: (R, N, C) -> (R,)."""
-    hard = cross_entropies(logits, labels)
+    """Each classifier's mean loss, labels and targets mixed as `Distillation` says: (R, N, C) -> (R,)."""
+    hard = problem.losses(logits, labels).mean(-1)
     if distillation is None:
         return hard
     assert targets is not None
-    soft = divergences(logits, targets, distillation.temperature)
+    soft = problem.divergences(logits, targets, distillation.temperature).mean(-1)
     return (1 - distillation.weight) * hard + distillation.weight * soft
+
+
+def certainty_losses(problem: Problem, certainties: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean squared distance of each certainty to how right the answer is (BERxiT, section 4): (R, N) -> (R,).
+
+    Args:
+        problem: says how right an answer is.
+        certainties: (R, N).
+        logits: (R, N, C), the answers; they get no gradient.
+        labels: N.
+    """
+    right = problem.correctness(logits.detach(), labels)
+    return (certainties.float() - right).square().mean(-1)
 
 
 def hidden_distance(states: Sequence[Tensor], targets: Sequence[Tensor], attention_mask: Tensor) -> Tensor:
@@ -100,7 +105,9 @@ class FinalLoss:
 
     def __call__(self, answers: Answers) -> Tensor:
         """See `Loss`."""
-        loss = distilled(answers.final_logits[None], answers.labels, answers.target_logits, self.teacher)[0]
+        loss = distilled(
+            answers.problem, answers.final_logits[None], answers.labels, answers.target_logits, self.teacher
+        )[0]
         if self.teacher is not None and answers.hidden_distance is not None:
             loss = loss + self.teacher.hidden_weight * answers.hidden_distance
         return loss
@@ -108,7 +115,7 @@ class FinalLoss:
 
 @dataclass(frozen=True, kw_only=True)
 class JointLoss:
-    """The weighted sum of the off-ramps' losses, and the final classifier's with weight 1."""
+    """The weighted sum of the off-ramps' losses, and the final classifier's and the exit head's with weight 1."""
 
     weights: tuple[float, ...]
     """One per off-ramp."""
@@ -118,23 +125,41 @@ class JointLoss:
     def __call__(self, answers: Answers) -> Tensor:
         """See `Loss`."""
         ramps = distilled(
-            answers.off_ramp_logits, answers.labels, answers.final_logits.detach(), self.self_distillation
+            answers.problem,
+            answers.off_ramp_logits,
+            answers.labels,
+            answers.final_logits.detach(),
+            self.self_distillation,
         )
-        return self.final(answers) + (ramps * ramps.new_tensor(self.weights)).sum()
+        weighted = (ramps * ramps.new_tensor(self.weights)).sum()
+        return self.final(answers) + weighted + _certainty_loss(answers)
 
 
 @dataclass(frozen=True, kw_only=True)
 class OffRampLoss:
-    """The sum of the off-ramps' losses: unless they share a pooler, no weight that trains is shared, and each
-    trains as if alone."""
+    """The sum of the off-ramps' losses, and the exit head's: unless they share a pooler, no weight that trains is
+    shared, and each trains as if alone."""
 
     self_distillation: Distillation | None = None
 
     def __call__(self, answers: Answers) -> Tensor:
         """See `Loss`."""
-        return distilled(
-            answers.off_ramp_logits, answers.labels, answers.target_logits, self.self_distillation
-        ).sum()
+        ramps = distilled(
+            answers.problem,
+            answers.off_ramp_logits,
+            answers.labels,
+            answers.target_logits,
+            self.self_distillation,
+        )
+        return ramps.sum() + _certainty_loss(answers)
+
+
+def _certainty_loss(answers: Answers) -> Tensor:
+    """The learning-to-exit head's, summed over all classifiers; 0 where it does not train."""
+    if answers.certainties is None:
+        return answers.final_logits.new_zeros(())
+    logits = torch.cat([answers.off_ramp_logits, answers.final_logits[None]])
+    return certainty_losses(answers.problem, answers.certainties, logits, answers.labels).sum()
 
 
 def backbone_loss(stage: BackboneStage, off_ramp_layers: Sequence[int], num_layers: int) -> StageLoss:

@@ -83,7 +83,7 @@ def train(
         RecipeError: the recipe does not fit the models or the machine, or `work_dir` holds another training.
         CheckpointError: the teacher cannot be loaded.
     """
-    check_labels(data, model.final_classifier.classifier.out_features)
+    check_labels(data, model.final_classifier.classifier.out_features, model.config.problem)
     _check_fast(model, recipe)
     training = _Training(model, tokenizer, data, recipe, work_dir, show_progress=show_progress)
     training.claim(resume=resume)
@@ -182,7 +182,7 @@ class _Training:
         objective = stage.objective
         with contextlib.ExitStack() as during:
             if isinstance(objective, FinalOnly):
-                during.enter_context(frozen(model.off_ramp_modules))
+                during.enter_context(frozen(model.exit_modules))
             if isinstance(objective, Joint) and objective.weighting == "equilibrium":
                 during.enter_context(gradient_equilibrium(model))
             return train_through_backbone(
@@ -252,13 +252,14 @@ def _load_teacher(
 ) -> DeeBertForSequenceClassification:
     model = load_checkpoint(teacher.folder).model
     ours, theirs = student.config, model.config
-    if (ours.id2label, ours.backbone_config.vocab_size) != (
+    if (ours.id2label, ours.problem, ours.backbone_config.vocab_size) != (
         theirs.id2label,
+        theirs.problem,
         theirs.backbone_config.vocab_size,
     ):
         raise RecipeError(
-            f"the teacher {teacher.folder!r} has other labels or another vocabulary than the model: train one on "
-            "the same labels and backbone"
+            f"the teacher {teacher.folder!r} has other labels, another problem type or another vocabulary than the "
+            "model: train one on the same labels and backbone"
         )
     if teacher.hidden_weight and (ours.num_hidden_layers, ours.hidden_size) != (
         theirs.num_hidden_layers,

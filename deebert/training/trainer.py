@@ -34,7 +34,7 @@ from deebert.modeling import DeeBertForSequenceClassification
 from deebert.training.callbacks import Bar, Conduct, Lines
 from deebert.training.config import StageConfig
 from deebert.training.data import LengthGrouped, Rows
-from deebert.training.losses import Answers, StageLoss, cross_entropies, hidden_distance
+from deebert.training.losses import Answers, StageLoss, hidden_distance
 from deebert.training.processes import processes, summed
 from deebert.training.stage import Clock, StageContext, StageReport
 
@@ -224,6 +224,7 @@ class _StageTrainer(Trainer):
     ) -> None:
         self._loss, self._context, self._clock, self._sampler = loss, context, clock, sampler
         self._off_ramp_learning_rate = off_ramp_learning_rate
+        self._problem = kwargs["model"].config.problem
         super().__init__(**kwargs)
         self._classifiers, self._hidden_teacher = classifiers, hidden_teacher
         self._meters = {
@@ -245,9 +246,9 @@ class _StageTrainer(Trainer):
         """The Trainer's AdamW; off-ramps in groups of their own where they have a learning rate of their own."""
         optimizer = super().create_optimizer(*args)
         if self._off_ramp_learning_rate is not None:
-            modules: tuple[nn.Module, ...] = self.model.off_ramp_modules  # type: ignore[assignment, union-attr]
-            ramps = {id(p) for module in modules for p in module.parameters()}
-            _split_groups(optimizer, ramps, self._off_ramp_learning_rate)
+            modules: tuple[nn.Module, ...] = self.model.exit_modules  # type: ignore[assignment, union-attr]
+            exits = {id(p) for module in modules for p in module.parameters()}
+            _split_groups(optimizer, exits, self._off_ramp_learning_rate)
         return optimizer
 
     def compute_loss(  # type: ignore[override]
@@ -282,12 +283,14 @@ class _StageTrainer(Trainer):
             off_ramp_logits=output.logits.new_empty(0, *output.logits.shape) if ramps is None else ramps,
             final_logits=output.logits,
             labels=inputs["labels"],
+            problem=self._problem,
+            certainties=output.certainties,
             target_logits=inputs.get("target_logits"),
             hidden_distance=distance,
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """The Trainer's record, and ours with every classifier's cross-entropy."""
+        """The Trainer's record, and ours with every classifier's loss against the labels."""
         super().log(logs, start_time)
         place = {"step": self.state.global_step, "epoch": round(self.state.epoch or 0.0, 4)}
         if "loss" in logs:
@@ -323,7 +326,7 @@ _FEATURES = ("input_ids", "attention_mask", "token_type_ids")
 
 
 class _Meter:
-    """Mean cross-entropy of each classifier over samples, on the device: nobody waits for what is not shown."""
+    """Mean loss of each classifier over samples, on the device: nobody waits for what is not shown."""
 
     def __init__(self, classifiers: tuple[int, ...], device: torch.device) -> None:
         self._classifiers = list(classifiers)
@@ -333,7 +336,7 @@ class _Meter:
     def add(self, answers: Answers) -> None:
         """One batch."""
         everyone = torch.cat([answers.off_ramp_logits, answers.final_logits[None]])
-        means = cross_entropies(everyone[self._classifiers], answers.labels)
+        means = answers.problem.losses(everyone[self._classifiers], answers.labels).mean(-1)
         samples = len(answers.labels)
         self._sums += torch.cat([means * samples, means.new_tensor([samples])])
 

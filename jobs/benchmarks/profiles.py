@@ -13,6 +13,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from deebert.exit_policy import OffRampAnswer
+
 Shares = npt.NDArray[np.float64]
 
 
@@ -41,14 +43,19 @@ class ScriptedExits:
         """Every off-ramp after a layer is computed, as with a threshold, whether or not anyone leaves."""
         return layer > 0
 
-    def fires(self, layer: int, logits: Tensor, entropy: Tensor) -> Tensor:
+    @property
+    def reads_certainty(self) -> bool:
+        """See `ExitPolicy`."""
+        return False
+
+    def fires(self, layer: int, answer: OffRampAnswer) -> Tensor:
         """See `ExitPolicy`."""
         first, share = int(self._met[layer - 1]), self._leaving[layer - 1]
-        self._met[layer - 1] += len(entropy)
+        self._met[layer - 1] += len(answer)
         # The k-th sample leaves when k·share reaches the next whole number (half a number early, so that
         # a layer's rounding is even-handed).
-        reached = np.floor(np.arange(first, first + len(entropy) + 1) * share + 0.5)
-        return torch.from_numpy(np.diff(reached) > 0).to(entropy.device)
+        reached = np.floor(np.arange(first, first + len(answer) + 1) * share + 0.5)
+        return torch.from_numpy(np.diff(reached) > 0).to(answer.logits.device)
 
     def to_dict(self) -> dict[str, Any]:
         """See `ExitPolicy`."""

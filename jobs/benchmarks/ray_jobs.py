@@ -21,6 +21,7 @@ from transformers import BertConfig
 
 from deebert.checkpoint import Checkpoint
 from deebert.config import DeeBertConfig
+from deebert.exit_policy import FULL_DEPTH
 from deebert.modeling import DeeBertForSequenceClassification
 from jobs.benchmarks.settings import BenchSettings
 from pipeline.cluster import RaySession
@@ -44,13 +45,16 @@ class ClassifyJob:
     def __call__(self) -> int:
         """Run the job; returns the rows written."""
         output = self.corpus.with_name(f"{self.corpus.stem}-{id(self)}-{next(self._count)}")
-        policy = -1.0 if self.full_depth else self.settings.policy.thresholds
+        policy = FULL_DEPTH if self.full_depth else self.settings.policy
+        # Below 0 never fires, whatever operating point the model was saved with.
+        thresholds = -1.0 if policy.thresholds is None else policy.thresholds
         done = classify(
             ClassifyConfig(
                 model=self.model,
                 input=(str(self.corpus),),
                 output=str(output),
-                entropy_threshold=policy,
+                entropy_threshold=None if policy.reads_certainty else thresholds,
+                certainty_threshold=thresholds if policy.reads_certainty else None,
                 replicas=self.replicas,
                 device=self.settings.device,
                 micro_batch_tokens=max(self.settings.micro_batch_tokens[0], self.max_length),

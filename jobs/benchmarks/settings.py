@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from deebert.exit_policy import EntropyThreshold
+from deebert.exit_policy import StoredPolicy
 from deebert.precision import DTYPES, Precision
 
 
@@ -31,7 +31,7 @@ class BenchSettings:
     """Budgets to try; the first is the pipeline's."""
     mean_exit_layers: tuple[float, ...]
     """Of scripted profiles, for a model of 12 layers; scaled to others."""
-    policy: EntropyThreshold
+    policy: StoredPolicy
     """The model's own operating point, or the one asked for; full depth where there is none."""
     rivals: tuple[str, ...]
     """Libraries to compare with."""

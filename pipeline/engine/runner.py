@@ -11,15 +11,16 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from deebert.encoder import PackedEncoder
-from deebert.exit_policy import ExitPolicy, entropy
+from deebert.exit_policy import ExitPolicy, OffRampAnswer
 from deebert.packing import IntArray
+from deebert.problem import Problem
 from pipeline.engine.batch import SampleBatch
 from pipeline.engine.stats import StatsCounter
 
@@ -35,13 +36,20 @@ class Exits:
     logits: npt.NDArray[np.float32]
     """(K, C), of the off-ramp that answered."""
     entropy: npt.NDArray[np.float32]
-    """(K,), nats."""
+    """(K,), nats; NaN where the problem has none."""
+    certainty: npt.NDArray[np.float32] | None
+    """(K,), between 0 and 1, where the policy reads it."""
+    problem: Problem
+
+    @cached_property
+    def predictions(self) -> npt.NDArray[Any]:
+        """What the logits say: (K,) ids, (K, C) bool, or (K,) numbers; see `Problem.predict`."""
+        return np.asarray(self.problem.predict(torch.from_numpy(self.logits)))
 
     @cached_property
     def probabilities(self) -> npt.NDArray[np.float32]:
-        """(K, C): softmax of the logits."""
-        exponentials = np.exp(self.logits - self.logits.max(axis=1, keepdims=True))
-        return np.asarray(exponentials / exponentials.sum(axis=1, keepdims=True), np.float32)
+        """(K, C): of the labels, or the value itself of a regression; see `Problem.scores`."""
+        return np.asarray(self.problem.scores(torch.from_numpy(self.logits)))
 
     def __len__(self) -> int:
         return len(self.sample_ids)
@@ -76,9 +84,9 @@ class Runner:
         last, layout, (states,) = self.segments[first], batch.layout, batch.token_rows
         for index in range(max(first, 0), last + 1):
             states = self._encoder.layer(index, states, layout)
-        logits = self._encoder.off_ramp(last, states, layout)
+        answer = self._encoder.answer(last, states, layout, with_certainty=self._policy.reads_certainty)
         after = SampleBatch(sample_ids=batch.sample_ids, layout=layout, token_rows=(states,))
-        exits, survivors = self._split(last + 1, after, logits)
+        exits, survivors = self._split(last + 1, after, answer)
         stats.count_layers(
             first,
             last,
@@ -96,17 +104,29 @@ class Runner:
         stats.count_embedding(time.perf_counter() - started)
         return SampleBatch(sample_ids=batch.sample_ids, layout=tokens.layout, token_rows=(states,))
 
-    def _split(self, layer: int, batch: SampleBatch, logits: Tensor) -> tuple[Exits, SampleBatch | None]:
+    def _split(
+        self, layer: int, batch: SampleBatch, answer: OffRampAnswer
+    ) -> tuple[Exits, SampleBatch | None]:
         """Who leaves after `layer` (1-based, 0: the embeddings), and who goes on."""
-        surprise = entropy(logits)
         if layer == self._encoder.num_layers:
-            return _exits(layer, batch.sample_ids, logits, surprise), None
-        leaves = self._policy.fires(layer, logits, surprise)
+            return self._exits(layer, batch.sample_ids, answer), None
+        leaves = self._policy.fires(layer, answer)
         chosen = leaves.cpu().numpy()  # the step's one wait for the device
         if not chosen.any():
-            return _exits(layer, batch.sample_ids[:0], logits[:0], surprise[:0]), batch
-        exits = _exits(layer, batch.sample_ids[chosen], logits[leaves], surprise[leaves])
+            return self._exits(layer, batch.sample_ids[:0], answer.take(slice(0))), batch
+        exits = self._exits(layer, batch.sample_ids[chosen], answer.take(leaves))
         return exits, None if chosen.all() else batch.take(np.flatnonzero(~chosen))
+
+    def _exits(self, layer: int, sample_ids: IntArray, answer: OffRampAnswer) -> Exits:
+        certainty = answer.certainty
+        return Exits(
+            sample_ids=sample_ids,
+            exit_layer=layer,
+            logits=answer.logits.cpu().numpy(),
+            entropy=answer.entropy.cpu().numpy(),
+            certainty=None if certainty is None else certainty.cpu().numpy(),
+            problem=self._encoder.problem,
+        )
 
 
 def _segments(encoder: PackedEncoder, policy: ExitPolicy) -> dict[int, int]:
@@ -115,9 +135,3 @@ def _segments(encoder: PackedEncoder, policy: ExitPolicy) -> dict[int, int]:
     ends = sorted(layer for layer in encoder.off_ramp_layers if layer == n or policy.can_fire(layer))
     firsts = [min(0, ends[0] - 1), *ends[:-1]]
     return {first: end - 1 for first, end in zip(firsts, ends, strict=True)}
-
-
-def _exits(layer: int, sample_ids: IntArray, logits: Tensor, surprise: Tensor) -> Exits:
-    return Exits(
-        sample_ids=sample_ids, exit_layer=layer, logits=logits.cpu().numpy(), entropy=surprise.cpu().numpy()
-    )

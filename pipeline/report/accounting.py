@@ -113,6 +113,9 @@ class Accounting:
     control_batch_samples: float | None
     """Mean samples per micro-batch of the audit lane; a much smaller one makes full depth look slow."""
     agreement: Agreement | None
+    """None where no row was audited, and of a regression, which has `difference` instead."""
+    difference: float | None
+    """Of a regression: mean |number - full depth's| of the audited rows."""
     wall_seconds: float
     """Summed over attempts."""
     rows_per_second: float | None
@@ -141,6 +144,7 @@ def account(record: RunRecord, *, price_per_hour: float | None = None, currency:
     full_depth = _full_depth(totals, executed, at_full_depth)
     wall_seconds = sum(attempt.wall_seconds for attempt in record.attempts)
     has_rows = totals.rows > 0
+    is_regression = record.model.problem_type == "regression"
     return Accounting(
         rows=totals.rows,
         windows=sum(totals.exit_windows),
@@ -156,7 +160,10 @@ def account(record: RunRecord, *, price_per_hour: float | None = None, currency:
         seconds_saved=_saved_share(totals.compute.total_seconds, full_depth.seconds) if full_depth else None,
         exit_batch_samples=_batch_samples(totals.compute),
         control_batch_samples=_batch_samples(totals.control),
-        agreement=_agreement(totals.audited_rows, totals.audit_agreements),
+        agreement=None if is_regression else _agreement(totals.audited_rows, totals.audit_agreements),
+        difference=totals.audit_distance / totals.audited_rows
+        if is_regression and totals.audited_rows
+        else None,
         wall_seconds=wall_seconds,
         rows_per_second=_rows_per_second(record.attempts),
         cost=_cost(totals, full_depth, price_per_hour, currency),

@@ -53,22 +53,25 @@ def draw(found: EvaluatedSet) -> tuple[Picture, ...]:
 
 def quality_against_saving(found: EvaluatedSet) -> Picture:
     """The score over the share saved: of layer work, and of time where it was measured."""
-    curve = (found.full, *found.thresholds)
+    curve = (found.full, *(found.thresholds or found.certainties))
     timed = [(point, point.alone.saving) for point in curve if point.alone]
     # Beside it stand two half-width figures where time was measured, else one.
     figure, axes = new_axes(FULL_WIDTH_INCHES if timed else HALF_WIDTH_INCHES, _CURVE_HEIGHT_INCHES)
     if timed:
         _line(axes, [x for _, x in timed], [p for p, _ in timed], FULL_DEPTH, "s", "time, measured alone")
     _line(axes, [p.saving for p in curve], curve, EXECUTED, "o", "layer work, expected")
+    if found.thresholds and found.certainties:
+        learned = (found.full, *found.certainties)
+        _line(axes, [p.saving for p in learned], learned, MARK, "^", "layer work, learned exits")
     _static_marks(axes, [100 * point.saving for point in found.statics], found.statics)
-    _name_thresholds(axes, found.thresholds)
+    _name_thresholds(axes, found.thresholds or found.certainties)
     _graph(axes, "saved, %", f"{found.metrics[0]}, %")
     return Picture(stem=file_stem(found, "quality_saving"), title="Quality against saving", figure=figure)
 
 
 def expected_against_measured(found: EvaluatedSet) -> tuple[Picture, ...]:
     """Time saved over the saving that Eq. 2 expects of the same samples; none where nothing was measured."""
-    curve = (found.full, *found.thresholds)
+    curve = (found.full, *found.thresholds, *found.certainties)
     alone, engine = [p.alone for p in curve if p.alone], [p.engine for p in curve if p.engine]
     if not alone:
         return ()
@@ -103,7 +106,7 @@ def quality_per_off_ramp(found: EvaluatedSet) -> Picture:
 
 def samples_per_exit_layer(found: EvaluatedSet) -> Picture:
     """Share of samples that leave after each layer, for a few thresholds side by side."""
-    chosen = _spread(found.thresholds, MAX_HISTOGRAMS) or [found.full]
+    chosen = _spread(found.thresholds or found.certainties, MAX_HISTOGRAMS) or [found.full]
     figure, first = new_axes(FULL_WIDTH_INCHES, 2.6)
     first.remove()
     panels = figure.subplots(1, len(chosen), sharey=True, squeeze=False)[0]

@@ -62,12 +62,15 @@ class EvaluatedSet:
     """(layer, score by each metric), the final classifier last."""
     full: EvaluatedPoint
     thresholds: tuple[EvaluatedPoint, ...]
+    """Of the entropy; empty where answers have none."""
     statics: tuple[EvaluatedPoint, ...]
+    certainties: tuple[EvaluatedPoint, ...] = ()
+    """Thresholds of the certainty; empty where the model does not learn to exit."""
 
     @property
     def points(self) -> tuple[EvaluatedPoint, ...]:
         """All of them, full depth first."""
-        return (self.full, *self.thresholds, *self.statics)
+        return (self.full, *self.thresholds, *self.certainties, *self.statics)
 
 
 def file_stem(found: EvaluatedSet, what: str) -> str:
@@ -115,7 +118,7 @@ def _off_ramp_table(found: EvaluatedSet) -> Table:
 
 def _threshold_table(found: EvaluatedSet) -> Table:
     return Table(
-        title=_title(found, "What each entropy threshold keeps and saves"),
+        title=_title(found, "What each threshold keeps and saves"),
         columns=(
             "threshold",
             *(f"{metric} %" for metric in found.metrics),

@@ -21,8 +21,10 @@ from fastparquet import ParquetFile
 
 from pipeline.errors import PipelineError
 from pipeline.records import ModelRecord, RunRecord
+from pipeline.report.said import said_by
 
-COLUMNS = ["prediction", "label", "score", "exit_layer", "num_tokens", "truncated", "audit_prediction"]
+COLUMNS = ("exit_layer", "num_tokens", "truncated", "audit_prediction")
+"""Of every part, whatever its rows say."""
 WINDOWS_COLUMN = "num_windows"
 """Beside them, where longer texts were classified in windows."""
 SCORE_BINS = 200
@@ -74,7 +76,7 @@ class Evidence:
     impossible_exit_rows: int
     """Rows whose exit layer the model does not have."""
     label_rows: tuple[int, ...]
-    """Rows per label, by the label's name, in the model's order."""
+    """Rows per label, by the label's name, in the model's order; a row of a multi-label model counts for each."""
     unknown_label_rows: int
     """Rows whose label the model does not have."""
     mislabelled_rows: int
@@ -84,7 +86,7 @@ class Evidence:
     agreeing_rows: tuple[int, ...]
     """Audited rows whose full-depth answer is their prediction, per exit layer."""
     score_ranges: tuple[ScoreRange, ...]
-    """Layers after which no row left are absent."""
+    """Layers after which no row left are absent; empty where rows have not one score each."""
     findings: tuple[Finding, ...]
     """Empty when parts and record agree."""
 
@@ -100,8 +102,8 @@ def gather_evidence(paths: Sequence[str], record: RunRecord) -> Evidence:
         EvidenceError: A part cannot be read.
     """
     has_windows = record.identity.window_stride is not None
-    columns = [*COLUMNS, WINDOWS_COLUMN] if has_windows else COLUMNS
     recount = _Recount(record.model, record.identity.max_length)
+    columns = (*recount.columns, WINDOWS_COLUMN) if has_windows else recount.columns
     for path in paths:
         for frame in _row_groups(path, columns):
             recount.add(frame)
@@ -143,13 +145,13 @@ def _footer_rows(path: str) -> int:
     return int(_open(path).fmd.num_rows)
 
 
-def _row_groups(path: str, columns: list[str]) -> Iterator[pd.DataFrame]:
+def _row_groups(path: str, columns: Sequence[str]) -> Iterator[pd.DataFrame]:
     part = _open(path)
     missing = [column for column in columns if column not in part.columns]
     if missing:
         raise EvidenceError(f"the part {path} lacks the column {missing[0]}: it is not a part of such a run.")
     try:
-        yield from part.iter_row_groups(columns=columns)
+        yield from part.iter_row_groups(columns=list(columns))
     except Exception as error:  # a damaged page: the footer was sound, the data are not
         raise EvidenceError(
             f"the part {path} is damaged ({type(error).__name__}: {error}): "
@@ -163,30 +165,28 @@ class _Recount:
     def __init__(self, model: ModelRecord, max_length: int) -> None:
         self._model, self._max_length = model, max_length
         size = model.num_layers + 2
-        # rows, tokens, squared tokens, truncated, mislabelled, windows
-        self._sums: Ints = np.zeros(6, np.int64)
+        self._sums: Ints = np.zeros(5, np.int64)  # rows, tokens, squared tokens, truncated, windows
         self._layers: Ints = np.zeros((4, size), np.int64)  # rows, tokens, audited, agreeing
-        self._labels: Ints = np.zeros(len(model.labels) + 1, np.int64)  # the last one: unknown labels
+        self._said = said_by(model.problem_type, model.labels)
         self._scores: Ints = np.zeros((size, SCORE_BINS), np.int64)
-        # A model may give two classes one name: both count under the first.
-        self._index_of_name = {name: i for i, name in reversed(list(enumerate(model.labels)))}
-        self._first_of_class = np.array([self._index_of_name[name] for name in model.labels], np.int64)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """That are read of every part."""
+        return (*self._said.columns, *COLUMNS)
 
     def add(self, frame: pd.DataFrame) -> None:
         """Counts one row group."""
         exit_layers, tokens = self._exit_layers(frame), frame["num_tokens"].to_numpy(np.int64)
-        prediction = frame["prediction"].to_numpy(np.int64)
-        labels = self._label_indices(frame)
         audited = frame["audit_prediction"].notna().to_numpy(bool)
-        agreeing = audited & (frame["audit_prediction"].fillna(-1).to_numpy(np.int64) == prediction)
+        agreeing, scores = self._said.add(frame)
         truncated = int(frame["truncated"].to_numpy(bool).sum())
-        mislabelled = int((labels != self._class_labels(prediction)).sum())
         windows = self._windows(frame)
         squared = self._squared_tokens(tokens, windows)
-        self._sums += [len(frame), tokens.sum(), squared, truncated, mislabelled, windows.sum()]
-        self._labels += np.bincount(labels, minlength=self._labels.size)
+        self._sums += [len(frame), tokens.sum(), squared, truncated, windows.sum()]
         self._add_layers(exit_layers, tokens, audited, agreeing)
-        self._add_scores(exit_layers, frame["score"].to_numpy(np.float64))
+        if scores is not None:
+            self._add_scores(exit_layers, scores)
 
     @staticmethod
     def _windows(frame: pd.DataFrame) -> Ints:
@@ -206,16 +206,6 @@ class _Recount:
         first = 0 if 0 in self._model.off_ramp_layers else 1
         return np.where((layers >= first) & (layers <= n), layers, n + 1)
 
-    def _label_indices(self, frame: pd.DataFrame) -> Ints:
-        codes, names = pd.factorize(frame["label"])
-        unknown = len(self._model.labels)
-        indices = np.array([self._index_of_name.get(name, unknown) for name in names] + [unknown], np.int64)
-        return indices[codes]  # a null's code is -1: the appended entry
-
-    def _class_labels(self, prediction: Ints) -> Ints:
-        known = (prediction >= 0) & (prediction < self._first_of_class.size)
-        return np.where(known, self._first_of_class[np.where(known, prediction, 0)], -1)
-
     def _add_layers(self, exit_layers: Ints, tokens: Ints, audited: Any, agreeing: Any) -> None:
         size = self._layers.shape[1]
         for row, weights in enumerate((None, tokens, audited, agreeing)):
@@ -229,7 +219,7 @@ class _Recount:
 
     def conclude(self, parts: int, record: RunRecord) -> Evidence:
         """The counts, and where they differ from `record`."""
-        rows, tokens, squared_tokens, truncated, mislabelled, windows = self._sums.tolist()
+        rows, tokens, squared_tokens, truncated, windows = self._sums.tolist()
         exit_rows, exit_tokens, audited, agreeing = (tuple(row) for row in self._layers[:, :-1].tolist())
         counted: dict[str, Any] = {
             "parts": parts,
@@ -241,14 +231,14 @@ class _Recount:
             "exit_rows": exit_rows,
             "exit_tokens": exit_tokens,
             "impossible_exit_rows": int(self._layers[0, -1]),
-            "unknown_label_rows": int(self._labels[-1]),
-            "mislabelled_rows": mislabelled,
+            "unknown_label_rows": self._said.unknown_label_rows,
+            "mislabelled_rows": self._said.mislabelled_rows,
             "audited_rows": audited,
             "agreeing_rows": agreeing,
         }
         return Evidence(
             **counted,
-            label_rows=tuple(self._labels[:-1].tolist()),
+            label_rows=tuple(self._said.label_rows.tolist()),
             score_ranges=tuple(self._score_ranges()),
             findings=tuple(_findings(counted, record)),
         )

@@ -118,6 +118,12 @@ def _time_saved(accounting: Accounting) -> Fact:
 
 
 def _agreement(accounting: Accounting) -> Fact:
+    if accounting.difference is not None:
+        return Fact(
+            name="Difference from full depth",
+            value=f"{accounting.difference:.4g}",
+            basis="mean absolute difference of the audited rows' numbers",
+        )
     name, found = "Agreement with full depth", accounting.agreement
     if found is None:
         return Fact(name=name, value=q.NOT_MEASURED, basis=MEASURE_IT)

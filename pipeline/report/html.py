@@ -38,7 +38,11 @@ def _plots(record: RunRecord, accounting: Accounting, evidence: Evidence) -> dic
         "exit_histogram": plots.exit_histogram(accounting),
         "layer_work": plots.layer_work(accounting),
         "seconds_per_layer": plots.seconds_per_layer(accounting),
-        "labels": plots.label_distribution(record.model.labels, evidence.label_rows),
-        "scores": plots.score_ranges(evidence.score_ranges, record.model.num_layers),
+        "labels": plots.label_distribution(record.model.labels, evidence.label_rows)
+        if any(evidence.label_rows)
+        else None,
+        "scores": plots.score_ranges(evidence.score_ranges, record.model.num_layers)
+        if evidence.score_ranges
+        else None,
     }
     return {name: None if svg is None else Markup(svg) for name, svg in drawn.items()}

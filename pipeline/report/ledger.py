@@ -71,7 +71,7 @@ def _layer_row(layer: LayerAccount, accounting: Accounting, evidence: Evidence) 
         f"{layer.seconds:,.2f}",
         "–" if full_depth is None else f"{full_depth:,.2f}",
         q.count(audited),
-        q.percent(agreeing / audited) if audited else "–",
+        q.percent(agreeing / audited) if audited and accounting.agreement is not None else "–",
     )
 
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from deebert.checkpoint import Checkpoint, load_checkpoint
-from deebert.exit_policy import EntropyThreshold
+from deebert.exit_policy import EntropyThreshold, OffRampAnswer
 from deebert.reference import ReferenceResult, classify_one, classify_windows
 from pipeline.stream import StreamConfig, stream
 
@@ -241,9 +241,9 @@ class TestOrder:
             all_read.set()
 
         class Patient(EntropyThreshold):
-            def fires(self, layer: int, logits: torch.Tensor, entropy: torch.Tensor) -> torch.Tensor:
+            def fires(self, layer: int, answer: OffRampAnswer) -> torch.Tensor:
                 assert all_read.wait(SECONDS)
-                return super().fires(layer, logits, entropy)
+                return super().fires(layer, answer)
 
         out = io.StringIO()
         stream(checkpoint, Patient(THRESHOLD), arriving(), out, StreamConfig())

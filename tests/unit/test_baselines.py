@@ -12,7 +12,7 @@ from deebert.baselines import StaticStyle, cut, kept_layers
 from deebert.checkpoint import load_checkpoint
 from deebert.encoder import PackedEncoder
 from deebert.errors import BackboneError, DataError
-from deebert.evaluation import LabelledSequences, accuracy, trace
+from deebert.evaluation import LabelledSequences, trace
 from deebert.packing import PackedTokens
 from deebert.training import BackboneStage, Recipe
 from jobs.static import train_static
@@ -97,7 +97,7 @@ class TestTraining:
         )
 
         predictions = trace(PackedEncoder(static.model), data.tokens).logits[-1].argmax(-1)
-        assert accuracy(data.labels, predictions) > 0.9
+        assert (predictions == data.labels).float().mean() > 0.9
         assert static.record.name == "static 2 (every-other)"
         assert not static.model.training
 

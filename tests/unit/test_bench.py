@@ -13,7 +13,7 @@ import torch
 
 from deebert.cost import ModelShape, mean_exit_layer
 from deebert.encoder import PackedEncoder
-from deebert.exit_policy import FULL_DEPTH
+from deebert.exit_policy import FULL_DEPTH, OffRampAnswer
 from deebert.packing import PackedTokens
 from jobs.bench import BenchJob, _quick, _settings, _workload
 from jobs.benchmarks import results, rivals, roofline
@@ -58,6 +58,10 @@ class TestStatistics:
         assert timed["b"].outcome == 8
 
 
+def undecided(samples: int) -> OffRampAnswer:
+    return OffRampAnswer(logits=torch.zeros(samples, 2), entropy=torch.zeros(samples))
+
+
 class TestScriptedExits:
     @pytest.mark.parametrize("mean", [1.5, 3.0, 6.5, 9.0, 11.5])
     def test_shares_have_the_mean_asked_for_and_reach_every_layer(self, mean: float) -> None:
@@ -81,15 +85,15 @@ class TestScriptedExits:
 
     def test_a_quarter_leaves_whatever_the_batches(self) -> None:
         policy = ScriptedExits([0.25, 0.75])
-        leaves = [policy.fires(1, torch.zeros(n, 2), torch.zeros(n)) for n in (1, 2, 5, 4, 3, 1)]
+        leaves = [policy.fires(1, undecided(n)) for n in (1, 2, 5, 4, 3, 1)]
 
         assert torch.cat(leaves).tolist() == [False, True, False, False] * 4
 
     def test_later_shares_are_of_all_samples(self) -> None:
         policy = ScriptedExits([0.5, 0.25, 0.25])
 
-        assert int(policy.fires(1, torch.zeros(8, 2), torch.zeros(8)).sum()) == 4
-        assert int(policy.fires(2, torch.zeros(4, 2), torch.zeros(4)).sum()) == 2
+        assert int(policy.fires(1, undecided(8)).sum()) == 4
+        assert int(policy.fires(2, undecided(4)).sum()) == 2
 
 
 SAMPLES = 300

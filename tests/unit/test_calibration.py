@@ -11,6 +11,7 @@ import torch
 from deebert.calibration import choose_threshold
 from deebert.evaluation import Trace
 from deebert.exit_policy import FULL_DEPTH, EntropyThreshold
+from deebert.problem import SINGLE_LABEL
 
 NINE, MANY = math.log(9), math.log(99)
 # Off-ramp 1 is right and sure (entropy 0.056) of two samples, right and less sure (0.325) of one, and wrong
@@ -73,4 +74,4 @@ def test_the_choice_is_always_a_policy_that_the_model_accepts(num_labels: int) -
     )
 
     assert isinstance(point.policy, EntropyThreshold)
-    point.policy.check(num_labels=num_labels, num_layers=2)
+    point.policy.check(problem=SINGLE_LABEL, num_labels=num_labels, num_layers=2, learns_to_exit=False)

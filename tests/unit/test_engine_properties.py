@@ -18,8 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from deebert.exit_policy import FULL_DEPTH, EntropyThreshold
+from deebert.exit_policy import FULL_DEPTH, EntropyThreshold, OffRampAnswer, entropy
 from deebert.packing import PackedTokens, SequenceLayout
+from deebert.problem import SINGLE_LABEL
 from pipeline.engine import Engine, EngineConfig, Exits
 from pipeline.errors import InvariantError
 from tests.examples import examples
@@ -40,6 +41,7 @@ class ScriptedEncoder:
     """A `PackedEncoder` whose states hold each token's id and how many layers it has been through."""
 
     num_labels = NUM_LABELS
+    problem = SINGLE_LABEL
     device = torch.device("cpu")
 
     def __init__(self, num_layers: int, off_ramp_layers: tuple[int, ...]) -> None:
@@ -59,7 +61,13 @@ class ScriptedEncoder:
         self._note(index + 1, states, layout)
         return states + torch.tensor([0.0, 1.0])
 
-    def off_ramp(self, index: int, states: Tensor, layout: SequenceLayout) -> Tensor:
+    def answer(
+        self, index: int, states: Tensor, layout: SequenceLayout, *, with_certainty: bool = False
+    ) -> OffRampAnswer:
+        logits = self._logits(index, states, layout)
+        return OffRampAnswer(logits=logits, entropy=entropy(logits))
+
+    def _logits(self, index: int, states: Tensor, layout: SequenceLayout) -> Tensor:
         self.off_ramps_computed.append(index + 1)
         tokens = self._first_tokens(states, layout)
         lead = torch.where(tokens % 16 <= index + 1, SURE, UNSURE)

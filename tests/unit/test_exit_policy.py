@@ -3,17 +3,43 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 
 from deebert.errors import PolicyError
-from deebert.exit_policy import FULL_DEPTH, EntropyThreshold, entropy, policy_from_dict
+from deebert.exit_policy import (
+    FULL_DEPTH,
+    EntropyThreshold,
+    LearningToExit,
+    OffRampAnswer,
+    entropy,
+    policy_from_dict,
+)
+from deebert.problem import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 
 
 def fired(policy: EntropyThreshold, *entropies: float, layer: int = 1) -> list[bool]:
-    values = torch.tensor(entropies)
-    return policy.fires(layer, torch.zeros(len(values), 2), values).tolist()
+    answer = OffRampAnswer(logits=torch.zeros(len(entropies), 2), entropy=torch.tensor(entropies))
+    return policy.fires(layer, answer).tolist()
+
+
+def certain(policy: LearningToExit, *certainties: float, layer: int = 1) -> list[bool]:
+    nothing = torch.zeros(len(certainties))
+    answer = OffRampAnswer(logits=nothing[:, None], entropy=nothing, certainty=torch.tensor(certainties))
+    return policy.fires(layer, answer).tolist()
+
+
+def of_two_labels(num_layers: int, **other: Any) -> dict[str, Any]:
+    """What a policy is checked against."""
+    return {
+        "problem": SINGLE_LABEL,
+        "num_labels": 2,
+        "num_layers": num_layers,
+        "learns_to_exit": False,
+        **other,
+    }
 
 
 @pytest.mark.parametrize(
@@ -41,7 +67,7 @@ def test_entropy_of_an_underflowing_probability_is_zero_where_the_original_has_n
 
     assert torch.isnan(-(p * torch.log(p)).sum())  # the original's form
     assert entropy(row).tolist() == [0.0]
-    assert EntropyThreshold(0.01).fires(1, row, entropy(row)).tolist() == [True]
+    assert fired(EntropyThreshold(0.01), *entropy(row).tolist()) == [True]
 
 
 def test_entropy_is_float32_whatever_the_logits_are() -> None:
@@ -129,18 +155,23 @@ class TestLayer0:
         EntropyThreshold((0.1, None, 0.3)),
         EntropyThreshold(()),
         EntropyThreshold((0.1, None), layer_0=0.05),
+        LearningToExit(0.9),
+        LearningToExit((0.9, None)),
     ],
 )
-def test_json_form_round_trips(policy: EntropyThreshold) -> None:
+def test_json_form_round_trips(policy: EntropyThreshold | LearningToExit) -> None:
     assert policy_from_dict(policy.to_dict()) == policy
 
 
 def test_json_form_is_literal() -> None:
     assert EntropyThreshold((0.1, None)).to_dict() == {"type": "entropy", "thresholds": [0.1, None]}
+    assert LearningToExit(0.9).to_dict() == {"type": "learning-to-exit", "thresholds": 0.9}
 
 
 def test_an_unknown_policy_is_refused_by_name() -> None:
-    with pytest.raises(PolicyError, match="unknown exit policy 'patience': this version knows 'entropy'"):
+    with pytest.raises(
+        PolicyError, match="unknown exit policy 'patience': this version knows 'entropy' and 'l"
+    ):
         policy_from_dict({"type": "patience"})
 
 
@@ -155,13 +186,13 @@ def test_thresholds_that_are_no_numbers_are_refused(value: float) -> None:
 @pytest.mark.parametrize("threshold", [0.7, (0.1, 0.7)])
 def test_a_threshold_above_the_largest_entropy_is_refused(threshold: float | tuple[float, ...]) -> None:
     with pytest.raises(PolicyError, match=r"threshold 0\.7 is above ln\(2\) = 0\.6931"):
-        EntropyThreshold(threshold).check(num_labels=2, num_layers=3)
+        EntropyThreshold(threshold).check(**of_two_labels(3))
 
 
 def test_thresholds_up_to_the_largest_entropy_are_accepted() -> None:
-    EntropyThreshold(math.log(2)).check(num_labels=2, num_layers=12)
-    EntropyThreshold((None, -1.0, 0.0, 0.69)).check(num_labels=2, num_layers=5)
-    FULL_DEPTH.check(num_labels=2, num_layers=12)
+    EntropyThreshold(math.log(2)).check(**of_two_labels(12))
+    EntropyThreshold((None, -1.0, 0.0, 0.69)).check(**of_two_labels(5))
+    FULL_DEPTH.check(**of_two_labels(12))
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -169,4 +200,56 @@ def test_the_number_of_thresholds_must_be_the_number_of_layers_that_can_exit(cou
     with pytest.raises(
         PolicyError, match=f"{count} entropy thresholds for 3 layers: .* 2 layers before the last"
     ):
-        EntropyThreshold((0.1,) * count).check(num_labels=2, num_layers=3)
+        EntropyThreshold((0.1,) * count).check(**of_two_labels(3))
+
+
+@pytest.mark.parametrize(("threshold", "problem"), [(0.7, MULTI_LABEL), ((0.1, 0.7), MULTI_LABEL)])
+def test_labels_that_each_hold_or_not_have_at_most_ln_2(threshold: Any, problem: Any) -> None:
+    with pytest.raises(PolicyError, match=r"threshold 0\.7 is above ln\(2\) = 0\.6931"):
+        EntropyThreshold(threshold).check(**of_two_labels(3, problem=problem, num_labels=9))
+
+
+def test_a_regression_has_no_entropy_to_compare() -> None:
+    regression = of_two_labels(3, problem=REGRESSION, num_labels=1)
+
+    with pytest.raises(
+        PolicyError, match=r"means nothing to a regression, .*: train with --learn-to-exit and g"
+    ):
+        EntropyThreshold(0.1).check(**regression)
+    FULL_DEPTH.check(**regression)
+    EntropyThreshold(-1.0).check(**regression)
+    assert fired(EntropyThreshold(0.1), math.nan) == [False]
+
+
+class TestLearningToExit:
+    def test_fires_strictly_above_the_threshold(self) -> None:
+        assert certain(LearningToExit(0.75), 1.0, 0.7500001, 0.75, 0.2) == [True, True, False, False]
+
+    @pytest.mark.parametrize("threshold", [None, 1.0, 1])
+    def test_none_and_one_never_fire(self, threshold: float | None) -> None:
+        policy = LearningToExit(threshold)
+
+        assert not any(policy.can_fire(layer) for layer in range(1, 12))
+        assert certain(policy, 1.0, 0.5) == [False, False]
+
+    def test_each_layer_has_its_own_threshold(self) -> None:
+        policy = LearningToExit((0.9, None, 0.0))
+
+        assert [policy.can_fire(layer) for layer in (1, 2, 3, 4)] == [True, False, True, False]
+        assert certain(policy, 0.8, layer=1) == [False]
+        assert certain(policy, 1.0, layer=2) == [False]
+        assert certain(policy, 0.8, layer=3) == [True]
+
+    @pytest.mark.parametrize("value", [-0.1, 1.1, math.nan])
+    def test_what_is_no_certainty_is_refused(self, value: float) -> None:
+        with pytest.raises(PolicyError, match="is no certainty: give a number between 0 and 1"):
+            LearningToExit((0.5, value))
+
+    def test_a_model_without_such_a_head_is_refused(self) -> None:
+        with pytest.raises(PolicyError, match="which this model has not: train it with --learn-to-exit"):
+            LearningToExit(0.9).check(**of_two_labels(3))
+        LearningToExit(0.9).check(**of_two_labels(3, learns_to_exit=True))
+
+    def test_the_number_of_thresholds_must_fit(self) -> None:
+        with pytest.raises(PolicyError, match="3 certainty thresholds for 3 layers"):
+            LearningToExit((0.9,) * 3).check(**of_two_labels(3, learns_to_exit=True))

@@ -26,6 +26,7 @@ from deebert.errors import BackboneError, CheckpointError
 from deebert.evaluation import LabelledSequences, trace
 from deebert.modeling import DeeBertForSequenceClassification
 from deebert.packing import PackedTokens
+from deebert.problem import MULTI_LABEL, REGRESSION, Problem
 from deebert.training import OffRampStage, Recipe, train
 from tests.conftest import make_backbone_config, randomize
 from tests.parity.test_encoder_vs_transformers import padded, random_ids, training_form
@@ -109,6 +110,30 @@ class TestWhatIsKept:
         assert torch.equal(model(ids, mask).logits, their_logits(theirs.float(), ROWS))
 
 
+class TestOtherProblems:
+    @pytest.mark.parametrize(
+        ("fields", "problem"),
+        [
+            ({"problem_type": "multi_label_classification"}, MULTI_LABEL),
+            ({"num_labels": 1, "problem_type": "regression"}, REGRESSION),
+            ({"num_labels": 1}, REGRESSION),
+        ],
+        ids=["multi-label", "regression", "one output"],
+    )
+    def test_weights_and_answers_are_theirs_bit_for_bit(
+        self, tmp_path: Path, family: str, fields: dict[str, Any], problem: Problem
+    ) -> None:
+        theirs: Any = FAMILIES[family].classifier(config_of(family, **fields))
+        folder = save(tmp_path, theirs)
+
+        model = DeeBertForSequenceClassification.from_classifier(folder, learns_to_exit=True).eval()
+
+        assert model.config.problem is problem
+        ids, mask = padded(ROWS, theirs.config.pad_token_id)
+        assert torch.equal(model(ids, mask).logits, their_logits(theirs, ROWS))
+        assert model.exit_head is not None
+
+
 class TestWhatIsGained:
     def test_off_ramps_start_from_the_heads_pooler_and_know_no_label_yet(
         self, tmp_path: Path, theirs: Any
@@ -182,28 +207,23 @@ class TestRefusals:
         with pytest.raises(CheckpointError, match=r"' lacks \d of the weights that it should have, first '"):
             DeeBertForSequenceClassification.from_classifier(folder)
 
-    @pytest.mark.parametrize(
-        ("fields", "said"),
-        [
-            ({"num_labels": 1}, "is a regression model of 1 outputs"),
-            ({"problem_type": "regression"}, "is a regression model of 3 outputs"),
-            (
-                {"problem_type": "multi_label_classification"},
-                "is a multi label classification model of 3 outputs",
-            ),
-        ],
-    )
-    def test_heads_that_give_no_class_probabilities(
-        self, tmp_path: Path, fields: dict[str, Any], said: str
-    ) -> None:
+    @pytest.mark.parametrize("fields", [{"num_labels": 1}, {"num_labels": 1, "problem_type": "regression"}])
+    def test_a_regression_that_does_not_learn_to_exit(self, tmp_path: Path, fields: dict[str, Any]) -> None:
         folder = save(tmp_path, DistilBertForSequenceClassification(config_of("distilbert", **fields)))
 
         with pytest.raises(BackboneError) as caught:
             DeeBertForSequenceClassification.from_classifier(folder)
         assert str(caught.value) == (
-            f"'{folder}' {said}, whose answers have no entropy to exit by: "
-            "give one that chooses one of several labels"
+            f"'{folder}' is a regression, whose answers have no entropy to exit by: "
+            "let it learn to exit (learns_to_exit, --learn-to-exit)"
         )
+
+    def test_a_regression_of_several_numbers(self, tmp_path: Path) -> None:
+        config = config_of("distilbert", problem_type="regression")
+        folder = save(tmp_path, DistilBertForSequenceClassification(config))
+
+        with pytest.raises(BackboneError, match="is a regression of 3 outputs: give one of a single output"):
+            DeeBertForSequenceClassification.from_classifier(folder, learns_to_exit=True)
 
     def test_a_head_of_another_number_of_labels(self, tmp_path: Path) -> None:
         folder = save(tmp_path, FAMILIES["bert"].classifier(config_of("bert")))

@@ -396,7 +396,7 @@ class TestDrawing:
 
         text = drawing.read_text()
         assert drawing == tmp_path / "log.svg"
-        assert text.count("cross-entropy after each layer") >= 2
+        assert text.count("loss after each layer") >= 2
         # matplotlib names curves line2d_…; the two stages' panels hold 2 (trained, held out) and 2 (off-ramps).
         assert [text.count(f'id="axes_{i}"') for i in (1, 2, 3)] == [1, 1, 0]
 

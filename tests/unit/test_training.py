@@ -352,7 +352,9 @@ class TestTeacher:
     def test_one_of_other_labels_is_refused(self, teacher: Path, tiny_model: ModelFactory, run: Run) -> None:
         stage = replace(QUICK_1, teacher=Teacher(folder=str(teacher)))
 
-        with pytest.raises(RecipeError, match="has other labels or another vocabulary than the model"):
+        with pytest.raises(
+            RecipeError, match="has other labels, another problem type or another vocabulary than the model"
+        ):
             run(tiny_model(num_labels=4), replace(TWO_STAGE, stage_1=stage))
 
     def test_one_of_another_depth_can_teach_its_answers_but_not_its_states(

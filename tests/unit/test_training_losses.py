@@ -8,14 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from deebert.problem import SINGLE_LABEL
 from deebert.training import Alternating, BackboneStage, Distillation, FinalOnly, Joint, OffRampStage, Teacher
 from deebert.training.equilibrium import gradient_equilibrium, gradient_scales
 from deebert.training.losses import (
     Answers,
     JointLoss,
     backbone_loss,
-    cross_entropies,
-    divergences,
     hidden_distance,
     off_ramp_loss,
 )
@@ -54,7 +53,7 @@ FINAL = (CE_SURE_RIGHT + CE_UNSURE) / 2
 
 class TestParts:
     def test_cross_entropy_of_each_classifier(self) -> None:
-        losses = cross_entropies(TWO_RAMPS.off_ramp_logits, TWO_RAMPS.labels)
+        losses = SINGLE_LABEL.losses(TWO_RAMPS.off_ramp_logits, TWO_RAMPS.labels).mean(-1)
 
         assert losses.tolist() == pytest.approx([RAMP_1, RAMP_2], abs=1e-6)
 
@@ -62,14 +61,14 @@ class TestParts:
         logits = torch.tensor([[UNSURE], [[2 * LN3, 0.0]]])
 
         # At temperature 2 the targets (2 ln 3, 0) are (3/4, 1/4).
-        losses = divergences(logits, torch.tensor([[2 * LN3, 0.0]]), 2.0)
+        losses = SINGLE_LABEL.divergences(logits, torch.tensor([[2 * LN3, 0.0]]), 2.0).mean(-1)
 
         assert losses.tolist() == pytest.approx([4 * kl((0.75, 0.25), (0.5, 0.5)), 0.0], abs=1e-6)
 
     def test_targets_get_no_gradient(self) -> None:
         logits, targets = (torch.randn(*shape, requires_grad=True) for shape in ((2, 3, 4), (3, 4)))
 
-        divergences(logits, targets, 2.0).sum().backward()
+        SINGLE_LABEL.divergences(logits, targets, 2.0).sum().backward()
 
         assert targets.grad is None
         assert logits.grad is not None

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,14 +22,14 @@ from transformers import PreTrainedTokenizerFast
 from deebert.encoder import PackedEncoder
 from deebert.exit_policy import EntropyThreshold
 from deebert.packing import PackedTokens
+from deebert.problem import MULTI_LABEL, REGRESSION, SINGLE_LABEL, Problem
 from deebert.reference import classify_one, classify_windows, windows_of
-from deebert.windows import distribution_entropy, text_means, text_sums
+from deebert.windows import text_means, text_sums
 from pipeline.config import ClassifyConfig
 from pipeline.engine import Engine, EngineConfig, Exits
 from pipeline.errors import UsageError
 from pipeline.lanes import Lanes, Submission
 from pipeline.planning import make_plan
-from pipeline.schema import NOT_AUDITED
 from pipeline.tokenization import TextTokenizer, TokenizedBatch
 from pipeline.windows import Answered, TextsInFlight, WindowedTexts
 from tests.conftest import ModelFactory, make_model, make_tokenizer
@@ -145,10 +146,30 @@ class TestMeans:
         assert text_sums(np.zeros(0, np.int64), np.zeros(0, np.int64)).shape == (0,)
 
     def test_a_certain_distribution_has_no_entropy_and_an_even_one_the_most(self) -> None:
-        surprise = distribution_entropy(np.array([[0.0, 1.0, 0.0], [1 / 3, 1 / 3, 1 / 3]]))
+        surprise = SINGLE_LABEL.entropy_of_scores(torch.tensor([[0.0, 1.0, 0.0], [1 / 3, 1 / 3, 1 / 3]]))
 
         assert surprise.tolist() == [0.0, pytest.approx(np.log(3))]
         assert not np.signbit(surprise[0])
+
+    @pytest.mark.parametrize(
+        ("problem", "windows", "prediction", "entropy"),
+        [
+            (SINGLE_LABEL, [[0.9, 0.1], [0.3, 0.7]], 0, -0.6 * np.log(0.6) - 0.4 * np.log(0.4)),
+            (MULTI_LABEL, [[0.9, 0.1], [0.3, 0.7]], [True, False], -0.6 * np.log(0.6) - 0.4 * np.log(0.4)),
+            (REGRESSION, [[4.0], [1.5]], 2.75, np.nan),
+        ],
+        ids=lambda value: value.name if isinstance(value, Problem) else "",
+    )
+    def test_what_a_mean_says_is_the_problems_business(
+        self, problem: Problem, windows: list[list[float]], prediction: Any, entropy: float
+    ) -> None:
+        width = len(windows[0])
+        of_windows = replace(Answered.blank(2, problem, width), probabilities=np.array(windows, np.float32))
+
+        _, found = WindowedTexts(np.array([2]), problem, width).leave(np.arange(2), of_windows)
+
+        assert found.prediction.tolist() == [prediction]
+        assert found.entropy[0] == pytest.approx(entropy, nan_ok=True, rel=1e-6)
 
 
 def random_answers(count: int, seed: int) -> Answered:
@@ -158,6 +179,7 @@ def random_answers(count: int, seed: int) -> Answered:
         prediction=rng.integers(3, size=count).astype(np.int32),
         exit_layer=rng.integers(1, 13, size=count).astype(np.int16),
         entropy=rng.random(count).astype(np.float32),
+        certainty=rng.random(count).astype(np.float32),
         probabilities=probabilities,
     )
 
@@ -176,13 +198,13 @@ class TestGathering:
         order = np.array(data.draw(st.permutations(range(total))))
         cuts = sorted(data.draw(st.sets(st.integers(1, total), max_size=5)))
 
-        texts, found = WindowedTexts(counts, 3), Answered.blank(len(counts), 3)
+        texts, found = WindowedTexts(counts, SINGLE_LABEL, 3), Answered.blank(len(counts), SINGLE_LABEL, 3)
         seen: list[int] = []
         for leaving in np.split(order, cuts):
             complete, complete_answers = texts.leave(leaving, answers.take(leaving))
             seen += complete.tolist()
             found.put(complete, complete_answers)
-        _, at_once = WindowedTexts(counts, 3).leave(np.arange(total), answers)
+        _, at_once = WindowedTexts(counts, SINGLE_LABEL, 3).leave(np.arange(total), answers)
 
         assert sorted(seen) == list(range(len(windows)))
         assert texts.is_done
@@ -192,14 +214,14 @@ class TestGathering:
     def test_a_text_of_one_window_is_answered_as_that_window(self) -> None:
         answers = random_answers(5, seed=1)
 
-        _, found = WindowedTexts(np.array([1, 3, 1]), 3).leave(np.arange(5), answers)
+        _, found = WindowedTexts(np.array([1, 3, 1]), SINGLE_LABEL, 3).leave(np.arange(5), answers)
 
         for name, column in vars(found).items():
             assert column[[0, 2]].tobytes() == getattr(answers, name)[[0, 4]].tobytes(), name
         assert found.exit_layer[1] == answers.exit_layer[1:4].max()
 
     def test_texts_wait_for_their_last_window_and_nothing_is_kept_of_them_after(self) -> None:
-        in_flight = TextsInFlight(num_labels=3)
+        in_flight = TextsInFlight(SINGLE_LABEL, num_labels=3)
         first = in_flight.admit(np.array([70, 71]), np.array([2, 1]))
         second = in_flight.admit(np.array([80]), np.array([3]))
 
@@ -210,6 +232,8 @@ class TestGathering:
                 exit_layer=1,
                 logits=np.zeros((count, 3), np.float32),
                 entropy=np.zeros(count, np.float32),
+                certainty=None,
+                problem=SINGLE_LABEL,
             )
             return [name for names, _ in in_flight.leave(exits) for name in names.tolist()]
 
@@ -287,7 +311,7 @@ class TestLanes:
 
         full_depth = [classify_windows(model, windows, [None] * 4).label for windows in by_text(batch)]
         assert found.audit_prediction[audited].tolist() == np.array(full_depth)[audited].tolist()
-        assert set(found.audit_prediction[~audited].tolist()) == {NOT_AUDITED}
+        assert found.audited.tolist() == audited.tolist()
         exit_stats, audit_stats = lanes.take_stats()
         assert audit_stats.samples == (int(batch.windows[audited].sum()),) * 5
         assert exit_stats.samples[0] == len(batch.tokens)
@@ -318,7 +342,7 @@ def test_a_very_long_text_stays_within_the_engines_buffers(
     """Thousands of windows of one text wait for layer 1 as token ids; behind it, no more than ever."""
     batch = TextTokenizer(tokenizer, max_length=16, window_stride=7)([text(20_000)])
     engine = Engine(encoder, EntropyThreshold(THRESHOLD), EngineConfig(micro_batch_tokens=256))
-    in_flight = TextsInFlight(num_labels=3)
+    in_flight = TextsInFlight(SINGLE_LABEL, num_labels=3)
 
     engine.submit(in_flight.admit(np.array([5]), batch.windows), batch.tokens)
     answered = [name for exits in engine.drain() for names, _ in in_flight.leave(exits) for name in names]

@@ -1,0 +1,122 @@
+"""Labels as they stand in a source, turned into what a problem learns from: ids, sets of ids, or numbers.
+
+Matched by name wherever there are names: the number of a label means what its source says. Knows nothing of
+files, tokens or models.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from deebert.errors import DataError
+from deebert.problem import MULTI_LABEL, REGRESSION, SINGLE_LABEL, Problem
+from jobs.labelled_rows import LabelledRows
+
+ONE_NUMBER = ("LABEL_0",)
+"""What Hugging Face calls the one output of a regression."""
+
+
+def found_problem(rows: LabelledRows) -> Problem:
+    """Lists of labels are multi-label data; a regression has to be asked for, or its task be known."""
+    return MULTI_LABEL if any(isinstance(label, list | tuple) for label in rows.labels) else SINGLE_LABEL
+
+
+def labels_of(
+    rows: LabelledRows, problem: Problem, names: tuple[str, ...] | None, *, separator: str
+) -> tuple[tuple[Any, ...], tuple[str, ...]]:
+    """Labels as `Problem.label_tensor` takes them, and the label names in the order of their ids.
+
+    Args:
+        rows: as they were read.
+        problem: what they are labels of.
+        names: the label names in order; found in the rows when None.
+        separator: between the labels of a row, where a text file writes several into one cell.
+
+    Raises:
+        DataError: labels of another problem, or that are not among `names`.
+    """
+    if problem is REGRESSION:
+        return tuple(_measure(rows.source, label) for label in rows.labels), ONE_NUMBER
+    if problem is MULTI_LABEL:
+        return _sets(rows, names, separator)
+    return _single(rows, names)
+
+
+def label_places(theirs: Sequence[str], ours: Sequence[str]) -> tuple[int | None, ...]:
+    """For each name of `theirs` its place in `ours`, None where it has none; case does not matter."""
+    places = {name.casefold(): i for i, name in enumerate(ours)}
+    if len(places) != len(ours):  # labels that differ in case alone
+        places = {name: i for i, name in enumerate(ours)}
+        return tuple(places.get(name) for name in theirs)
+    return tuple(places.get(name.casefold()) for name in theirs)
+
+
+def _single(rows: LabelledRows, names: tuple[str, ...] | None) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    if any(isinstance(label, list | tuple) for label in rows.labels):
+        raise DataError(
+            f"{rows.source!r} has rows with several labels: give --problem multi_label_classification"
+        )
+    labels = tuple(_whole_number(rows.source, label) for label in rows.labels)
+    ids, order = _ids(rows, labels, names)
+    return tuple(ids[label] for label in labels), order
+
+
+def _sets(
+    rows: LabelledRows, names: tuple[str, ...] | None, separator: str
+) -> tuple[tuple[tuple[int, ...], ...], tuple[str, ...]]:
+    sets = [
+        tuple(_whole_number(rows.source, label) for label in _several(labels, separator))
+        for labels in rows.labels
+    ]
+    ids, order = _ids(rows, [label for labels in sets for label in labels], names)
+    return tuple(tuple(sorted({ids[label] for label in labels})) for labels in sets), order
+
+
+def _several(labels: Any, separator: str) -> Sequence[Any]:
+    """The labels of one row: a list as it is, a text split, anything else a single one."""
+    if isinstance(labels, str):
+        return [part.strip() for part in labels.split(separator) if part.strip()]
+    return labels if isinstance(labels, list | tuple) else [labels]
+
+
+def _ids(
+    rows: LabelledRows, labels: Sequence[Any], names: tuple[str, ...] | None
+) -> tuple[dict[Any, int], tuple[str, ...]]:
+    """The id of each label that occurs: by name where labels are names, else integers as they are."""
+    present = sorted(set(labels), key=lambda x: (isinstance(x, str), x))
+    order = names or rows.class_names or tuple(map(str, present))
+    ids: dict[Any, int | None] = dict(
+        zip(present, label_places(tuple(map(str, present)), order), strict=True)
+    )
+    if None in ids.values() and all(isinstance(label, int) for label in present):
+        ids = {label: label if 0 <= label < len(order) else None for label in present}
+    unknown = [label for label, i in ids.items() if i is None]
+    if unknown:
+        raise DataError(
+            f"{rows.source!r} has the label {unknown[0]!r}, which is not among {', '.join(order)}: "
+            "name all labels with --labels, in the order of their ids"
+        )
+    return {label: int(i or 0) for label, i in ids.items()}, order
+
+
+def _whole_number(source: str, label: Any) -> Any:
+    """Integral floats are integers (a column with gaps becomes float); others are no classes."""
+    if not isinstance(label, float):
+        return label
+    if not label.is_integer():
+        raise DataError(
+            f"{source!r} has the label {label}, a measure and not a class: give class labels, or --problem regression"
+        )
+    return int(label)
+
+
+def _measure(source: str, label: Any) -> float:
+    try:
+        value = float(label)
+    except (TypeError, ValueError):
+        value = math.nan
+    if not math.isfinite(value):
+        raise DataError(f"{source!r} has the label {label!r}, which is no number: a regression needs numbers")
+    return value
