@@ -43,4 +43,4 @@ def _candidates(trace: Trace, steps: int) -> Iterator[StoredPolicy]:
         grid = np.linspace(0.0, math.log(outcomes), steps + 1)[1:]
         yield from (EntropyThreshold(math.floor(t * 1e6) / 1e6) for t in grid)
     elif trace.certainties is not None:
-        yield from (LearningToExit(t) for t in np.linspace(0.0, 1.0, steps + 1)[:-1].tolist())
+        yield from (LearningToExit(round(t, 6)) for t in np.linspace(0.0, 1.0, steps + 1)[:-1].tolist())

@@ -24,7 +24,10 @@ class CachedExitHead:
         """Prepare to train `head` in place for `num_steps` steps."""
         self._head, self._problem, self._max_grad_norm = head, problem, stage.max_grad_norm
         self._optimizer = torch.optim.AdamW(
-            head.parameters(), lr=stage.learning_rate, eps=stage.adam_epsilon, weight_decay=stage.weight_decay
+            head.parameters(),
+            lr=stage.exit_head_learning_rate,
+            eps=stage.adam_epsilon,
+            weight_decay=stage.weight_decay,
         )
         self._schedule = get_linear_schedule_with_warmup(
             self._optimizer, round(stage.warmup_share * num_steps), num_steps

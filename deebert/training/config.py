@@ -46,11 +46,15 @@ class StageConfig:
     """Share of the steps in which the learning rate rises from 0 to its peak."""
     accumulation_steps: int = 1
     """Pieces that a batch is computed in: less memory, the same gradient."""
+    exit_head_learning_rate: float = 5e-3
+    """At its peak, where a learning-to-exit head trains: one layer that nothing else hangs on takes large steps."""
 
     def __post_init__(self) -> None:
         _require(self.epochs > 0, "epochs", self.epochs, "more than 0")
         _require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
         _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "more than 0")
+        rate = self.exit_head_learning_rate
+        _require(rate > 0, "exit_head_learning_rate", rate, "more than 0")
         _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
         _require(self.adam_epsilon > 0, "adam_epsilon", self.adam_epsilon, "more than 0")
         _require(self.max_grad_norm > 0, "max_grad_norm", self.max_grad_norm, "more than 0")

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -85,6 +85,7 @@ def train_through_backbone(
         classifiers=_training_classifiers(model),
         hidden_teacher=data.hidden_teacher,
         off_ramp_learning_rate=off_ramp_learning_rate,
+        exit_head_learning_rate=stage.exit_head_learning_rate,
     )
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     # Takes the Trainer's autocast off the model's forward again.
@@ -183,6 +184,10 @@ def _training_classifiers(model: DeeBertForSequenceClassification) -> dict[int, 
     }
 
 
+def _ids(*modules: nn.Module) -> set[int]:
+    return {id(p) for module in modules for p in module.parameters()}
+
+
 def _split_groups(optimizer: torch.optim.Optimizer, chosen: set[int], learning_rate: float) -> None:
     """Move the parameters with these ids to groups that differ in the learning rate alone."""
     for group in list(optimizer.param_groups):
@@ -220,10 +225,12 @@ class _StageTrainer(Trainer):
         classifiers: dict[int, int],
         hidden_teacher: DeeBertForSequenceClassification | None,
         off_ramp_learning_rate: float | None,
+        exit_head_learning_rate: float,
         **kwargs: Any,
     ) -> None:
         self._loss, self._context, self._clock, self._sampler = loss, context, clock, sampler
         self._off_ramp_learning_rate = off_ramp_learning_rate
+        self._exit_head_learning_rate = exit_head_learning_rate
         self._problem = kwargs["model"].config.problem
         super().__init__(**kwargs)
         self._classifiers, self._hidden_teacher = classifiers, hidden_teacher
@@ -243,12 +250,12 @@ class _StageTrainer(Trainer):
         return self._sampler
 
     def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
-        """The Trainer's AdamW; off-ramps in groups of their own where they have a learning rate of their own."""
-        optimizer = super().create_optimizer(*args)
+        """The Trainer's AdamW; groups of their own for what has a learning rate of its own."""
+        optimizer, model = super().create_optimizer(*args), cast(Any, self.model)
         if self._off_ramp_learning_rate is not None:
-            modules: tuple[nn.Module, ...] = self.model.exit_modules  # type: ignore[assignment, union-attr]
-            exits = {id(p) for module in modules for p in module.parameters()}
-            _split_groups(optimizer, exits, self._off_ramp_learning_rate)
+            _split_groups(optimizer, _ids(*model.exit_modules), self._off_ramp_learning_rate)
+        if model.exit_head is not None:
+            _split_groups(optimizer, _ids(model.exit_head), self._exit_head_learning_rate)
         return optimizer
 
     def compute_loss(  # type: ignore[override]

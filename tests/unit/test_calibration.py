@@ -10,8 +10,8 @@ import torch
 
 from deebert.calibration import choose_threshold
 from deebert.evaluation import Trace
-from deebert.exit_policy import FULL_DEPTH, EntropyThreshold
-from deebert.problem import SINGLE_LABEL
+from deebert.exit_policy import FULL_DEPTH, EntropyThreshold, LearningToExit
+from deebert.problem import REGRESSION, SINGLE_LABEL
 
 NINE, MANY = math.log(9), math.log(99)
 # Off-ramp 1 is right and sure (entropy 0.056) of two samples, right and less sure (0.325) of one, and wrong
@@ -75,3 +75,22 @@ def test_the_choice_is_always_a_policy_that_the_model_accepts(num_labels: int) -
 
     assert isinstance(point.policy, EntropyThreshold)
     point.policy.check(problem=SINGLE_LABEL, num_labels=num_labels, num_layers=2, learns_to_exit=False)
+
+
+def test_a_regression_is_calibrated_by_certainty() -> None:
+    # Off-ramp 1 is right where it is certain and a whole point off where it is not.
+    trace = Trace(
+        layers=(1, 2),
+        logits=torch.tensor([[[1.0], [2.0], [4.0]], [[1.0], [2.0], [3.0]]]),
+        lengths=np.array([3, 3, 3]),
+        problem=REGRESSION,
+        certainties=torch.tensor([[0.9, 0.8, 0.4], [0.9, 0.9, 0.9]]),
+    )
+
+    point = choose_threshold(trace, torch.tensor([1.0, 2.0, 3.0]), keep_accuracy=0.99)
+
+    assert isinstance(point.policy, LearningToExit)
+    assert isinstance(point.policy.thresholds, float)
+    assert 0.4 <= point.policy.thresholds < 0.8
+    assert point.exit_histogram == (2, 1)
+    assert point.accuracy == 1.0

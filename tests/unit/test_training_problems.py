@@ -144,19 +144,13 @@ class TestProblems:
 
 
 class TestLearningToExit:
-    # A head on random states needs larger steps than a backbone.
-    STEPS = Joint(weighting="uniform", off_ramp_learning_rate=2e-2)
+    JOINT = replace(QUICK_1, epochs=8, exit_head_learning_rate=2e-2)
     RECIPES = {  # noqa: RUF012
-        "fast": Recipe(stage_1=QUICK_1, stage_2=replace(QUICK_2, epochs=40, learning_rate=1e-2)),
-        "exact": Recipe(stage_1=QUICK_1, stage_2=replace(EXACT, epochs=6, learning_rate=2e-2)),
-        "joint": Recipe(stage_1=replace(QUICK_1, epochs=6, objective=STEPS), stage_2=None),
+        "fast": Recipe(stage_1=QUICK_1, stage_2=replace(QUICK_2, epochs=40, exit_head_learning_rate=1e-2)),
+        "exact": Recipe(stage_1=QUICK_1, stage_2=replace(EXACT, epochs=6, exit_head_learning_rate=2e-2)),
+        "joint": Recipe(stage_1=replace(JOINT, objective=Joint(weighting="uniform")), stage_2=None),
         "alternating": Recipe(
-            stage_1=replace(
-                QUICK_1,
-                epochs=16,
-                objective=Alternating(weighting="uniform", off_ramp_learning_rate=2e-2),
-            ),
-            stage_2=None,
+            stage_1=replace(JOINT, epochs=16, objective=Alternating(weighting="uniform")), stage_2=None
         ),
     }
 
@@ -199,7 +193,10 @@ class TestLearningToExit:
         model = tiny_model(num_layers=3, learns_to_exit=True)
         seen: dict[str, Tensor] = {}
         before = weights(model)
-        recipe = Recipe(stage_1=QUICK_1, stage_2=replace(QUICK_2, epochs=0.01, learning_rate=1e-9))
+        recipe = Recipe(
+            stage_1=QUICK_1,
+            stage_2=replace(QUICK_2, epochs=0.01, learning_rate=1e-9, exit_head_learning_rate=1e-9),
+        )
 
         run(model, tokenizer, toy(48, seed=1), recipe, tmp_path)
 
