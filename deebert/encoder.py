@@ -196,13 +196,14 @@ class PackedEncoder:
         """What the off-ramp after layer `index` (0-based) says of N sequences, and how sure it is.
 
         Args:
-            index: of the layer.
+            index: of the layer; -1 for the embeddings.
             states: (total_tokens, H).
             layout: where the N sequences lie.
             with_certainty: whether to ask the learning-to-exit head, which the model then has.
         """
-        pooled = self.pooled(states, layout)
-        logits = self._off_ramps[index + 1](pooled)
+        ramp = self._off_ramps[index + 1]
+        pooled = self.pooled(states, layout, ramp.query)
+        logits = ramp(pooled)
         certainty = None
         if with_certainty:
             assert self._exit_head is not None

@@ -92,5 +92,5 @@ def test_a_regression_is_calibrated_by_certainty() -> None:
     assert isinstance(point.policy, LearningToExit)
     assert isinstance(point.policy.thresholds, float)
     assert 0.4 <= point.policy.thresholds < 0.8
-    assert point.exit_histogram == (2, 1)
+    assert point.exit_histogram == (0, 2, 1)
     assert point.accuracy == 1.0

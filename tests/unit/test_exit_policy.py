@@ -140,11 +140,16 @@ class TestLayer0:
         }
 
     def test_it_is_checked_as_the_others(self) -> None:
+        model: Any = {"problem": SINGLE_LABEL, "num_labels": 2, "num_layers": 2, "learns_to_exit": False}
         with pytest.raises(PolicyError, match=r"threshold 0\.7 is above ln\(2\) = 0\.6931"):
-            EntropyThreshold((0.1,), layer_0=0.7).check(num_labels=2, num_layers=2)
+            EntropyThreshold((0.1,), layer_0=0.7).check(**model)
         with pytest.raises(PolicyError, match="nan is not a number"):
             EntropyThreshold(None, layer_0=math.nan)
-        EntropyThreshold((0.1,), layer_0=0.05).check(num_labels=2, num_layers=2)
+        EntropyThreshold((0.1,), layer_0=0.05).check(**model)
+
+    def test_certainties_for_each_layer_say_nothing_of_it(self) -> None:
+        assert LearningToExit(0.5).can_fire(0)
+        assert not LearningToExit((0.5, 0.5)).can_fire(0)
 
 
 @pytest.mark.parametrize(

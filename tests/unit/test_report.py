@@ -590,6 +590,7 @@ class TestWriteReport:
 LAYER_0 = dataclasses.replace(
     with_totals(
         exit_rows=(1, 2, 1),
+        exit_windows=(1, 2, 1),
         exit_tokens=(3, 7, 2),
         compute=dataclasses.replace(COMPUTE, samples=(3, 1), tokens=(9, 2), off_ramp_samples=(4, 3, 1)),
     ),
