@@ -373,14 +373,14 @@ def on_embeddings(tiny_model: ModelFactory, tokenizer: PreTrainedTokenizerFast) 
 
 class TestPolicyOfARun:
     def test_one_threshold_more_in_front_is_for_the_embeddings(self, on_embeddings: Checkpoint) -> None:
-        found = resolve_policy((0.05, 0.1, None, 0.3, 0.4), on_embeddings)
+        found = resolve_policy((0.05, 0.1, None, 0.3, 0.4), None, on_embeddings)
 
         assert found == EntropyThreshold((0.1, None, 0.3, 0.4), layer_0=0.05)
 
     def test_as_many_as_layers_before_the_last_leave_the_embeddings_out(
         self, on_embeddings: Checkpoint
     ) -> None:
-        found = resolve_policy((0.1, 0.2, 0.3, 0.4), on_embeddings)
+        found = resolve_policy((0.1, 0.2, 0.3, 0.4), None, on_embeddings)
 
         assert found == EntropyThreshold((0.1, 0.2, 0.3, 0.4))
         assert not found.can_fire(0)
@@ -391,7 +391,7 @@ class TestPolicyOfARun:
         plain = Checkpoint(path="m", model=tiny_model(), tokenizer=tokenizer)
 
         with pytest.raises(PolicyError, match="5 entropy thresholds for 5 layers"):
-            resolve_policy((0.05, 0.1, None, 0.3, 0.4), plain)
+            resolve_policy((0.05, 0.1, None, 0.3, 0.4), None, plain)
 
 
 def test_a_stream_answers_after_the_embeddings(on_embeddings: Checkpoint) -> None:
