@@ -9,11 +9,10 @@ from __future__ import annotations
 import logging
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jobs.flags import comma_list, flag, parse_job
 from jobs.glue import TASK_NAMES, Columns
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from deebert.checkpoint import Checkpoint
     from deebert.evaluation import LabelledSequences
     from deebert.modeling import DeeBertForSequenceClassification
-    from jobs.labelled import LabelledSource, LabelledTexts
+    from jobs.labelled import LabelledSource
 
 log = logging.getLogger(__name__)
 
@@ -243,7 +242,7 @@ def _check(job: TrainJob) -> None:
             "--from-classifier reads what its classifier was trained on: leave --off-ramp-pooling out"
         )
     says_pooling = job.off_ramp_pooling != TrainJob.off_ramp_pooling
-    if job.from_model is not None and (says_pooling or _off_ramp_config(job)):
+    if job.from_model is not None and (says_pooling or job.off_ramp_layers is not None or job.shared_pooler):
         raise UsageError(
             "--from-model has its off-ramps already: leave --off-ramp-pooling, --off-ramp-layers and --shared-pooler "
             "out, or begin with --backbone"
@@ -289,23 +288,18 @@ def _load(
     from transformers import set_seed
 
     from jobs.labelled import sample
+    from jobs.train_start import check_fit, fresh_start, trained_start
     from pipeline.tokenization import TextTokenizer
 
     set_seed(job.seed)
-    start = None if job.backbone is not None else _trained_start(job)
+    start = None if job.backbone is not None else trained_start(job)
     texts = _source(job, start).training_texts(job.labels)
-    start = start or _fresh_start(job, texts)
-    _check_fit(start, texts)
+    start = start or fresh_start(job, texts)
+    check_fit(start, texts)
     length = min(job.max_length, start.longest_input)
     start.model.config.max_seq_length = length
     data = texts.tokenized(TextTokenizer(start.tokenizer, max_length=length))
     return start.model, start.tokenizer, sample(data, job.max_rows, seed=job.seed)
-
-
-def _off_ramp_config(job: TrainJob) -> dict[str, Any]:
-    """What the flags say of the off-ramps, their pooling aside, as arguments of `DeeBertConfig`."""
-    layers = {} if job.off_ramp_layers is None else {"off_ramp_layers": job.off_ramp_layers}
-    return {**layers, **({"shares_off_ramp_pooler": True} if job.shared_pooler else {})}
 
 
 def _source(job: TrainJob, start: Checkpoint | None) -> LabelledSource:
@@ -328,78 +322,6 @@ def _source(job: TrainJob, start: Checkpoint | None) -> LabelledSource:
         problem=asked or known,
         label_separator=job.label_separator,
     )
-
-
-def _trained_start(job: TrainJob) -> Checkpoint:
-    """The model or classifier to go on with."""
-    from deebert.checkpoint import load_checkpoint
-    from deebert.modeling import DeeBertForSequenceClassification
-
-    if job.from_model is not None:
-        checkpoint = load_checkpoint(job.from_model)
-        if job.learn_to_exit:
-            checkpoint.model.learn_to_exit()
-        return checkpoint
-    assert job.from_classifier is not None
-    with _refusing_unreadable("classifier", job.from_classifier):
-        model = DeeBertForSequenceClassification.from_classifier(
-            job.from_classifier,
-            allow_pickle=job.allow_pickle,
-            learns_to_exit=job.learn_to_exit,
-            **_off_ramp_config(job),
-        )
-        return _with_tokenizer(job.from_classifier, model)
-
-
-def _fresh_start(job: TrainJob, texts: LabelledTexts) -> Checkpoint:
-    """A new model on the backbone, for what the texts are labelled with."""
-    from deebert.modeling import DeeBertForSequenceClassification
-
-    assert job.backbone is not None
-    with _refusing_unreadable("backbone", job.backbone):
-        model = DeeBertForSequenceClassification.from_backbone(
-            job.backbone,
-            labels=list(texts.names),
-            off_ramp_pooling=job.off_ramp_pooling,  # type: ignore[arg-type]  # one of the flag's choices
-            allow_pickle=job.allow_pickle,
-            problem_type=texts.problem.name,
-            learns_to_exit=job.learn_to_exit,
-            **_off_ramp_config(job),
-        )
-        return _with_tokenizer(job.backbone, model)
-
-
-def _with_tokenizer(name: str, model: DeeBertForSequenceClassification) -> Checkpoint:
-    from transformers import AutoTokenizer
-
-    from deebert.checkpoint import Checkpoint
-
-    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    return Checkpoint(path=name, model=model, tokenizer=tokenizer)
-
-
-@contextmanager
-def _refusing_unreadable(what: str, name: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UsageError(f"cannot load the {what} {name!r}: {reason}") from error
-
-
-def _check_fit(start: Checkpoint, texts: LabelledTexts) -> None:
-    """Labels that the model does not have, or answers that could never leave early."""
-    if start.model.config.problem.outcomes(len(start.labels)) is None:
-        if start.model.exit_head is None:
-            raise UsageError(
-                "a regression has no entropy to exit by: give --learn-to-exit, which trains a head that tells when"
-            )
-        return
-    if start.labels != texts.names:
-        raise UsageError(
-            f"the model {start.path!r} knows {', '.join(start.labels)} and the data has {', '.join(texts.names)}: "
-            f"give --labels {','.join(start.labels)}"
-        )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,108 @@
+"""What a training starts from: a backbone, a fine-tuned classifier or a DeeBERT model, loaded as the flags say.
+
+Knows nothing of recipes or of where rows come from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import UsageError
+
+if TYPE_CHECKING:
+    from deebert.checkpoint import Checkpoint
+    from deebert.modeling import DeeBertForSequenceClassification
+    from jobs.labelled import LabelledTexts
+    from jobs.train import TrainJob
+
+
+def trained_start(job: TrainJob) -> Checkpoint:
+    """The model or classifier to go on with.
+
+    Raises:
+        UsageError: it cannot be loaded.
+    """
+    from deebert.checkpoint import load_checkpoint
+    from deebert.modeling import DeeBertForSequenceClassification
+
+    if job.from_model is not None:
+        checkpoint = load_checkpoint(job.from_model)
+        if job.learn_to_exit:
+            checkpoint.model.learn_to_exit()
+        return checkpoint
+    assert job.from_classifier is not None
+    with _refusing_unreadable("classifier", job.from_classifier):
+        model = DeeBertForSequenceClassification.from_classifier(
+            job.from_classifier,
+            allow_pickle=job.allow_pickle,
+            learns_to_exit=job.learn_to_exit,
+            **_off_ramp_config(job),
+        )
+        return _with_tokenizer(job.from_classifier, model)
+
+
+def fresh_start(job: TrainJob, texts: LabelledTexts) -> Checkpoint:
+    """A new model on the backbone, for what the texts are labelled with.
+
+    Raises:
+        UsageError: the backbone cannot be loaded.
+    """
+    from deebert.modeling import DeeBertForSequenceClassification
+
+    assert job.backbone is not None
+    with _refusing_unreadable("backbone", job.backbone):
+        model = DeeBertForSequenceClassification.from_backbone(
+            job.backbone,
+            labels=list(texts.names),
+            off_ramp_pooling=job.off_ramp_pooling,  # type: ignore[arg-type]  # one of the flag's choices
+            allow_pickle=job.allow_pickle,
+            problem_type=texts.problem.name,
+            learns_to_exit=job.learn_to_exit,
+            **_off_ramp_config(job),
+        )
+        return _with_tokenizer(job.backbone, model)
+
+
+def check_fit(start: Checkpoint, texts: LabelledTexts) -> None:
+    """Refuse labels that the model does not have, and answers that could never leave early.
+
+    Raises:
+        UsageError: one of the two.
+    """
+    if start.model.config.problem.outcomes(len(start.labels)) is None:
+        if start.model.exit_head is None:
+            raise UsageError(
+                "a regression has no entropy to exit by: give --learn-to-exit, which trains a head that tells when"
+            )
+        return
+    if start.labels != texts.names:
+        raise UsageError(
+            f"the model {start.path!r} knows {', '.join(start.labels)} and the data has {', '.join(texts.names)}: "
+            f"give --labels {','.join(start.labels)}"
+        )
+
+
+def _off_ramp_config(job: TrainJob) -> dict[str, Any]:
+    """What the flags say of the off-ramps, their pooling aside, as arguments of `DeeBertConfig`."""
+    layers = {} if job.off_ramp_layers is None else {"off_ramp_layers": job.off_ramp_layers}
+    return {**layers, **({"shares_off_ramp_pooler": True} if job.shared_pooler else {})}
+
+
+def _with_tokenizer(name: str, model: DeeBertForSequenceClassification) -> Checkpoint:
+    from transformers import AutoTokenizer
+
+    from deebert.checkpoint import Checkpoint
+
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    return Checkpoint(path=name, model=model, tokenizer=tokenizer)
+
+
+@contextmanager
+def _refusing_unreadable(what: str, name: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UsageError(f"cannot load the {what} {name!r}: {reason}") from error
