@@ -38,7 +38,7 @@ class Run:
     output: Path
     threshold: float = THRESHOLD
     shard_rows: int = 400
-    replicas: int = 2
+    replicas: int = 1
     extra: Sequence[str] = ()
     started: list[subprocess.Popen[str]] = field(default_factory=list)
 

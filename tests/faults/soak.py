@@ -108,7 +108,7 @@ def soak(minutes: float, folder: Path, seed: int = 0) -> dict[str, Any]:
     for i in range(FILES):
         pq.write_table(pa.table({"text": sentences(ROWS_PER_FILE, seed=i)}), source / f"{i}.parquet")
     while state.seconds < 60 * minutes:
-        run = Run(model, source, folder / "out", shard_rows=SHARD_ROWS)
+        run = Run(model, source, folder / "out", shard_rows=SHARD_ROWS, replicas=2)
         while (code := attempt(run, state, rng)) != 0:
             assert code in (-signal.SIGKILL, 1), code
             assert_sound(run)

@@ -68,6 +68,7 @@ def test_a_killed_driver_resumes(run: Run) -> None:
 
 
 def test_a_killed_replica_is_replaced(run: Run) -> None:
+    run.replicas = 2
     process = run.start()
     wait_until(run.replica_pids, process)
     os.kill(next(iter(run.replica_pids())), signal.SIGKILL)

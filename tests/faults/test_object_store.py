@@ -111,7 +111,7 @@ def test_a_killed_run_on_a_store_resumes(store: Store, saved_model: Path) -> Non
     def parts() -> list[str]:
         return list(store.files.glob("bucket/out/part-*.parquet"))
 
-    first = classify(saved_model, shard_rows=400, replicas=2, threads=1)
+    first = classify(saved_model, shard_rows=400, replicas=1, threads=1)
     try:
         wait_until(lambda: len(parts()) >= 5, first)
     finally:
@@ -120,7 +120,7 @@ def test_a_killed_run_on_a_store_resumes(store: Store, saved_model: Path) -> Non
     assert 5 <= len(parts()) < 60
     assert not store.files.exists("bucket/out/_SUCCESS")
 
-    finish(saved_model, shard_rows=400, replicas=2, threads=1)
+    finish(saved_model, shard_rows=400, replicas=1, threads=1)
     assert store.files.exists("bucket/out/_SUCCESS")
     assert len(parts()) == 60
     rows = store.rows("bucket/out")
@@ -135,11 +135,11 @@ def test_a_killed_run_on_a_store_resumes(store: Store, saved_model: Path) -> Non
 
 def test_a_thousand_parts_are_listed_not_visited(store: Store, saved_model: Path) -> None:
     put_corpus(store, files=2, rows=1_000)
-    finish(saved_model, shard_rows=2)
+    finish(saved_model, shard_rows=2, replicas=1)
     assert len(store.files.glob("bucket/out/part-*.parquet")) == 1_000
 
     before = len(store.requests())
-    said = finish(saved_model, shard_rows=2)
+    said = finish(saved_model, shard_rows=2, replicas=1)
 
     made = store.requests()[before:]
     assert "nothing to do: all 1000 shards of 2 files are committed" in said

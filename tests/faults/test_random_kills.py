@@ -51,7 +51,7 @@ def undisturbed(corpus: Path, saved_model: Path) -> Answers:
 
 @pytest.fixture
 def run(saved_model: Path, corpus: Path, tmp_path: Path) -> Iterator[Run]:
-    run = Run(saved_model, corpus, tmp_path / "out")
+    run = Run(saved_model, corpus, tmp_path / "out", replicas=2)
     yield run
     run.kill_all()
 

@@ -33,7 +33,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(saved_model: Path, corpus: Path, tmp_path: Path) -> Iterator[Run]:
-    run = Run(saved_model, corpus, tmp_path / "out")
+    run = Run(saved_model, corpus, tmp_path / "out", replicas=2)
     yield run
     run.kill_all()
 
@@ -55,7 +55,11 @@ def two_nodes(saved_model: Path, corpus: Path) -> Iterator[TwoNodes]:
         other = head.add_node(cpus=1)
         try:
             run = Run(
-                saved_model, corpus, corpus.parent / "undisturbed", extra=("--ray-address", head.address)
+                saved_model,
+                corpus,
+                corpus.parent / "undisturbed",
+                replicas=2,
+                extra=("--ray-address", head.address),
             )
             run.finish()
             assert len(run.replica_pids()) == 2

@@ -37,7 +37,7 @@ def command(saved_model: Path, tmp_path: Path) -> Iterator[list[str]]:
         "--precision",
         "float32",
         "--replicas",
-        "2",
+        "1",
     ]
     return [str(word) for word in words]
 
@@ -48,7 +48,7 @@ def environment() -> dict[str, str]:
 
 @pytest.mark.parametrize("shard_rows", [400, 400 * SHARDS], ids=["many shards", "fewer than replicas"])
 def test_a_terminal_shows_our_words_only(command: list[str], shard_rows: int) -> None:
-    command = [*command, "--shard-rows", str(shard_rows)]
+    command = [*command, "--shard-rows", str(shard_rows), "--replicas", "2"]
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (40, 160))
     process = subprocess.Popen(
