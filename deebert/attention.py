@@ -9,6 +9,7 @@ micro-batches sorted by length. Knows nothing of layers or weights.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -82,9 +83,8 @@ def _products_by_run(qkv: Tensor, padded: PaddedLayout) -> Tensor | None:
     out = qkv.new_empty(len(rows), heads, size)
     token = 0
     for _, count, length in padded.runs:
-        most = max(1, _MOST_SCORES // (heads * length * length))
-        for start in range(0, count, most):
-            here = slice(token, token := token + min(most, count - start) * length)
+        for together in _powers_of_two(count, most=max(1, _MOST_SCORES // (heads * length * length))):
+            here = slice(token, token := token + together * length)
             q, k, v = rows[here].view(-1, length, 3, heads, size).permute(2, 0, 3, 1, 4)
             sums, weighted = _weigh(q, k, v, ones[here].view(-1, 1, length, 1))
             least, largest = (float(x) for x in torch.aminmax(sums))
@@ -92,6 +92,18 @@ def _products_by_run(qkv: Tensor, padded: PaddedLayout) -> Tensor | None:
                 return None
             torch.div(weighted, sums, out=out[here].view(-1, length, heads, size))
     return out.view(len(rows), -1).index_select(0, padded.target).view(tokens, heads, size)
+
+
+def _powers_of_two(count: int, *, most: int) -> Iterator[int]:
+    """Powers of two that add up to `count`, none above `most`, largest first.
+
+    oneDNN builds a kernel for each shape of a batched product, which takes longer than to run it; survivors
+    regrouped come in ever new numbers. So there are few shapes, and their kernels are built once.
+    """
+    while count:
+        together = 1 << (min(count, most).bit_length() - 1)
+        yield together
+        count -= together
 
 
 def _weigh(q: Tensor, k: Tensor, v: Tensor, ones: Tensor) -> tuple[Tensor, Tensor]:

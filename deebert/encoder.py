@@ -26,6 +26,7 @@ from deebert.pooling import attended_tokens, mean_of_tokens
 
 # The number of rows that oneDNN lays weights out for; any number runs.
 _TYPICAL_TOKENS = 2048
+_SAMPLES_TOGETHER = 32
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -69,7 +70,12 @@ class _OffRamp:
     query: Tensor | None  # (H,), of attention pooling
 
     def __call__(self, pooled: Tensor) -> Tensor:
-        return self.classifier(self.activation(self.dense(pooled))).float()
+        samples = len(pooled)
+        if (
+            self.dense.is_prepacked
+        ):  # few shapes: oneDNN builds a kernel for each, which takes longer than to run it
+            pooled = F.pad(pooled, (0, 0, 0, -samples % _SAMPLES_TOGETHER))
+        return self.classifier(self.activation(self.dense(pooled)))[:samples].float()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -6,10 +6,13 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from deebert.attention import (
     _onednn_multiplies_bfloat16,
+    _powers_of_two,
     _products_by_run,
     _sdpa_by_run,
     varlen_attention,
@@ -135,3 +138,11 @@ class TestBfloat16OnCpus:
 
         assert _products_by_run(qkv, SequenceLayout.of([2]).padded) is None
         assert varlen_attention(qkv, SequenceLayout.of([2])).eq(20.0).all()
+
+
+@given(count=st.integers(0, 3_000), most=st.integers(1, 500))
+def test_batched_products_come_in_few_sizes(count: int, most: int) -> None:
+    sizes = list(_powers_of_two(count, most=most))
+
+    assert sum(sizes) == count
+    assert all(size <= most and size.bit_count() == 1 for size in sizes)
