@@ -23,12 +23,14 @@ def layer():
     b = a + 1
     return b * a
 
-for _ in range(4):
-    layer()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(8):
-    layer()
-print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 8)
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(8):
+        layer()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 8
+
+# The least of some rounds: a kernel that reclaims idle pages while the process waits makes faults of its own.
+print(min(faults() for _ in range(6)))
 """
 
 
