@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ import torch
 from deebert.config import POOLINGS
 from deebert.encoder import PackedEncoder
 from deebert.evaluation import trace
-from deebert.exit_policy import EntropyThreshold
+from deebert.exit_policy import FULL_DEPTH, EntropyThreshold
 from deebert.packing import PackedTokens
 from pipeline.engine import Engine, EngineConfig
 from tests.conftest import LONGEST, VOCABULARY, make_model
@@ -52,3 +54,25 @@ def test_the_engine_conserves_and_regroups_on_the_device(layers: list[int] | Non
     left = [(int(i), exits.exit_layer) for exits in engine.drain() for i in exits.sample_ids]
     assert sorted(i for i, _ in left) == list(range(1000))
     assert len({layer for _, layer in left}) > 2
+
+
+@pytest.fixture
+def little_memory() -> Iterator[None]:
+    """64 MiB of the device for this process, beyond what it holds."""
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + (64 << 20)) / total)
+    yield
+    torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def test_micro_batches_that_do_not_fit_are_halved(
+    little_memory: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokens = samples(20_000)
+    encoder = PackedEncoder(make_model("bert", "mean"), device="cuda")
+    engine = Engine(encoder, FULL_DEPTH, EngineConfig(micro_batch_tokens=1 << 20))
+    engine.submit(np.arange(20_000), tokens)
+    left = [int(i) for exits in engine.drain() for i in exits.sample_ids]
+    assert sorted(left) == list(range(20_000))
+    assert "out of memory: micro-batches have" in caplog.text
