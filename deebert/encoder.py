@@ -71,9 +71,8 @@ class _OffRamp:
 
     def __call__(self, pooled: Tensor) -> Tensor:
         samples = len(pooled)
-        if (
-            self.dense.is_prepacked
-        ):  # few shapes: oneDNN builds a kernel for each, which takes longer than to run it
+        if self.dense.is_prepacked:
+            # Few shapes: oneDNN builds a kernel for each, which takes longer than to run it.
             pooled = F.pad(pooled, (0, 0, 0, -samples % _SAMPLES_TOGETHER))
         return self.classifier(self.activation(self.dense(pooled)))[:samples].float()
 

@@ -172,7 +172,11 @@ def off_ramp_scores(trace: Trace, labels: Tensor, metric: Metric | None = None) 
 
 def predictions(trace: Trace, policy: ExitPolicy) -> Tensor:
     """What is said of each of N samples under `policy`, or of M texts where they are the means of windows."""
-    exit_layer, prediction = exits(trace, policy)
+    return _said(trace, *exits(trace, policy))
+
+
+def _said(trace: Trace, exit_layer: Tensor, prediction: Tensor) -> Tensor:
+    """What samples that left so, and said so, say of the texts."""
     if trace.windows is None:
         return prediction
     places = torch.searchsorted(torch.tensor(trace.layers), exit_layer)
@@ -242,8 +246,8 @@ def score(
     trace: Trace, labels: Tensor, policy: ExitPolicy, metric: Metric | None = None
 ) -> OperatingPointScore:
     """Score and saving of `policy` on a labelled trace."""
-    exit_layer, _ = exits(trace, policy)
-    prediction = predictions(trace, policy)
+    exit_layer, of_samples = exits(trace, policy)
+    prediction = _said(trace, exit_layer, of_samples)
     histogram = torch.bincount(exit_layer, minlength=trace.num_layers + 1).tolist()
     agreement = trace.mean_agreement(labels, prediction)
     return OperatingPointScore(

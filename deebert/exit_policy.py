@@ -10,9 +10,10 @@ models, batches or engines.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -90,30 +91,25 @@ class ExitPolicy(Protocol):
         ...
 
 
-def _each(thresholds: Thresholds) -> tuple[float | None, ...]:
-    return thresholds if isinstance(thresholds, tuple) else (thresholds,)
-
-
 @dataclass(frozen=True)
-class EntropyThreshold:
-    """Leave when the entropy is strictly below the threshold: one for all layers, or one per layer."""
+class _ByThreshold(ABC):
+    """A policy that holds one number an off-ramp's answer shows against a threshold: one for all layers, or one
+    per layer."""
 
     thresholds: Thresholds
-    """Nats. None or a negative number never fires. Entry 0 of a tuple is layer 1's."""
+    """Entry 0 of a tuple is layer 1's."""
     layer_0: float | None = None
     """Of an off-ramp on the embeddings. None: what `thresholds` says of all layers; a tuple says nothing of it."""
 
+    name: ClassVar[str]
+    """In the JSON form."""
+    quantity: ClassVar[str]
+    """What is held against the threshold."""
+
     def __post_init__(self) -> None:
         for value in self._values:
-            if value is not None and not math.isfinite(value):
-                raise PolicyError(
-                    f"the entropy threshold {value} is not a number: give nats between 0 and ln(labels)"
-                )
-
-    @property
-    def reads_certainty(self) -> bool:
-        """See `ExitPolicy`."""
-        return False
+            if value is not None:
+                self._refuse_impossible(value)
 
     def at(self, layer: int) -> float | None:
         """The threshold after `layer` (1-based, 0: the embeddings), None where it cannot fire."""
@@ -121,8 +117,7 @@ class EntropyThreshold:
             value = self.layer_0
         else:
             value = self.thresholds[layer - 1] if isinstance(self.thresholds, tuple) else self.thresholds
-        # Entropy is never negative, so that 0 cannot fire under a strict `<` either.
-        return None if value is None or value <= 0 else value
+        return None if value is None or self._never_fires(value) else value
 
     def can_fire(self, layer: int) -> bool:
         """See `ExitPolicy`."""
@@ -134,14 +129,49 @@ class EntropyThreshold:
         """See `ExitPolicy`."""
         threshold = self.at(layer)
         if threshold is None:
-            return torch.zeros(len(answer), dtype=torch.bool, device=answer.entropy.device)
-        return answer.entropy < threshold
+            return torch.zeros(len(answer), dtype=torch.bool, device=answer.logits.device)
+        return self._passes(answer, threshold)
 
     def to_dict(self) -> dict[str, Any]:
         """See `ExitPolicy`."""
+        values = list(self.thresholds) if isinstance(self.thresholds, tuple) else self.thresholds
         # Left out where it says nothing: operating points without it keep their form, and their digest.
         of_embeddings = {} if self.layer_0 is None else {"layer_0": self.layer_0}
-        return {"type": "entropy", "thresholds": _as_json(self.thresholds), **of_embeddings}
+        return {"type": self.name, "thresholds": values, **of_embeddings}
+
+    @property
+    def _values(self) -> tuple[float | None, ...]:
+        values = self.thresholds if isinstance(self.thresholds, tuple) else (self.thresholds,)
+        return (self.layer_0, *values)
+
+    def _check_number(self, num_layers: int) -> None:
+        if isinstance(self.thresholds, tuple) and len(self.thresholds) != num_layers - 1:
+            raise PolicyError(
+                f"{len(self.thresholds)} {self.quantity} thresholds for {num_layers} layers: give one, or one for "
+                f"each of the {num_layers - 1} layers before the last"
+            )
+
+    @abstractmethod
+    def _refuse_impossible(self, value: float) -> None: ...
+
+    @abstractmethod
+    def _never_fires(self, value: float) -> bool: ...
+
+    @abstractmethod
+    def _passes(self, answer: OffRampAnswer, threshold: float) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class EntropyThreshold(_ByThreshold):
+    """Leave when the entropy is strictly below the threshold, in nats; None or a negative number never fires."""
+
+    name = "entropy"
+    quantity = "entropy"
+
+    @property
+    def reads_certainty(self) -> bool:
+        """See `ExitPolicy`."""
+        return False
 
     def check(self, *, problem: Problem, num_labels: int, num_layers: int, learns_to_exit: bool) -> None:
         """Refuse what cannot be meant for this model.
@@ -150,7 +180,7 @@ class EntropyThreshold:
             PolicyError: a threshold above the largest entropy there is, any threshold where there is no
                 entropy, or a number of thresholds that is not the number of layers that can exit.
         """
-        _check_number(self.thresholds, "entropy", num_layers)
+        self._check_number(num_layers)
         outcomes = problem.outcomes(num_labels)
         for value in self._values:
             if value is None or value <= 0:
@@ -166,55 +196,32 @@ class EntropyThreshold:
                     f"entropy of {num_labels} labels: give at most that, or leave it out to run at full depth"
                 )
 
-    @property
-    def _values(self) -> tuple[float | None, ...]:
-        return (self.layer_0, *_each(self.thresholds))
+    def _refuse_impossible(self, value: float) -> None:
+        if not math.isfinite(value):
+            raise PolicyError(
+                f"the entropy threshold {value} is not a number: give nats between 0 and ln(labels)"
+            )
+
+    def _never_fires(self, value: float) -> bool:
+        # Entropy is never negative, so that 0 cannot fire under a strict `<` either.
+        return value <= 0
+
+    def _passes(self, answer: OffRampAnswer, threshold: float) -> Tensor:
+        return answer.entropy < threshold
 
 
 @dataclass(frozen=True)
-class LearningToExit:
-    """Leave when the learning-to-exit head's certainty is strictly above the threshold."""
+class LearningToExit(_ByThreshold):
+    """Leave when the learning-to-exit head's certainty, 0 to 1, is strictly above the threshold; None or 1 never
+    fires."""
 
-    thresholds: Thresholds
-    """Between 0 and 1. None and 1 never fire. Entry 0 of a tuple is layer 1's; it says nothing of layer 0."""
-
-    def __post_init__(self) -> None:
-        for value in _each(self.thresholds):
-            if value is not None and not 0 <= value <= 1:
-                raise PolicyError(
-                    f"the certainty threshold {value} is no certainty: give a number between 0 and 1"
-                )
+    name = "learning-to-exit"
+    quantity = "certainty"
 
     @property
     def reads_certainty(self) -> bool:
         """See `ExitPolicy`."""
         return True
-
-    def at(self, layer: int) -> float | None:
-        """The threshold after `layer` (1-based, 0: the embeddings), None where it cannot fire."""
-        if isinstance(self.thresholds, tuple):
-            value = None if layer == 0 else self.thresholds[layer - 1]
-        else:
-            value = self.thresholds
-        return None if value is None or value >= 1 else value
-
-    def can_fire(self, layer: int) -> bool:
-        """See `ExitPolicy`."""
-        if isinstance(self.thresholds, tuple) and layer > len(self.thresholds):
-            return False
-        return self.at(layer) is not None
-
-    def fires(self, layer: int, answer: OffRampAnswer) -> Tensor:
-        """See `ExitPolicy`."""
-        threshold = self.at(layer)
-        if threshold is None:
-            return torch.zeros(len(answer), dtype=torch.bool, device=answer.logits.device)
-        assert answer.certainty is not None  # asked for by `reads_certainty`
-        return answer.certainty > threshold
-
-    def to_dict(self) -> dict[str, Any]:
-        """See `ExitPolicy`."""
-        return {"type": "learning-to-exit", "thresholds": _as_json(self.thresholds)}
 
     def check(self, *, problem: Problem, num_labels: int, num_layers: int, learns_to_exit: bool) -> None:
         """Refuse what cannot be meant for this model.
@@ -222,12 +229,25 @@ class LearningToExit:
         Raises:
             PolicyError: it has no learning-to-exit head, or another number of layers that can exit.
         """
-        _check_number(self.thresholds, "certainty", num_layers)
+        self._check_number(num_layers)
         if not learns_to_exit:
             raise PolicyError(
                 "a certainty threshold asks a learning-to-exit head, which this model has not: train it with "
                 "--learn-to-exit, or give --entropy-threshold"
             )
+
+    def _refuse_impossible(self, value: float) -> None:
+        if not 0 <= value <= 1:
+            raise PolicyError(
+                f"the certainty threshold {value} is no certainty: give a number between 0 and 1"
+            )
+
+    def _never_fires(self, value: float) -> bool:
+        return value >= 1
+
+    def _passes(self, answer: OffRampAnswer, threshold: float) -> Tensor:
+        assert answer.certainty is not None  # asked for by `reads_certainty`
+        return answer.certainty > threshold
 
 
 FULL_DEPTH = EntropyThreshold(None)
@@ -243,23 +263,11 @@ def policy_from_dict(values: dict[str, Any]) -> StoredPolicy:
     Raises:
         PolicyError: an unknown type.
     """
-    kinds: dict[Any, type[StoredPolicy]] = {"entropy": EntropyThreshold, "learning-to-exit": LearningToExit}
-    if (kind := values.get("type")) not in kinds:
+    kinds: dict[Any, type[StoredPolicy]] = {kind.name: kind for kind in (EntropyThreshold, LearningToExit)}
+    if (name := values.get("type")) not in kinds:
         raise PolicyError(
-            f"unknown exit policy {kind!r}: this version knows {' and '.join(map(repr, kinds))}"
+            f"unknown exit policy {name!r}: this version knows {' and '.join(map(repr, kinds))}"
         )
     thresholds = values.get("thresholds")
     of = tuple(thresholds) if isinstance(thresholds, Sequence) else thresholds
-    return LearningToExit(of) if kind == "learning-to-exit" else EntropyThreshold(of, values.get("layer_0"))
-
-
-def _as_json(thresholds: Thresholds) -> list[float | None] | float | None:
-    return list(thresholds) if isinstance(thresholds, tuple) else thresholds
-
-
-def _check_number(thresholds: Thresholds, kind: str, num_layers: int) -> None:
-    if isinstance(thresholds, tuple) and len(thresholds) != num_layers - 1:
-        raise PolicyError(
-            f"{len(thresholds)} {kind} thresholds for {num_layers} layers: give one, or one for each of the "
-            f"{num_layers - 1} layers before the last"
-        )
+    return kinds[name](of, values.get("layer_0"))

@@ -115,8 +115,8 @@ class _SingleLabel(Problem):
         return entropy(logits)
 
     def entropy_of_scores(self, scores: Tensor) -> Tensor:
-        surprise: Tensor = torch.special.entr(scores).sum(-1)
-        return surprise
+        nats: Tensor = torch.special.entr(scores).sum(-1)
+        return nats
 
     def outcomes(self, num_labels: int) -> int:
         return num_labels
@@ -173,8 +173,8 @@ class _MultiLabel(Problem):
         return (-(p * F.logsigmoid(z) + (1 - p) * F.logsigmoid(-z))).amax(-1)
 
     def entropy_of_scores(self, scores: Tensor) -> Tensor:
-        surprise: Tensor = (torch.special.entr(scores) + torch.special.entr(1 - scores)).amax(-1)
-        return surprise
+        nats: Tensor = (torch.special.entr(scores) + torch.special.entr(1 - scores)).amax(-1)
+        return nats
 
     def outcomes(self, num_labels: int) -> int:
         return 2

@@ -257,17 +257,12 @@ def resolve_policy(
             "--entropy-threshold and --certainty-threshold are two ways to decide who leaves: give one"
         )
     config = checkpoint.model.config
+    asked, kind = (certainty, LearningToExit) if entropy is None else (entropy, EntropyThreshold)
     policy: StoredPolicy = checkpoint.exit_policy
-    if (
-        isinstance(entropy, tuple)
-        and 0 in config.off_ramp_layers
-        and len(entropy) == config.num_hidden_layers
-    ):
-        policy = EntropyThreshold(entropy[1:], layer_0=entropy[0])
-    elif entropy is not None:
-        policy = EntropyThreshold(entropy)
-    elif certainty is not None:
-        policy = LearningToExit(certainty)
+    if isinstance(asked, tuple) and 0 in config.off_ramp_layers and len(asked) == config.num_hidden_layers:
+        policy = kind(asked[1:], layer_0=asked[0])
+    elif asked is not None:
+        policy = kind(asked)
     policy.check(
         problem=config.problem,
         num_labels=len(checkpoint.labels),

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers import get_linear_schedule_with_warmup
 
 from deebert.modeling import ExitHead
 from deebert.problem import Problem
 from deebert.training.config import OffRampStage
 from deebert.training.losses import certainty_losses
+from deebert.training.optimizer import scheduled_adamw
 from deebert.training.processes import summed
 
 
@@ -23,14 +23,8 @@ class CachedExitHead:
     def __init__(self, head: ExitHead, problem: Problem, stage: OffRampStage, num_steps: int) -> None:
         """Prepare to train `head` in place for `num_steps` steps."""
         self._head, self._problem, self._max_grad_norm = head, problem, stage.max_grad_norm
-        self._optimizer = torch.optim.AdamW(
-            head.parameters(),
-            lr=stage.exit_head_learning_rate,
-            eps=stage.adam_epsilon,
-            weight_decay=stage.weight_decay,
-        )
-        self._schedule = get_linear_schedule_with_warmup(
-            self._optimizer, round(stage.warmup_share * num_steps), num_steps
+        self._optimizer, self._schedule = scheduled_adamw(
+            head.parameters(), stage, stage.exit_head_learning_rate, num_steps
         )
         self._sum, self._steps = torch.zeros((), device=head.linear.weight.device), 0
 

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import get_linear_schedule_with_warmup
 
 from deebert.evaluation import LabelledSequences
 from deebert.modeling import DeeBertForSequenceClassification, OffRamp
@@ -27,6 +26,7 @@ from deebert.training.cached_exit_head import CachedExitHead
 from deebert.training.config import Distillation, EarlyStopping, OffRampStage
 from deebert.training.frozen import collect_answers
 from deebert.training.losses import distilled
+from deebert.training.optimizer import scheduled_adamw
 from deebert.training.processes import processes, summed
 from deebert.training.stage import Clock, StageContext, StageReport
 
@@ -172,14 +172,8 @@ class _Training:
         self._num_rows = num_rows
         self.steps_per_epoch = -(-num_rows // stage.batch_size)
         self._num_steps = max(1, round(stage.epochs * self.steps_per_epoch))
-        self._optimizer = torch.optim.AdamW(
-            stack.parameters(),
-            lr=stage.learning_rate,
-            eps=stage.adam_epsilon,
-            weight_decay=stage.weight_decay,
-        )
-        self._schedule = get_linear_schedule_with_warmup(
-            self._optimizer, round(stage.warmup_share * self._num_steps), self._num_steps
+        self._optimizer, self._schedule = scheduled_adamw(
+            stack.parameters(), stage, stage.learning_rate, self._num_steps
         )
         self._exit_head = (
             None

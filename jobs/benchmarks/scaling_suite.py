@@ -31,11 +31,13 @@ def run(workload: Workload, settings: BenchSettings) -> dict[str, Any]:
     there_is = RaySession().resources()
     most = there_is.gpus if settings.device == "cuda" else there_is.cores
     counts = [n for n in _REPLICAS if n <= max(1, most)]
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        one_layer = ray_jobs.save_one_layer(workload.checkpoint, folder / "one-layer")
         return {
-            "replicas": _replicas(workload, settings, Path(folder), counts),
-            "shards": _shards(workload, settings, Path(folder)),
-            "memory": _memory(workload, settings, Path(folder)),
+            "replicas": _replicas(workload, settings, folder, counts),
+            "shards": _shards(workload, settings, folder, one_layer),
+            "memory": _memory(workload, settings, folder, one_layer),
         }
 
 
@@ -79,9 +81,8 @@ def _replicas(
     ]
 
 
-def _shards(workload: Workload, settings: BenchSettings, folder: Path) -> list[dict[str, Any]]:
+def _shards(workload: Workload, settings: BenchSettings, folder: Path, model: str) -> list[dict[str, Any]]:
     """The same rows in more and more shards, through a model that costs next to nothing."""
-    model = ray_jobs.save_one_layer(workload.checkpoint, folder / "one-layer")
     rows = max(settings.shards)
     corpus = _repeated(workload, rows, folder)
     jobs = {
@@ -106,9 +107,8 @@ def _shards(workload: Workload, settings: BenchSettings, folder: Path) -> list[d
     ]
 
 
-def _memory(workload: Workload, settings: BenchSettings, folder: Path) -> list[dict[str, Any]]:
+def _memory(workload: Workload, settings: BenchSettings, folder: Path, model: str) -> list[dict[str, Any]]:
     """More and more rows in shards of one size: the most that a replica, and the driver, ever held."""
-    model = ray_jobs.save_one_layer(workload.checkpoint, folder / "one-layer")
     measured = []
     for rows in settings.memory_rows:
         job = ClassifyJob(

@@ -6,6 +6,7 @@ One counter a problem type. Knows nothing of layers, tokens or the run record.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any, Protocol
 
 import numpy as np
@@ -89,13 +90,33 @@ class LabelSets(_Counts):
 
     def add(self, frame: pd.DataFrame) -> tuple[Mask, npt.NDArray[np.float64] | None]:
         """See `Said`."""
-        rows = list(zip(frame["prediction"], frame["label"], frame["audit_prediction"], strict=True))
-        for prediction, names, _ in rows:
-            known = [int(i) for i in prediction if 0 <= i < len(self._labels)]
-            np.add.at(self.label_rows, known, 1)
-            self.unknown_label_rows += any(name not in self._labels for name in names)
-            self.mislabelled_rows += [self._labels[i] for i in known] != list(names)
-        return np.array([_same(audit, prediction) for prediction, _, audit in rows], bool), None
+        codes, names = pd.factorize(np.array([*chain.from_iterable(frame["label"])], object))
+        places = pd.Index(self._labels).get_indexer(pd.Index(names))
+        predicted, _ = self._sets(frame["prediction"])
+        named, is_unknown = self._sets(frame["label"], np.append(places, -1)[codes])
+        audited = frame["audit_prediction"].notna().to_numpy(bool)
+        full_depth, _ = self._sets(frame["audit_prediction"].where(audited, None))
+        self.label_rows += predicted.sum(axis=0)
+        self.unknown_label_rows += int(is_unknown.sum())
+        self.mislabelled_rows += int(((predicted != named).any(axis=1) | is_unknown).sum())
+        return audited & (predicted == full_depth).all(axis=1), None
+
+    def _sets(self, column: pd.Series[Any], ids: npt.NDArray[Any] | None = None) -> tuple[Mask, Mask]:
+        """A column of lists -> (N, C) which labels are in each, (N,) whether one is that the model has not.
+
+        Args:
+            column: N lists of label ids, or None for an empty one.
+            ids: those of all lists, end to end, where the lists hold something else.
+        """
+        lists = [() if one is None else one for one in column]
+        rows = np.repeat(np.arange(len(lists)), np.fromiter(map(len, lists), np.int64, len(lists)))
+        flat = np.fromiter(chain.from_iterable(lists), np.int64, len(rows)) if ids is None else ids
+        known = (flat >= 0) & (flat < len(self._labels))
+        holds = np.zeros((len(lists), len(self._labels)), np.bool_)
+        holds[rows[known], flat[known]] = True
+        is_unknown = np.zeros(len(lists), np.bool_)
+        is_unknown[rows[~known]] = True
+        return holds, is_unknown
 
 
 class Numbers(_Counts):
@@ -107,7 +128,3 @@ class Numbers(_Counts):
         """See `Said`."""
         audit, prediction = (frame[name].to_numpy(np.float64) for name in ("audit_prediction", "prediction"))
         return audit == prediction, None  # a null is NaN, which equals nothing
-
-
-def _same(audit: Any, prediction: Any) -> bool:
-    return audit is not None and list(audit) == list(prediction)

@@ -28,18 +28,18 @@ def corpus(run: Run, special: dict[int, str]) -> None:
 
 
 def test_rows_that_kill_are_dead_letters_and_the_rest_commits(run: Run) -> None:
-    corpus(run, {500: "poison", 503: "poison"})
+    corpus(run, {500: "poison", 503: "poison", 790: "poison"})
 
     said = run.finish(DEEBERT_TEST_POISON="poison")
 
     letters = run.dead_letters()
-    assert [letter["source_row"] for letter in letters] == [500, 503]
+    assert [letter["source_row"] for letter in letters] == [500, 503, 790]
     assert all("ended its replica's process, 2 times by itself" in letter["reason"] for letter in letters)
     assert {letter["excerpt"] for letter in letters} == {"poison"}
     answers = read_answers(run)
-    assert answers.rows.keys() == {("a.parquet", row) for row in range(ROWS) if row not in (500, 503)}
-    assert "2 bad rows" in said
-    assert run.record["totals"]["bad_rows"] == 2
+    assert answers.rows.keys() == {("a.parquet", row) for row in range(ROWS) if row not in (500, 503, 790)}
+    assert "3 bad rows" in said
+    assert run.record["totals"]["bad_rows"] == 3
 
 
 def test_a_row_that_hangs_is_found_by_the_deadline_among_rows_in_windows(run: Run) -> None:

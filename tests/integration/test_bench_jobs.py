@@ -3,26 +3,40 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from jobs.bench import BenchJob, _quick, _settings, _workload
 from jobs.benchmarks import ray_jobs
 from jobs.benchmarks.memory import PeakMemory
 from jobs.benchmarks.ray_jobs import ClassifyJob, RayDataJob
+from jobs.benchmarks.workload import Workload
 from pipeline.config import Replicas
 
 JOB = _quick(BenchJob(quick=True, samples=60, precision="float32", device="cpu"))
 
 
-def test_classify_answers_every_row_and_its_memory_is_seen(tmp_path: Path) -> None:
-    work = _workload(JOB)
-    job = ClassifyJob(
-        model=ray_jobs.save_one_layer(work.checkpoint, tmp_path / "model"),
-        corpus=ray_jobs.write_corpus(work.texts, tmp_path / "corpus.parquet"),
-        settings=_settings(JOB, work.checkpoint),
-        max_length=work.max_length,
-        replicas=Replicas(1, 1),
-        shard_rows=20,
-    )
+@pytest.fixture(scope="module")
+def work() -> Workload:
+    return _workload(JOB)
+
+
+@pytest.fixture
+def shared(work: Workload, tmp_path: Path) -> dict[str, Any]:
+    """What both jobs are told."""
+    return {
+        "corpus": ray_jobs.write_corpus(work.texts, tmp_path / "corpus.parquet"),
+        "settings": _settings(JOB, work.checkpoint),
+        "max_length": work.max_length,
+    }
+
+
+def test_classify_answers_every_row_and_its_memory_is_seen(
+    work: Workload, shared: dict[str, Any], tmp_path: Path
+) -> None:
+    model = ray_jobs.save_one_layer(work.checkpoint, tmp_path / "model")
+    job = ClassifyJob(model=model, replicas=Replicas(1, 1), shard_rows=20, **shared)
 
     with PeakMemory() as peak:
         assert job() == 60
@@ -31,16 +45,8 @@ def test_classify_answers_every_row_and_its_memory_is_seen(tmp_path: Path) -> No
     assert peak.own > 100 * 2**20
 
 
-def test_ray_data_answers_every_row(tmp_path: Path) -> None:
-    work = _workload(JOB)
-    job = RayDataJob(
-        model=ray_jobs.save_plain(work.checkpoint, tmp_path / "plain"),
-        corpus=ray_jobs.write_corpus(work.texts, tmp_path / "corpus.parquet"),
-        settings=_settings(JOB, work.checkpoint),
-        max_length=work.max_length,
-        replicas=1,
-        threads=1,
-        num_cpus=1.0,
-    )
+def test_ray_data_answers_every_row(work: Workload, shared: dict[str, Any], tmp_path: Path) -> None:
+    model = ray_jobs.save_plain(work.checkpoint, tmp_path / "plain")
+    job = RayDataJob(model=model, replicas=1, threads=1, num_cpus=1.0, **shared)
 
     assert job() == 60

@@ -150,6 +150,7 @@ class TestLayer0:
     def test_certainties_for_each_layer_say_nothing_of_it(self) -> None:
         assert LearningToExit(0.5).can_fire(0)
         assert not LearningToExit((0.5, 0.5)).can_fire(0)
+        assert LearningToExit((0.5, 0.5), layer_0=0.9).can_fire(0)
 
 
 @pytest.mark.parametrize(
@@ -162,6 +163,7 @@ class TestLayer0:
         EntropyThreshold((0.1, None), layer_0=0.05),
         LearningToExit(0.9),
         LearningToExit((0.9, None)),
+        LearningToExit((0.9, None), layer_0=0.95),
     ],
 )
 def test_json_form_round_trips(policy: EntropyThreshold | LearningToExit) -> None:
