@@ -33,6 +33,9 @@ class Problem(ABC):
     name: ClassVar[ProblemType]
     """Hugging Face's."""
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return problem_of, (self.name,)  # one object a problem type, in other processes too
+
     @abstractmethod
     def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Each sample's loss, float32: (..., N, C) logits, labels as `label_tensor` makes them -> (..., N)."""

@@ -196,7 +196,7 @@ def _calibrate(corpus: Path, model: Path, at: Path, job: DemoJob) -> None:
         label_column="label",
         names=_LABELS,
     ).tokenized(tokenizer)
-    traced = trace(PackedEncoder(checkpoint.model), data.tokens)
+    traced = trace(PackedEncoder.of(checkpoint.model), data.tokens)
     point = choose_threshold(traced, data.labels, keep_accuracy=job.keep_accuracy)
     checkpoint.model.config.exit_policy = point.policy.to_dict()
     checkpoint.model.config.save_pretrained(model)

@@ -188,7 +188,7 @@ def _judge(folder: Path, job: RecipesJob) -> Result:
         split="validation",
     )
     data = texts.tokenized(TextTokenizer(checkpoint.tokenizer, max_length=checkpoint.default_max_length))
-    traced: Trace = trace(PackedEncoder(checkpoint.model), data.tokens)
+    traced: Trace = trace(PackedEncoder.of(checkpoint.model), data.tokens)
     most = math.log(traced.logits.shape[-1])
     full, *points = sweep(traced, data.labels, (None, *np.linspace(0, most, 201)[1:].tolist()))
     return {

@@ -75,7 +75,7 @@ def load_subject(job: EvaluateJob, model: str) -> Subject:
 def packed_encoder(model: DeeBertForSequenceClassification, precision: Precision) -> PackedEncoder:
     """The inference form, on a GPU where there is one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return PackedEncoder(model, device=device, dtype=DTYPES[precision])
+    return PackedEncoder.of(model, device=device, dtype=DTYPES[precision])
 
 
 def _labelled_source(job: EvaluateJob, problem: Problem) -> LabelledSource | None:

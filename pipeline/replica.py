@@ -25,9 +25,9 @@ import ray
 import torch
 from ray.exceptions import RayError
 
-from deebert.checkpoint import Checkpoint
 from deebert.encoder import PackedEncoder
 from deebert.exit_policy import policy_from_dict
+from deebert.fused import FusedModel
 from deebert.packing import IntArray
 from deebert.precision import DTYPES, Precision
 from deebert.windows import text_sums
@@ -58,13 +58,22 @@ _PIECE_BYTES = 1 << 20
 _WHOLE_ATTEMPTS = 2
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ServedModel:
+    """What replicas run: free of the library that loaded it, which takes each process seconds to import."""
+
+    fused: FusedModel
+    tokenizer: TextTokenizer
+    labels: tuple[str, ...]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ReplicaSpec:
     """What every replica of a run is made from; small, for the weights travel through the object store."""
 
     identity: Identity
-    checkpoint: Any
-    """Ray reference to the `Checkpoint`: replicas hold the very weights whose digest names the run."""
+    model: Any
+    """Ray reference to the `ServedModel`: replicas hold the very weights whose digest names the run."""
     device: str
     threads: int
     """CPU threads for the model."""
@@ -149,22 +158,17 @@ class Replica:
 
     def __init__(self, spec: ReplicaSpec) -> None:
         torch.set_num_threads(spec.threads)
-        checkpoint: Checkpoint = ray.get(spec.checkpoint)
+        model: ServedModel = ray.get(spec.model)
         precision: Precision = spec.identity.precision  # type: ignore[assignment]  # resolved by the driver
-        encoder = PackedEncoder(checkpoint.model, device=spec.device, dtype=DTYPES[precision])
+        encoder = PackedEncoder(model.fused, device=spec.device, dtype=DTYPES[precision])
         self._spec = spec
         self._turns = Turns()
         self._watchdog = Watchdog(spec.hang_seconds)
-        self._labels, self._problem = checkpoint.labels, encoder.problem
+        self._labels, self._problem = model.labels, encoder.problem
         policy = policy_from_dict(spec.identity.exit_policy)
         self._with_certainty = policy.reads_certainty
         self._num_layers = encoder.num_layers
-        self._tokenizer = TextTokenizer(
-            checkpoint.tokenizer,
-            max_length=spec.identity.max_length,
-            has_token_types=encoder.has_token_types,
-            window_stride=spec.identity.window_stride,
-        )
+        self._tokenizer = model.tokenizer
         self._lanes = Lanes(
             encoder,
             policy,

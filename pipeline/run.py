@@ -30,6 +30,7 @@ import ray.data
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from deebert.fusing import fuse
 from deebert.version import __version__
 from pipeline import sabotage
 from pipeline.board import Board
@@ -40,9 +41,10 @@ from pipeline.lock import locked
 from pipeline.planning import RunPlan, can_go_on, check_output, make_plan
 from pipeline.progress import Progress, ProgressSample
 from pipeline.records import Attempt, RunRecord, RunStatus, ShardRecord, Totals
-from pipeline.replica import Replica, ReplicaSpec, ShardFailure
+from pipeline.replica import Replica, ReplicaSpec, ServedModel, ShardFailure
 from pipeline.shards import Shard
 from pipeline.sink import SUCCESS, Output, RecordLog
+from pipeline.tokenization import TextTokenizer
 
 log = logging.getLogger(__name__)
 shard_log = logging.getLogger("pipeline.shards_done")
@@ -210,7 +212,7 @@ class _Attempt:
         run, config = self._run, self._run.config
         return ReplicaSpec(
             identity=run.identity,
-            checkpoint=ray.put(run.checkpoint),
+            model=ray.put(_served(run)),
             device=self._placement.device,
             threads=self._placement.threads,
             micro_batch_tokens=config.micro_batch_tokens,
@@ -279,6 +281,17 @@ class _Attempt:
             attempts=(*self._earlier, attempt),
         )
         self._output.write_run(self._record)
+
+
+def _served(run: RunPlan) -> ServedModel:
+    model = run.checkpoint.model
+    tokenizer = TextTokenizer(
+        run.checkpoint.tokenizer,
+        max_length=run.identity.max_length,
+        has_token_types=model.config.has_token_types,
+        window_stride=run.identity.window_stride,
+    )
+    return ServedModel(fused=fuse(model), tokenizer=tokenizer, labels=run.checkpoint.labels)
 
 
 def _flawed(name: str, shard: Shard) -> ShardFailure:

@@ -11,16 +11,19 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from tokenizers import Tokenizer as RustTokenizer
-from transformers import PreTrainedTokenizerBase
 
 from deebert.errors import CheckpointError
 from deebert.packing import IntArray, PackedTokens, SequenceLayout
 from pipeline.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _NOT_OF_PAIRS = (
     "--window-stride cuts one long text into windows, which is not defined for pairs: "
@@ -41,7 +44,7 @@ class TokenizedBatch:
 
 
 class TextTokenizer:
-    """A tokenizer with its truncation settled; safe to call from several threads."""
+    """A tokenizer with its truncation settled; safe to call from several threads, and to send to other processes."""
 
     def __init__(
         self,

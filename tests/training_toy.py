@@ -47,4 +47,4 @@ def changed(before: dict[str, Tensor], model: DeeBertForSequenceClassification) 
 
 
 def accuracies(model: DeeBertForSequenceClassification, data: LabelledSequences) -> tuple[float, ...]:
-    return off_ramp_accuracy(trace(PackedEncoder(model), data.tokens), data.labels)
+    return off_ramp_accuracy(trace(PackedEncoder.of(model), data.tokens), data.labels)

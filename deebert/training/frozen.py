@@ -50,7 +50,7 @@ def collect_answers(
         final: whether the final classifier answers.
         show_progress: a bar on stderr.
     """
-    encoder = PackedEncoder(model, device=model.device, dtype=dtype)
+    encoder = PackedEncoder.of(model, device=model.device, dtype=dtype)
     place = {layer: i for i, layer in enumerate(layers)}
     depth = encoder.num_layers if final else max(layers, default=0)
     states = torch.empty(len(layers), len(data), encoder.pooled_size, dtype=dtype)

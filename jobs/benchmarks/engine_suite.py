@@ -156,7 +156,7 @@ def _padded(
 
 
 def _ours(workload: Workload, settings: BenchSettings) -> dict[str, Entry]:
-    encoder = PackedEncoder(workload.checkpoint.model, device=settings.torch_device, dtype=settings.dtype)
+    encoder = PackedEncoder.of(workload.checkpoint.model, device=settings.torch_device, dtype=settings.dtype)
     entries = {}
     for budget in settings.micro_batch_tokens:
         for name, kind, profile, make_policy in _ways_to_run(workload, settings):
@@ -207,7 +207,9 @@ def _scripted(shares: Shares) -> Callable[[], ExitPolicy]:
 def _float32_labels(workload: Workload, settings: BenchSettings) -> npt.NDArray[np.int64]:
     """The answers that all others are held to."""
     exact = Packed(
-        encoder=PackedEncoder(workload.checkpoint.model, device=settings.torch_device, dtype=torch.float32),
+        encoder=PackedEncoder.of(
+            workload.checkpoint.model, device=settings.torch_device, dtype=torch.float32
+        ),
         tokens=workload.tokens,
         micro_batch_tokens=max(settings.micro_batch_tokens[0], workload.tokens.max_seqlen),
         make_policy=lambda: FULL_DEPTH,

@@ -85,7 +85,7 @@ class EnginesAlone:
     def _engine(self, number: int) -> Packed:
         tokens, settings = self.workload.tokens, self.settings
         return Packed(
-            encoder=PackedEncoder(
+            encoder=PackedEncoder.of(
                 self.workload.checkpoint.model, device=settings.torch_device, dtype=settings.dtype
             ),
             tokens=tokens.take(np.arange(number, len(tokens), self._count)),

@@ -32,23 +32,25 @@ def samples(count: int = 200) -> PackedTokens:
 @pytest.mark.parametrize("family", ["bert", "roberta"])
 def test_float32_logits_equal_the_cpu(family: str, pooling: str) -> None:
     model, tokens = make_model(family, pooling, off_ramp_layers=[0, 1, 2, 4]), samples()
-    on_gpu = trace(PackedEncoder(model, device="cuda"), tokens)
-    torch.testing.assert_close(on_gpu.logits, trace(PackedEncoder(model), tokens).logits, atol=1e-3, rtol=0)
+    on_gpu = trace(PackedEncoder.of(model, device="cuda"), tokens)
+    torch.testing.assert_close(
+        on_gpu.logits, trace(PackedEncoder.of(model), tokens).logits, atol=1e-3, rtol=0
+    )
 
 
 @pytest.mark.parametrize("pooling", ["mean", "attention"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_agrees_with_float32(dtype: torch.dtype, pooling: str) -> None:
     model, tokens = make_model("bert", pooling), samples(1000)
-    exact = trace(PackedEncoder(model), tokens).logits.argmax(-1)
-    half = trace(PackedEncoder(model, device="cuda", dtype=dtype), tokens).logits.argmax(-1)
+    exact = trace(PackedEncoder.of(model), tokens).logits.argmax(-1)
+    half = trace(PackedEncoder.of(model, device="cuda", dtype=dtype), tokens).logits.argmax(-1)
     assert (exact == half).float().mean() > 0.97
 
 
 @pytest.mark.parametrize("layers", [None, [0, 2, 4]])
 def test_the_engine_conserves_and_regroups_on_the_device(layers: list[int] | None) -> None:
     model, tokens = make_model("bert", "mean", off_ramp_layers=layers), samples(1000)
-    encoder = PackedEncoder(model, device="cuda", dtype=torch.bfloat16)
+    encoder = PackedEncoder.of(model, device="cuda", dtype=torch.bfloat16)
     engine = Engine(encoder, EntropyThreshold(0.7), EngineConfig(micro_batch_tokens=1024))
     engine.submit(np.arange(1000), tokens)
     left = [(int(i), exits.exit_layer) for exits in engine.drain() for i in exits.sample_ids]
@@ -70,7 +72,7 @@ def test_micro_batches_that_do_not_fit_are_halved(
     little_memory: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     tokens = samples(20_000)
-    encoder = PackedEncoder(make_model("bert", "mean"), device="cuda")
+    encoder = PackedEncoder.of(make_model("bert", "mean"), device="cuda")
     engine = Engine(encoder, FULL_DEPTH, EngineConfig(micro_batch_tokens=1 << 20))
     engine.submit(np.arange(20_000), tokens)
     left = [int(i) for exits in engine.drain() for i in exits.sample_ids]

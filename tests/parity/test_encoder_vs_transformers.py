@@ -57,7 +57,7 @@ def assert_states_are_transformers_own(model: DeeBertForSequenceClassification) 
     tokens = PackedTokens.pack(rows)
     ids, mask = padded(rows, model.config.backbone_config.pad_token_id)
     theirs = model.backbone(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
-    encoder = PackedEncoder(model)
+    encoder = PackedEncoder.of(model)
 
     assert len(theirs) == encoder.num_layers + 1
     states = encoder.embed(tokens)
@@ -97,7 +97,7 @@ def test_every_activation_of_the_off_ramps(tiny_model: ModelFactory, activation:
     model = tiny_model(off_ramp_activation=activation)
     rows = random_ids([3, 9, 9, 20])
 
-    packed = trace(PackedEncoder(model), PackedTokens.pack(rows)).logits
+    packed = trace(PackedEncoder.of(model), PackedTokens.pack(rows)).logits
 
     torch.testing.assert_close(packed, training_form(model, rows), **TOLERANCE)
     others = {"tanh", "relu", "gelu"} - {activation}
@@ -112,7 +112,7 @@ def test_every_off_ramp_equals_the_training_forms(
     model = tiny_model(family, pooling, off_ramp_layers=layers)
     rows = random_ids([*ALL_LENGTHS, 7, 7, 7])
 
-    packed = trace(PackedEncoder(model), PackedTokens.pack(rows), micro_batch_tokens=512)
+    packed = trace(PackedEncoder.of(model), PackedTokens.pack(rows), micro_batch_tokens=512)
 
     assert packed.layers == (*model.config.off_ramp_layers, 5)
     torch.testing.assert_close(packed.logits, training_form(model, rows), **TOLERANCE)
@@ -126,7 +126,7 @@ def test_every_kind_of_off_ramp_equals_the_training_forms(
     model = tiny_model(family, pooling, off_ramp_layers=[0, 1, 3], shares_off_ramp_pooler=shares)
     rows = random_ids([*ALL_LENGTHS, 7, 7, 7])
 
-    packed = trace(PackedEncoder(model), PackedTokens.pack(rows), micro_batch_tokens=512)
+    packed = trace(PackedEncoder.of(model), PackedTokens.pack(rows), micro_batch_tokens=512)
 
     assert packed.layers == (0, 1, 3, 5)
     torch.testing.assert_close(packed.logits, training_form(model, rows), **TOLERANCE)
@@ -140,7 +140,7 @@ def test_pairs_with_token_types_equal_the_training_forms(
     rows = random_ids([3, 9, 9, 20, 41])
     types = [[0] * (len(row) // 2) + [1] * (len(row) - len(row) // 2) for row in rows]
 
-    packed = trace(PackedEncoder(model), PackedTokens.pack(rows, types))
+    packed = trace(PackedEncoder.of(model), PackedTokens.pack(rows, types))
 
     torch.testing.assert_close(packed.logits, training_form(model, rows, types), **TOLERANCE)
     assert (packed.logits - training_form(model, rows)).abs().max() > 0.01  # the segments matter
@@ -154,9 +154,9 @@ def test_families_without_segments_take_no_notice_of_token_types(
     rows = random_ids([3, 9, 20])
     types = [[0] * 2 + [1] * (len(row) - 2) for row in rows]
 
-    packed = trace(PackedEncoder(model), PackedTokens.pack(rows, types))
+    packed = trace(PackedEncoder.of(model), PackedTokens.pack(rows, types))
 
-    assert torch.equal(packed.logits, trace(PackedEncoder(model), PackedTokens.pack(rows)).logits)
+    assert torch.equal(packed.logits, trace(PackedEncoder.of(model), PackedTokens.pack(rows)).logits)
     torch.testing.assert_close(packed.logits, training_form(model, rows, types), **TOLERANCE)
 
 
@@ -169,16 +169,16 @@ def test_robertas_positions_skip_a_literal_pad_token(
     rows[1][2] = rows[1][3] = rows[2][0] = rows[3][2] = ROBERTA_PAD
     other = [[ROBERTA_MASK if token == ROBERTA_PAD else token for token in row] for row in rows]
 
-    packed = trace(PackedEncoder(model), PackedTokens.pack(rows))
+    packed = trace(PackedEncoder.of(model), PackedTokens.pack(rows))
 
     torch.testing.assert_close(packed.logits, training_form(model, rows), **TOLERANCE)
-    unlike = trace(PackedEncoder(model), PackedTokens.pack(other))
+    unlike = trace(PackedEncoder.of(model), PackedTokens.pack(other))
     assert (packed.logits[:, 1:] - unlike.logits[:, 1:]).abs().amax(dim=(0, 2)).min() > 0.01
 
 
 def test_the_encoder_is_a_copy_that_the_model_cannot_change(tiny_model: ModelFactory) -> None:
     model = tiny_model()
-    encoder, tokens = PackedEncoder(model), PackedTokens.pack(random_ids([5, 8]))
+    encoder, tokens = PackedEncoder.of(model), PackedTokens.pack(random_ids([5, 8]))
     before = trace(encoder, tokens).logits
 
     with torch.no_grad():
@@ -194,8 +194,8 @@ def test_bfloat16_stays_near_float32_and_answers_in_float32(
 ) -> None:
     model, tokens = tiny_model(family, pooling), PackedTokens.pack(random_ids(ALL_LENGTHS))
 
-    exact = trace(PackedEncoder(model), tokens).logits
-    reduced = trace(PackedEncoder(model, dtype=torch.bfloat16), tokens).logits
+    exact = trace(PackedEncoder.of(model), tokens).logits
+    reduced = trace(PackedEncoder.of(model, dtype=torch.bfloat16), tokens).logits
 
     assert reduced.dtype == torch.float32
     agreement = (exact.argmax(-1) == reduced.argmax(-1)).float().mean()
@@ -212,7 +212,7 @@ def real_sentences(assets: Path, count: int) -> list[str]:
 def test_hidden_states_of_a_real_bert_are_transformers_own(assets: Path) -> None:
     folder = str(assets / "e5-small")
     backbone: BertModel = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
-    encoder = PackedEncoder(DeeBertForSequenceClassification.from_backbone(folder, labels=["no", "yes"]))
+    encoder = PackedEncoder.of(DeeBertForSequenceClassification.from_backbone(folder, labels=["no", "yes"]))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     sentences = real_sentences(assets, 32)
 

@@ -117,7 +117,7 @@ def run_engine(
 ) -> list[Answer]:
     """Answers in the order of `tokens`, whatever the order in which they arrive and leave."""
     config = EngineConfig(micro_batch_tokens=micro_batch_tokens)
-    engine = Engine(PackedEncoder(model), EntropyThreshold(thresholds), config)
+    engine = Engine(PackedEncoder.of(model), EntropyThreshold(thresholds), config)
     answers: dict[int, Answer] = {}
     for chosen in pieces(np.arange(len(tokens)) if order is None else order, piece):
         engine.submit(chosen, tokens.take(chosen))
@@ -244,7 +244,7 @@ def test_the_embeddings_have_a_threshold_of_their_own(layer_0: float | None) -> 
     model = make_model("bert", "mean", off_ramp_layers=[0, 1, 3])
     values = (0.3, 0.3, 0.5, 0.5)
     policy = EntropyThreshold(values, layer_0)
-    engine = Engine(PackedEncoder(model), policy, EngineConfig(micro_batch_tokens=150))
+    engine = Engine(PackedEncoder.of(model), policy, EngineConfig(micro_batch_tokens=150))
     engine.submit(np.arange(len(TEXTS)), TEXTS)
     answers: dict[int, Answer] = {}
 
@@ -310,7 +310,7 @@ def give_random_off_ramps(model: DeeBertForSequenceClassification, tokens: Packe
         for ramp in ramps:
             for weight in (ramp.dense.weight, ramp.classifier.weight):
                 weight.copy_(torch.randn(weight.shape, generator=generator) * 0.3)
-        for ramp, logits in zip(ramps, trace(PackedEncoder(model), tokens).logits, strict=True):
+        for ramp, logits in zip(ramps, trace(PackedEncoder.of(model), tokens).logits, strict=True):
             gain = (2 / logits.std(dim=0)).clamp(max=8)
             ramp.classifier.weight.mul_(gain[:, None])
             ramp.classifier.bias.sub_(logits.mean(dim=0)).mul_(gain)
@@ -328,7 +328,7 @@ def test_a_real_bert_on_real_sentences(assets: Path, pooling: str) -> None:
         folder, labels=["negative", "positive"], off_ramp_pooling=pooling
     ).eval()
     give_random_off_ramps(model, tokens, seed=7)
-    surest = entropy(trace(PackedEncoder(model), tokens).logits).quantile(0.15, dim=1)
+    surest = entropy(trace(PackedEncoder.of(model), tokens).logits).quantile(0.15, dim=1)
     thresholds = tuple(surest.tolist()[:-1])  # at each off-ramp about 15 of the 100 are sure enough
 
     answers = run_engine(model, tokens, thresholds, micro_batch_tokens=512, piece=17, steps_between=1)

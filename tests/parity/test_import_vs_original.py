@@ -38,7 +38,7 @@ def test_both_forms_give_the_originals_logits(
         torch.stack([exits[layer] for exits, _ in answers]).float() for layer in range(num_layers - 1)
     ]
     expected = torch.stack([*highways, torch.stack([final for _, final in answers]).float()])
-    packed = trace(PackedEncoder(model), PackedTokens.pack(rows))
+    packed = trace(PackedEncoder.of(model), PackedTokens.pack(rows))
     assert packed.layers == tuple(range(1, num_layers + 1))
     torch.testing.assert_close(packed.logits, expected, **TOLERANCE)
     torch.testing.assert_close(training_form(model, rows), expected, **TOLERANCE)

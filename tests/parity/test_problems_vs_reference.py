@@ -75,7 +75,7 @@ def test_the_engine_answers_as_the_reference(family: str, pooling: str, problem:
     assert len(expected) - len(sure) <= max(1, MOST_TIES * len(expected))
 
     for budget, piece in ((64, 7), (333, 1000)):
-        encoder = PackedEncoder(tiny(family, pooling, problem))
+        encoder = PackedEncoder.of(tiny(family, pooling, problem))
         engine = Engine(encoder, POLICIES[policy], EngineConfig(micro_batch_tokens=budget))
         answered = set()
         for start in range(0, len(TEXTS), piece):
@@ -106,7 +106,7 @@ def test_so_does_a_trace(problem: str, policy: str) -> None:
     expected = tiny_reference("bert", "mean", problem, policy)
 
     exit_layer, prediction = exits(
-        trace(PackedEncoder(tiny("bert", "mean", problem)), TEXTS), POLICIES[policy]
+        trace(PackedEncoder.of(tiny("bert", "mean", problem)), TEXTS), POLICIES[policy]
     )
 
     for i, theirs in enumerate(expected):
@@ -141,7 +141,7 @@ def test_the_packed_form_is_as_certain_as_the_training_form(family: str, pooling
 
     with torch.no_grad():
         theirs = model(*padded(rows, model.config.backbone_config.pad_token_id)).certainties
-    ours = trace(PackedEncoder(model), PackedTokens.pack(rows)).certainties
+    ours = trace(PackedEncoder.of(model), PackedTokens.pack(rows)).certainties
 
     assert ours is not None
     assert ours.shape == (5, 20)

@@ -174,7 +174,7 @@ CASES = [
 @pytest.mark.parametrize(("name", "policy"), CASES)
 def test_the_lanes_answer_as_a_trace_does(tiny_model: ModelFactory, name: str, policy: Any) -> None:
     labels = 1 if name == "regression" else 3
-    encoder = PackedEncoder(tiny_model(num_labels=labels, problem_type=name, learns_to_exit=True))
+    encoder = PackedEncoder.of(tiny_model(num_labels=labels, problem_type=name, learns_to_exit=True))
     tokens, audited = random_texts(60, seed=2), every(3, 60)
     traced = trace(encoder, tokens)
 

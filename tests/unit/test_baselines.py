@@ -44,13 +44,13 @@ def test_no_such_depth(depth: int) -> None:
 
 def test_a_cut_model_runs_its_layers_alone(tiny_model: ModelFactory, family: str, pooling: str) -> None:
     whole = tiny_model(family, pooling)
-    encoder = PackedEncoder(whole)
+    encoder = PackedEncoder.of(whole)
     states = encoder.embed(TOKENS)
     for layer in (1, 3, 4):
         states = encoder.layer(layer - 1, states, TOKENS.layout)
 
     static = cut(whole, (1, 3, 4))
-    (logits,) = trace(PackedEncoder(static), TOKENS).logits
+    (logits,) = trace(PackedEncoder.of(static), TOKENS).logits
 
     assert static.config.num_hidden_layers == 3
     assert static.config.off_ramp_layers == []
@@ -96,7 +96,7 @@ class TestTraining:
             recipe=self.RECIPE,
         )
 
-        predictions = trace(PackedEncoder(static.model), data.tokens).logits[-1].argmax(-1)
+        predictions = trace(PackedEncoder.of(static.model), data.tokens).logits[-1].argmax(-1)
         assert (predictions == data.labels).float().mean() > 0.9
         assert static.record.name == "static 2 (every-other)"
         assert not static.model.training

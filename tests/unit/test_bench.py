@@ -105,7 +105,7 @@ def packed() -> Callable[..., Packed]:
     rng = np.random.default_rng(0)
     lengths = rng.integers(3, 33, SAMPLES)
     tokens = PackedTokens.pack([rng.integers(5, 60, n).tolist() for n in lengths])
-    encoder = PackedEncoder(model)
+    encoder = PackedEncoder.of(model)
 
     def make(shares: object = None, **options: object) -> Packed:
         policy = (lambda: FULL_DEPTH) if shares is None else (lambda: ScriptedExits(shares))  # type: ignore[arg-type]

@@ -507,7 +507,7 @@ class TestFlopSaving:
     def test_it_equals_a_count_sample_by_sample(self, tiny_model: ModelFactory) -> None:
         model = tiny_model(off_ramp_layers=[1, 3, 4])
         ids = [[2, 10 + i, *range(45, 45 + i % 11), 3] for i in range(40)]
-        traced = trace(PackedEncoder(model), PackedTokens.pack(ids))
+        traced = trace(PackedEncoder.of(model), PackedTokens.pack(ids))
         thresholds = (0.7, None, None, 0.9)  # the off-ramp after layer 3 cannot fire and costs nothing
 
         executed = full = 0.0
@@ -523,13 +523,13 @@ class TestFlopSaving:
         assert 0.1 < saving < 0.9
 
     def test_full_depth_saves_nothing_and_fruitless_off_ramps_cost(self, tiny_model: ModelFactory) -> None:
-        traced = trace(PackedEncoder(tiny_model()), PackedTokens.pack([[2, 10, 11, 3]] * 4))
+        traced = trace(PackedEncoder.of(tiny_model()), PackedTokens.pack([[2, 10, 11, 3]] * 4))
 
         assert flop_saving(traced, FULL_DEPTH, self.SHAPE) == 0.0
         assert flop_saving(traced, EntropyThreshold(1e-9), self.SHAPE) < 0.0
 
     def test_a_static_model_saves_the_layers_that_it_lacks(self, tiny_model: ModelFactory) -> None:
-        traced = trace(PackedEncoder(tiny_model()), PackedTokens.pack([[2, 10, 11, 3]] * 4))
+        traced = trace(PackedEncoder.of(tiny_model()), PackedTokens.pack([[2, 10, 11, 3]] * 4))
         layer, ramp = self.SHAPE.layer_flops(16, 64), self.SHAPE.off_ramp_flops(4)
 
         expected = 1 - (2 * layer + ramp) / (5 * layer + ramp)

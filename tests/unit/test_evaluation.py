@@ -216,7 +216,7 @@ def test_taking_rows_keeps_texts_and_labels_together() -> None:
 
 
 def test_a_trace_keeps_input_order_whatever_the_micro_batch(tiny_model: ModelFactory) -> None:
-    encoder = PackedEncoder(tiny_model(off_ramp_layers=[2, 4]))
+    encoder = PackedEncoder.of(tiny_model(off_ramp_layers=[2, 4]))
     tokens = PackedTokens.pack([[2, 10 + i, *range(45, 45 + i % 7), 3] for i in range(20)])
 
     whole = trace(encoder, tokens)

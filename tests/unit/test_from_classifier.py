@@ -74,7 +74,7 @@ class TestWhatIsKept:
     def test_the_packed_form_answers_the_same(self, tmp_path: Path, theirs: Any) -> None:
         model = DeeBertForSequenceClassification.from_classifier(save(tmp_path, theirs))
 
-        packed = trace(PackedEncoder(model), PackedTokens.pack(ROWS))
+        packed = trace(PackedEncoder.of(model), PackedTokens.pack(ROWS))
 
         torch.testing.assert_close(packed.logits[-1], their_logits(theirs, ROWS), atol=1e-4, rtol=0)
         torch.testing.assert_close(packed.logits, training_form(model.eval(), ROWS), atol=1e-4, rtol=0)
@@ -176,13 +176,13 @@ class TestWhatIsGained:
         # What the classifier itself says is learnable from its states.
         labels = their_logits(theirs, rows).argmax(-1)
         data = LabelledSequences(tokens=tokens, labels=labels)
-        before = (trace(PackedEncoder(model), tokens).logits.argmax(-1) == labels).float().mean(1)
+        before = (trace(PackedEncoder.of(model), tokens).logits.argmax(-1) == labels).float().mean(1)
         stage = OffRampStage(epochs=120, batch_size=20, learning_rate=5e-3)
 
         recipe = Recipe(stage_1=None, stage_2=stage)
         train(model, tokenizer, data, recipe, tmp_path / "work", show_progress=False)
 
-        after = (trace(PackedEncoder(model), tokens).logits.argmax(-1) == labels).float().mean(1)
+        after = (trace(PackedEncoder.of(model), tokens).logits.argmax(-1) == labels).float().mean(1)
         assert before[:-1].max() < 0.75
         assert after.min() > 0.95
         ids, mask = padded(ROWS, theirs.config.pad_token_id)

@@ -67,7 +67,7 @@ def every(nth: int, rows: int) -> npt.NDArray[np.bool_]:
 
 @pytest.fixture(scope="module")
 def encoder(tiny_model: ModelFactory) -> PackedEncoder:
-    return PackedEncoder(tiny_model())
+    return PackedEncoder.of(tiny_model())
 
 
 def test_rows_of_many_threads_are_each_answered_with_their_own(encoder: PackedEncoder) -> None:

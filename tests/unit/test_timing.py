@@ -20,7 +20,7 @@ TOKENS = PackedTokens.pack([[2, 10 + i, *range(45, 45 + i % 9), 3] for i in rang
 def test_both_ways_leave_where_the_trace_says(
     tiny_model: ModelFactory, threshold: float | tuple[float | None, ...] | None, layers: list[int]
 ) -> None:
-    encoder, policy = PackedEncoder(tiny_model(off_ramp_layers=layers)), EntropyThreshold(threshold)
+    encoder, policy = PackedEncoder.of(tiny_model(off_ramp_layers=layers)), EntropyThreshold(threshold)
     contender = Contender(name="x", encoder=encoder, policy=policy)
     expected = exits(trace(encoder, TOKENS), policy)[0].tolist()
 
@@ -30,7 +30,7 @@ def test_both_ways_leave_where_the_trace_says(
 
 
 def test_every_contender_is_timed_on_the_same_samples(tiny_model: ModelFactory) -> None:
-    encoder = PackedEncoder(tiny_model())
+    encoder = PackedEncoder.of(tiny_model())
     sure = EntropyThreshold(0.9)
     contenders = (
         Contender(name="full", encoder=encoder, policy=FULL_DEPTH),

@@ -109,7 +109,7 @@ class TestProblems:
         first, last = by_layer(tmp_path, 1)
         assert all(last[layer] < 0.6 * first[layer] for layer in last)
         held_out = marked_sets(200, seed=2)
-        exact = off_ramp_accuracy(trace(PackedEncoder(model), held_out.tokens), held_out.labels)
+        exact = off_ramp_accuracy(trace(PackedEncoder.of(model), held_out.tokens), held_out.labels)
         assert min(exact) > 0.5  # of 8 possible sets
 
     @pytest.mark.parametrize("name", RECIPES)
@@ -121,7 +121,7 @@ class TestProblems:
         run(model, tokenizer, numbers(300, seed=1), RECIPES[name], tmp_path)
 
         held_out = numbers(200, seed=2)
-        traced = trace(PackedEncoder(model), held_out.tokens)
+        traced = trace(PackedEncoder.of(model), held_out.tokens)
         errors = (traced.logits[..., 0] - held_out.labels).square().mean(1)
         assert (errors < 0.5 * held_out.labels.var()).all()
 
@@ -165,7 +165,7 @@ class TestLearningToExit:
         run(model, tokenizer, data, self.RECIPES[name], tmp_path)
 
         held_out, noisy = half_noise(200, seed=3)
-        certainties = trace(PackedEncoder(model), held_out.tokens).certainties
+        certainties = trace(PackedEncoder.of(model), held_out.tokens).certainties
         assert certainties is not None
         assert (certainties[:, ~noisy].mean(1) > certainties[:, noisy].mean(1) + 0.04).all()
 

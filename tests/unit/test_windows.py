@@ -59,7 +59,7 @@ def by_text(batch: TokenizedBatch) -> list[list[list[int]]]:
 
 @pytest.fixture(scope="module")
 def encoder(tiny_model: ModelFactory) -> PackedEncoder:
-    return PackedEncoder(tiny_model())
+    return PackedEncoder.of(tiny_model())
 
 
 class TestCutting:
@@ -270,7 +270,7 @@ class TestLanes:
         model = make_model()
         batch = TextTokenizer(make_tokenizer(), max_length=16, window_stride=stride)(texts_of(lengths))
 
-        found = classify(lanes_for(PackedEncoder(model), micro_batch_tokens), batch)
+        found = classify(lanes_for(PackedEncoder.of(model), micro_batch_tokens), batch)
 
         assert sum(found.samples_left.values()) == len(batch.tokens)
         for i, windows in enumerate(by_text(batch)):
@@ -305,7 +305,7 @@ class TestLanes:
             tiny_model(),
             TextTokenizer(tokenizer, max_length=16, window_stride=4)(texts_of([3, 60, 30, 100, 14, 45])),
         )
-        lanes, audited = lanes_for(PackedEncoder(model), 64), np.array([1, 1, 0, 1, 0, 0], np.bool_)
+        lanes, audited = lanes_for(PackedEncoder.of(model), 64), np.array([1, 1, 0, 1, 0, 0], np.bool_)
 
         found = classify(lanes, batch, audited)
 
