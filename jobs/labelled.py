@@ -7,6 +7,7 @@ nothing of models beyond their label names and what they are asked.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,12 @@ class LabelledTexts:
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    def take(self, rows: Sequence[int]) -> LabelledTexts:
+        """These rows, in this order."""
+        pairs = None if self.pairs is None else tuple(self.pairs[i] for i in rows)
+        texts, labels = (tuple(column[i] for i in rows) for column in (self.texts, self.labels))
+        return replace(self, texts=texts, pairs=pairs, labels=labels)
 
     def tokenized(self, tokenizer: TextTokenizer) -> LabelledSequences:
         """The same as packed tokens."""

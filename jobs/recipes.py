@@ -1,31 +1,36 @@
-"""`python -m jobs.recipes`: training recipes against each other, as a Markdown table.
+"""`python -m jobs.recipes`: training recipes against each other, over several seeds, as Markdown tables.
 
-Trains each variant on the same rows with the same budget and reads its accuracy off the threshold sweep at full
-depth and at given layer speed-ups. What is there already is not trained again: run it in parts, add variants.
+Trains each variant on the same rows with the same budget and reads its score off the threshold sweep at full
+depth and at given layer speed-ups. What is there already is not trained again: run it in parts, add variants, run
+seeds beside each other in one folder.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import math
+import os
+import platform
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from jobs.flags import comma_list, flag, parse_job
+from jobs.glue import TASK_NAMES, Columns
+from jobs.recipe_scores import ModelScore, judge, tables
 from jobs.train import TrainJob, train
 from pipeline.config import positive
 from pipeline.errors import UsageError
 
 if TYPE_CHECKING:
-    from deebert.evaluation import Trace
+    from deebert.checkpoint import Checkpoint
+    from deebert.evaluation import LabelledSequences, Metric, Trace
+    from jobs.labelled import LabelledSource, LabelledTexts
 
 log = logging.getLogger(__name__)
 
@@ -39,18 +44,28 @@ class Variant:
     """The variant whose model it goes on with, instead of the backbone."""
     teacher: str | None = None
     """The variant whose model teaches it."""
+    static_depth: int | None = None
+    """A static baseline of so many layers, with the budget of stage 1; `start` says what it is compared with."""
 
 
+_BASE = "two-stage"
+# Folders say nothing of the results that are shared.
+_PLACES = ("backbone", "data", "evaluation_data", "glue_dir", "output")
 _JOINT = {"recipe": "joint", "self_distillation": 0.5}
 _JOINT_FAST = {**_JOINT, "off_ramp_learning_rate": 5e-4}
 _ALTERNATING = {"recipe": "alternating", "self_distillation": 0.5, "off_ramp_learning_rate": 5e-4}
 _REFRESH = {"recipe": "off-ramps", "self_distillation": 0.7}
+_UNIFORM = {**_JOINT_FAST, "weighting": "uniform"}
 
 VARIANTS: Mapping[str, Variant] = MappingProxyType(
     {
-        "two-stage": Variant(flags={}),
-        "two-stage-exact": Variant(flags={"recipe": "off-ramps", "stage_2": "exact"}, start="two-stage"),
-        "two-stage-distilled": Variant(flags=_REFRESH, start="two-stage"),
+        _BASE: Variant(flags={}),
+        "two-stage-cls": Variant(flags={"off_ramp_pooling": "cls"}),
+        "two-stage-attention": Variant(flags={"off_ramp_pooling": "attention", "stage_2": "exact"}),
+        "two-stage-exact": Variant(flags={"recipe": "off-ramps", "stage_2": "exact"}, start=_BASE),
+        "two-stage-distilled": Variant(flags=_REFRESH, start=_BASE),
+        "static-6": Variant(flags={}, start=_BASE, static_depth=6),
+        "static-4": Variant(flags={}, start=_BASE, static_depth=4),
         "joint": Variant(flags={"recipe": "joint"}),
         "joint-distilled": Variant(flags=_JOINT),
         "joint-uniform": Variant(flags={**_JOINT, "weighting": "uniform"}),
@@ -59,10 +74,15 @@ VARIANTS: Mapping[str, Variant] = MappingProxyType(
         "joint-refreshed": Variant(flags=_REFRESH, start="joint-fast-off-ramps"),
         "alternating": Variant(flags=_ALTERNATING),
         "alternating-refreshed": Variant(flags=_REFRESH, start="alternating"),
-        "taught": Variant(flags=_JOINT_FAST, teacher="two-stage"),
+        "taught": Variant(flags=_JOINT_FAST, teacher=_BASE),
         "taught-refreshed": Variant(flags=_REFRESH, start="taught"),
-        "taught-hidden": Variant(flags={**_JOINT_FAST, "teacher_hidden_weight": 1.0}, teacher="two-stage"),
-        "continued": Variant(flags=_JOINT_FAST, start="two-stage", teacher="two-stage"),
+        "taught-hidden": Variant(flags={**_JOINT_FAST, "teacher_hidden_weight": 1.0}, teacher=_BASE),
+        "longer": Variant(flags={"recipe": "two-stage"}, start=_BASE),
+        "continued": Variant(flags=_UNIFORM, start=_BASE, teacher=_BASE),
+        "continued-cls": Variant(flags=_UNIFORM, start="two-stage-cls", teacher="two-stage-cls"),
+        "continued-linear": Variant(flags=_JOINT_FAST, start=_BASE, teacher=_BASE),
+        "continued-alone": Variant(flags=_UNIFORM, start=_BASE),
+        "continued-labels": Variant(flags={**_UNIFORM, "self_distillation": 0.0}, start=_BASE, teacher=_BASE),
         "continued-refreshed": Variant(flags=_REFRESH, start="continued"),
     }
 )
@@ -72,25 +92,37 @@ def _floats(text: str) -> tuple[float, ...]:
     return tuple(float(part) for part in comma_list(text))
 
 
+def _ints(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in comma_list(text))
+
+
 @dataclass(frozen=True, kw_only=True)
 class RecipesJob:
     """What `python -m jobs.recipes` takes."""
 
     backbone: str = flag("folder or hub id of a BERT or RoBERTa encoder")
-    data: str = flag("labelled texts to train on")
-    evaluation_data: str = flag("labelled texts to judge by")
+    data: str | None = flag("labelled texts to train on", default=None)
+    evaluation_data: str | None = flag("labelled texts to judge by", default=None)
+    glue_dir: str | None = flag("or GLUE's TSV folders for both, with --task", default=None, metavar="DIR")
+    task: str | None = flag("GLUE task of the data", default=None, choices=TASK_NAMES)
     text_column: str = flag("column of the text", default="text")
     text_pair_column: str | None = flag("column of the second segment", default=None)
     label_column: str = flag("column of the label", default="label")
     labels: tuple[str, ...] | None = flag(
         "label names in the order of their ids", default=None, parse=comma_list, metavar="A,B"
     )
-    output: str = flag("folder for the models and results.json")
+    output: str = flag("folder for the models, results.json and results.md")
     variants: tuple[str, ...] = flag(
-        "which to compare", default=tuple(VARIANTS), parse=comma_list, metavar="A,B"
+        "which to compare", default=(_BASE, "continued", "static-6"), parse=comma_list, metavar="A,B"
     )
+    seeds: tuple[int, ...] = flag("one training each", default=(42,), parse=_ints, metavar="I,I")
     speed_ups: tuple[float, ...] = flag(
         "layer speed-ups to compare at", default=(2.0, 3.0, 4.0), parse=_floats
+    )
+    held_out: float = flag(
+        "share of the training rows that nothing trains on: thresholds are chosen on them",
+        default=0.03,
+        parse=float,
     )
     max_rows: int | None = flag("train on a random sample of this many rows", default=None, parse=positive)
     epochs: float = flag("stage 1: epochs", default=1.0, parse=float)
@@ -100,136 +132,207 @@ class RecipesJob:
     precision: str = flag(
         "of training; judged in float32", default="auto", choices=("auto", "float32", "bfloat16")
     )
-    seed: int = flag("random seed", default=42, parse=int)
     checkpoint_steps: int = flag("steps between checkpoints", default=1000, parse=positive)
 
+    @property
+    def sources(self) -> tuple[LabelledSource, LabelledSource]:
+        """Of the rows to train on, and to judge by."""
+        from jobs.labelled import LabelledSource
 
-Result = dict[str, Any]
+        columns = Columns(text=self.text_column, pair=self.text_pair_column, label=self.label_column)
+        ours = LabelledSource(data=self.data, glue_dir=self.glue_dir, task=self.task, columns=columns)
+        theirs = self.evaluation_data or self.data
+        return ours, replace(ours, data=theirs)
 
 
 def execute(argv: Sequence[str], *, prog: str) -> int:
-    """Train what is missing, judge it, print the table."""
+    """Train what is missing, judge it, print the tables."""
     job = parse_job(RecipesJob, argv, prog=prog, description="Compare training recipes on the same rows.")
     if unknown := [name for name in job.variants if name not in VARIANTS]:
         raise UsageError(f"unknown variant {unknown[0]!r}: choose among {', '.join(VARIANTS)}")
-    print(_markdown(compare(job), job))
+    if job.glue_dir is None and job.evaluation_data is None:
+        raise UsageError("a recipe is not judged by what it trained on: give --evaluation-data")
+    results = compare(job)
+    text = tables(results, job.speed_ups, _BASE if _BASE in results else job.variants[0])
+    document = {
+        "job": {name: value for name, value in asdict(job).items() if name not in _PLACES},
+        "machine": _machine(),
+        "scores": {name: [score.to_dict() for score in scores] for name, scores in results.items()},
+    }
+    (Path(job.output) / "results.json").write_text(json.dumps(document, indent=1) + "\n")
+    (Path(job.output) / "results.md").write_text(text + "\n")
+    print(text)
     return 0
 
 
-def compare(job: RecipesJob) -> dict[str, Result]:
-    """Each variant's result; kept in `results.json`, so that a second call does only what is new."""
-    path = Path(job.output) / "results.json"
-    results: dict[str, Result] = json.loads(path.read_text()) if path.exists() else {}
-    for name in job.variants:
-        _make(name, job, results, path)
-    return {name: results[name] for name in job.variants}
+def compare(job: RecipesJob) -> dict[str, list[ModelScore]]:
+    """Each variant's scores, one a seed; every one is kept, so that a second call does only what is new."""
+    study = _Study(job)
+    return {name: [study.score(name, seed) for seed in job.seeds] for name in job.variants}
 
 
-def _make(name: str, job: RecipesJob, results: dict[str, Result], path: Path) -> None:
-    variant = VARIANTS[name]
-    for needed in filter(None, (variant.start, variant.teacher)):
-        _make(needed, job, results, path)
-    if name in results:
-        return
-    started = time.monotonic()
-    train(_train_job(name, variant, job))
-    seconds = time.monotonic() - started
-    builds_on = {n for n in (variant.start, variant.teacher) if n is not None}
-    total = seconds + sum(results[n]["total_seconds"] for n in builds_on)
-    results[name] = {"seconds": seconds, "total_seconds": total, **_judge(Path(job.output) / name, job)}
-    path.write_text(json.dumps(results, indent=1))
+class _Study:
+    """Models and results of one folder."""
+
+    def __init__(self, job: RecipesJob) -> None:
+        self._job, self._folder = job, Path(job.output)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        ours, theirs = job.sources
+        everything = ours.training_texts(job.labels)
+        self._train, self._held_out = self._split(everything)
+        self._names, self._task = everything.names, ours.glue_task
+        self._judged = next(iter(theirs.evaluation_texts(everything.names).values()))
+
+    def score(self, name: str, seed: int) -> ModelScore:
+        """One variant's score; trained first, with all that it builds on, where it is not there yet."""
+        path = self._model(name, seed).with_suffix(".json")
+        if not path.exists():
+            _write(path, json.dumps(self._made(name, seed).to_dict()))
+        return ModelScore.of(json.loads(path.read_text()))
+
+    def _made(self, name: str, seed: int) -> ModelScore:
+        variant = VARIANTS[name]
+        needed = {n for n in (variant.start, variant.teacher) if n is not None}
+        before = sum(self.score(n, seed).total_seconds for n in sorted(needed))
+        log.info("%s, seed %d", name, seed)
+        started = time.monotonic()
+        if variant.static_depth is not None:
+            made = self._static(variant, seed)
+            seconds = total = time.monotonic() - started
+        else:
+            train(self._train_job(name, variant, seed))
+            seconds = time.monotonic() - started
+            total = seconds + before
+            made = self._scored(self._model(name, seed))
+        return replace(made, seconds=seconds, total_seconds=total)
+
+    def _model(self, name: str, seed: int) -> Path:
+        return self._folder / f"{name}-{seed}"
+
+    def _split(self, texts: LabelledTexts) -> tuple[Path, LabelledTexts]:
+        """The rows to train on, as a file, and those held out, the same for all seeds."""
+        import numpy as np
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        order = np.random.default_rng(0).permutation(len(texts))
+        held = max(1, round(self._job.held_out * len(texts)))
+        columns = {"text": texts.texts, "pair": texts.pairs, "label": [texts.names[i] for i in texts.labels]}
+        table = pa.table({name: list(values) for name, values in columns.items() if values is not None})
+        path = self._folder / "train.parquet"
+        if not path.exists():
+            partial = path.with_suffix(f".{os.getpid()}")
+            pq.write_table(table.take(np.sort(order[held:])), partial)
+            partial.replace(path)
+        return path, texts.take(np.sort(order[:held]).tolist())
+
+    def _train_job(self, name: str, variant: Variant, seed: int) -> TrainJob:
+        job = self._job
+        has_stage_1 = variant.flags.get("recipe") != "off-ramps"
+        budget: dict[str, Any] = {
+            "epochs": job.epochs,
+            "batch_size": job.batch_size,
+            "learning_rate": job.learning_rate,
+        }
+        return TrainJob(
+            backbone=job.backbone if variant.start is None else None,
+            from_model=None if variant.start is None else str(self._model(variant.start, seed)),
+            teacher=None if variant.teacher is None else str(self._model(variant.teacher, seed)),
+            data=str(self._train),
+            text_pair_column=None if self._held_out.pairs is None else "pair",
+            labels=self._names,
+            max_rows=job.max_rows,
+            off_ramp_epochs=job.off_ramp_epochs,
+            precision=job.precision,
+            seed=seed,
+            checkpoint_steps=job.checkpoint_steps,
+            output=str(self._model(name, seed)),
+            # A run that was cut short left a training, or a model that was not judged yet.
+            resume=True,
+            overwrite=True,
+            **(budget if has_stage_1 else {}),
+            **variant.flags,
+        )
+
+    def _scored(self, folder: Path) -> ModelScore:
+        from deebert.checkpoint import load_checkpoint
+
+        checkpoint = load_checkpoint(str(folder))
+        judged, held_out = (self._traced(checkpoint, texts) for texts in (self._judged, self._held_out))
+        return judge(judged, held_out, self._job.speed_ups, self._metric)
+
+    def _static(self, variant: Variant, seed: int) -> ModelScore:
+        from deebert.checkpoint import load_checkpoint
+        from deebert.evaluation import score
+        from deebert.exit_policy import FULL_DEPTH
+        from deebert.precision import resolve_precision
+        from deebert.training import BackboneStage, Recipe
+        from jobs.labelled import load_labelled, sample
+        from jobs.static import train_static
+        from jobs.traces import StaticRecord
+
+        job = self._job
+        assert variant.static_depth is not None
+        assert variant.start is not None
+        like = load_checkpoint(str(self._model(variant.start, seed)))
+        texts = load_labelled(
+            str(self._train),
+            text_column="text",
+            text_pair_column=None if self._held_out.pairs is None else "pair",
+            label_column="label",
+            names=self._names,
+        )
+        data = sample(_tokenized(like, texts), job.max_rows, seed=seed)
+        record = StaticRecord(depth=variant.static_depth, style="first", recipe={"backbone": job.backbone})
+        budget = BackboneStage(epochs=job.epochs, batch_size=job.batch_size, learning_rate=job.learning_rate)
+        recipe = Recipe(
+            stage_1=budget,
+            seed=seed,
+            precision=resolve_precision(job.precision),
+            checkpoint_steps=job.checkpoint_steps,
+        )
+        model = train_static(record, like=like, data=data, recipe=recipe).model
+        traced, judged = self._traced(replace(like, model=model), self._judged)
+        return ModelScore(
+            full=score(traced, judged.labels, FULL_DEPTH, self._metric).score,
+            depth_speed_up=like.model.config.num_hidden_layers / variant.static_depth,
+        )
+
+    def _traced(self, checkpoint: Checkpoint, texts: LabelledTexts) -> tuple[Trace, LabelledSequences]:
+        from deebert.encoder import PackedEncoder
+        from deebert.evaluation import trace
+
+        data = _tokenized(checkpoint, texts)
+        return trace(PackedEncoder.of(checkpoint.model), data.tokens), data
+
+    @property
+    def _metric(self) -> Metric:
+        from jobs.metrics import metrics_of
+
+        return metrics_of(self._task, self._names)[0].compute
 
 
-def _train_job(name: str, variant: Variant, job: RecipesJob) -> TrainJob:
-    folder = Path(job.output)
-    has_stage_1 = variant.flags.get("recipe") != "off-ramps"
-    budget: dict[str, Any] = {
-        "epochs": job.epochs,
-        "batch_size": job.batch_size,
-        "learning_rate": job.learning_rate,
-    }
-    return TrainJob(
-        backbone=job.backbone if variant.start is None else None,
-        from_model=None if variant.start is None else str(folder / variant.start),
-        teacher=None if variant.teacher is None else str(folder / variant.teacher),
-        data=job.data,
-        text_column=job.text_column,
-        text_pair_column=job.text_pair_column,
-        label_column=job.label_column,
-        labels=job.labels,
-        max_rows=job.max_rows,
-        off_ramp_epochs=job.off_ramp_epochs,
-        precision=job.precision,
-        seed=job.seed,
-        checkpoint_steps=job.checkpoint_steps,
-        output=str(folder / name),
-        # A run that was cut short left a training, or a model that was not judged yet.
-        resume=True,
-        overwrite=True,
-        **(budget if has_stage_1 else {}),
-        **variant.flags,
-    )
-
-
-def _judge(folder: Path, job: RecipesJob) -> Result:
-    from deebert.checkpoint import load_checkpoint
-    from deebert.encoder import PackedEncoder
-    from deebert.evaluation import off_ramp_accuracy, sweep, trace
-    from jobs.labelled import load_labelled
+def _tokenized(checkpoint: Checkpoint, texts: LabelledTexts) -> LabelledSequences:
     from pipeline.tokenization import TextTokenizer
 
-    checkpoint = load_checkpoint(str(folder))
-    texts = load_labelled(
-        job.evaluation_data,
-        text_column=job.text_column,
-        text_pair_column=job.text_pair_column,
-        label_column=job.label_column,
-        names=checkpoint.labels,
-        split="validation",
-    )
-    data = texts.tokenized(TextTokenizer(checkpoint.tokenizer, max_length=checkpoint.default_max_length))
-    traced: Trace = trace(PackedEncoder.of(checkpoint.model), data.tokens)
-    most = math.log(traced.logits.shape[-1])
-    full, *points = sweep(traced, data.labels, (None, *np.linspace(0, most, 201)[1:].tolist()))
+    return texts.tokenized(TextTokenizer(checkpoint.tokenizer, max_length=checkpoint.default_max_length))
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    partial = path.with_suffix(f".{os.getpid()}")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def _machine() -> dict[str, Any]:
     return {
-        "off_ramps": off_ramp_accuracy(traced, data.labels),
-        "full": full.accuracy,
-        "points": [(p.speed_up, p.accuracy) for p in (full, *points)],
+        "cores": os.cpu_count(),
+        "processor": platform.processor() or platform.machine(),
+        "python": platform.python_version(),
+        "torch": version("torch"),
+        "transformers": version("transformers"),
     }
-
-
-def accuracy_at(points: Sequence[Sequence[float]], speed_up: float) -> float | None:
-    """Accuracy at a layer speed-up, between the two operating points around it; None beyond the last.
-
-    Args:
-        points: (layer speed-up, accuracy) of rising thresholds.
-        speed_up: where to read.
-    """
-    speeds, accuracies = zip(*points, strict=True)
-    if speed_up > speeds[-1]:
-        return None
-    return float(np.interp(speed_up, speeds, accuracies))
-
-
-def _markdown(results: Mapping[str, Result], job: RecipesJob) -> str:
-    columns = [
-        "variant",
-        "full depth",
-        *(f"{s:g}×" for s in job.speed_ups),
-        "seconds",
-        "with what it builds on",
-    ]
-    lines = [f"| {' | '.join(columns)} |", "|---|" + "---:|" * (len(columns) - 1)]
-    for name, result in results.items():
-        at = (accuracy_at(result["points"], s) for s in job.speed_ups)
-        cells = [_percent(result["full"]), *map(_percent, at)]
-        times = [f"{result['seconds']:.0f}", f"{result['total_seconds']:.0f}"]
-        lines.append(f"| {' | '.join([name, *cells, *times])} |")
-    return "\n".join(lines)
-
-
-def _percent(share: float | None) -> str:
-    return "–" if share is None else f"{100 * share:.2f}"
 
 
 if __name__ == "__main__":

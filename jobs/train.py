@@ -106,7 +106,8 @@ class TrainJob:
     max_rows: int | None = flag("train on a random sample of this many rows", default=None, parse=positive)
     recipe: str = flag(
         "two-stage is the paper's; joint and alternating train off-ramps with the backbone; off-ramps is stage 2 "
-        "alone; best is what measured best: two-stage with self-distillation 0.7 in stage 2",
+        "alone; best is what measured best: two stages, then a third that trains all together and keeps full depth "
+        "at what it said before",
         default="two-stage",
         choices=_RECIPE_NAMES,
     )
@@ -135,11 +136,15 @@ class TrainJob:
         default=None,
         choices=("fast", "exact", "none"),
     )
-    epochs: float | None = flag("stage 1: epochs (paper: 3, RoBERTa 10)", default=None, parse=float)
-    batch_size: int | None = flag(
-        "stage 1: samples per step, of all processes (paper: 8)", default=None, parse=int
+    epochs: float | None = flag(
+        "stages 1 and 3: epochs of each (paper: 3, RoBERTa 10)", default=None, parse=float
     )
-    learning_rate: float | None = flag("stage 1: peak learning rate (paper: 2e-5)", default=None, parse=float)
+    batch_size: int | None = flag(
+        "stages 1 and 3: samples per step, of all processes (paper: 8)", default=None, parse=int
+    )
+    learning_rate: float | None = flag(
+        "stages 1 and 3: peak learning rate (paper: 2e-5)", default=None, parse=float
+    )
     off_ramp_epochs: float | None = flag("stage 2: epochs (3)", default=None, parse=float)
     off_ramp_batch_size: int | None = flag(
         "stage 2: samples per step (fast: 32, exact: 8 as in the paper)", default=None, parse=int
@@ -150,9 +155,9 @@ class TrainJob:
         default=None,
         parse=float,
     )
-    weight_decay: float | None = flag("both stages: AdamW's (0)", default=None, parse=float)
+    weight_decay: float | None = flag("all stages: AdamW's (0)", default=None, parse=float)
     warmup: float | None = flag(
-        "both stages: share of the steps in which the learning rate rises (0)", default=None, parse=float
+        "all stages: share of the steps in which the learning rate rises (0)", default=None, parse=float
     )
     accumulation_steps: int | None = flag(
         "pieces that a batch is computed in: less memory, the same step (1)", default=None, parse=int

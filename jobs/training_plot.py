@@ -54,7 +54,7 @@ def _draw_stage(axes: Axes, stage: int, records: list[Record]) -> None:
     curves = _curves(records, "losses")
     depth = max([1, *map(int, curves)])
     for layer, points in curves.items():
-        colour = INK if int(layer) == depth and stage == 1 else colormaps["viridis"](0.9 * int(layer) / depth)
+        colour = INK if int(layer) == depth and stage != 2 else colormaps["viridis"](0.9 * int(layer) / depth)
         axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.2, label=layer)
     for layer, points in _curves(records, "held_out_losses").items():
         colour = colormaps["viridis"](0.9 * int(layer) / depth)

@@ -1,4 +1,4 @@
-"""What a training is asked to do: a `Recipe` of at most two stages.
+"""What a training is asked to do: a `Recipe` of at most three stages.
 
 A recipe that could not train every off-ramp, or whose parts contradict each other, cannot be built. Knows
 nothing of models, data or devices.
@@ -7,7 +7,7 @@ nothing of models, data or devices.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
@@ -98,6 +98,11 @@ class Teacher(Distillation):
 
 
 @dataclass(frozen=True, kw_only=True)
+class BornAgain(Distillation):
+    """The teacher is the model itself as it stands before the stage (Furlanello et al., 2018)."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class FinalOnly:
     """The final classifier's loss alone: stage 1 of the paper. Off-ramps stay as they are."""
 
@@ -136,13 +141,13 @@ class Alternating(Joint):
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneStage(StageConfig):
-    """Stage 1: trains the backbone and the final classifier, and the off-ramps if the objective has them.
+    """Stage 1 or 3: trains the backbone and the final classifier, and the off-ramps if the objective has them.
 
     The defaults are the paper's, for BERT (RoBERTa: 10 epochs).
     """
 
     objective: FinalOnly | Joint | Alternating = FinalOnly()
-    teacher: Teacher | None = None
+    teacher: Teacher | BornAgain | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,6 +204,9 @@ class Recipe:
     """None keeps the backbone and the final classifier as they come."""
     stage_2: OffRampStage | None = OffRampStage()
     """After a joint stage 1 it retrains the off-ramps on what has stopped moving."""
+    stage_3: BackboneStage | None = None
+    """Goes on with all of a finished model together: with off-ramps that already answer, and its own full depth as
+    the teacher, it teaches the shallow layers what the deep ones know without costing these."""
     early_stopping: EarlyStopping | None = None
     seed: int = 42
     precision: Precision = "float32"
@@ -209,12 +217,21 @@ class Recipe:
     """Tokens per packed micro-batch where frozen models answer."""
 
     def __post_init__(self) -> None:
-        if self.stage_1 is None and self.stage_2 is None:
-            raise RecipeError("a recipe without a stage trains nothing: give it stage 1, stage 2 or both")
+        if not self.stages:
+            raise RecipeError("a recipe without a stage trains nothing: give it at least one")
+        if self.stage_3 is not None and not isinstance(self.stage_3.objective, Joint):
+            raise RecipeError(
+                "a stage 3 of the final loss alone would leave the off-ramps behind: give it a joint objective"
+            )
+        if self.stage_1 is not None and isinstance(self.stage_1.teacher, BornAgain):
+            raise RecipeError(
+                "before stage 1 there is nothing to be born again from: give it another teacher"
+            )
         if (
             self.stage_1 is not None
             and isinstance(self.stage_1.objective, FinalOnly)
             and self.stage_2 is None
+            and self.stage_3 is None
         ):
             raise RecipeError(
                 "a stage 1 of the final loss alone leaves the off-ramps untrained: add stage 2, or train jointly"
@@ -226,9 +243,18 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """JSON form: equal for equal recipes, and different for different ones."""
         values = asdict(self)
-        if self.stage_1 is not None:
-            values["stage_1"]["objective"]["type"] = type(self.stage_1.objective).__name__
+        for name in ("stage_1", "stage_3"):
+            if (stage := getattr(self, name)) is not None:
+                values[name]["objective"]["type"] = type(stage.objective).__name__
+        if self.stage_3 is None:  # left out, so that a training begun before there was one can be resumed
+            del values["stage_3"]
         return values
+
+    @property
+    def stages(self) -> Mapping[int, BackboneStage | OffRampStage]:
+        """Those that there are, by number."""
+        all_of_them = {1: self.stage_1, 2: self.stage_2, 3: self.stage_3}
+        return {number: stage for number, stage in all_of_them.items() if stage is not None}
 
 
 TWO_STAGE = Recipe()
@@ -237,8 +263,16 @@ JOINT = Recipe(stage_1=BackboneStage(objective=Joint()), stage_2=None)
 ALTERNATING = Recipe(stage_1=BackboneStage(objective=Alternating()), stage_2=None)
 OFF_RAMPS = Recipe(stage_1=None)
 """Stage 2 alone, on a model that was fine-tuned elsewhere."""
-BEST = Recipe(stage_2=OffRampStage(self_distillation=Distillation(weight=0.7, temperature=2.0)))
-"""The winner by measurement: two stages, the off-ramps taught by the final classifier. See DECISIONS.md."""
+BEST = replace(
+    TWO_STAGE,
+    stage_3=BackboneStage(
+        objective=Joint(
+            weighting="uniform", self_distillation=Distillation(weight=0.5), off_ramp_learning_rate=5e-4
+        ),
+        teacher=BornAgain(weight=0.5),
+    ),
+)
+"""The winner by measurement: two stages, then all together, taught by what the two made. See DECISIONS.md."""
 
 RECIPES: Mapping[str, Recipe] = MappingProxyType(
     {

@@ -13,7 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deebert.problem import SINGLE_LABEL, Problem
-from deebert.training.config import Alternating, BackboneStage, Distillation, Joint, OffRampStage, Teacher
+from deebert.training.config import (
+    Alternating,
+    BackboneStage,
+    BornAgain,
+    Distillation,
+    Joint,
+    OffRampStage,
+    Teacher,
+)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -101,14 +109,14 @@ def hidden_distance(states: Sequence[Tensor], targets: Sequence[Tensor], attenti
 class FinalLoss:
     """The final classifier's, towards the labels and a teacher if there is one."""
 
-    teacher: Teacher | None = None
+    teacher: Teacher | BornAgain | None = None
 
     def __call__(self, answers: Answers) -> Tensor:
         """See `Loss`."""
         loss = distilled(
             answers.problem, answers.final_logits[None], answers.labels, answers.target_logits, self.teacher
         )[0]
-        if self.teacher is not None and answers.hidden_distance is not None:
+        if isinstance(self.teacher, Teacher) and answers.hidden_distance is not None:
             loss = loss + self.teacher.hidden_weight * answers.hidden_distance
         return loss
 
@@ -163,7 +171,7 @@ def _certainty_loss(answers: Answers) -> Tensor:
 
 
 def backbone_loss(stage: BackboneStage, off_ramp_layers: Sequence[int], num_layers: int) -> StageLoss:
-    """Stage 1's loss.
+    """The loss of a stage through the backbone.
 
     Args:
         stage: the objective and the teacher.

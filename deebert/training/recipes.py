@@ -2,7 +2,8 @@
 
 Stage 1 fine-tunes the backbone, with the final classifier alone as in the paper or with all off-ramps. Stage
 2 freezes both and trains the off-ramps. (Xin et al., 2020, section 2.3: the second stage must not touch what
-the first one reached.) Knows nothing of commands or of where labelled data comes from.
+the first one reached.) Stage 3, which the paper has not, goes on with all of them together. Knows nothing of
+commands or of where labelled data comes from.
 """
 
 from __future__ import annotations
@@ -25,7 +26,15 @@ from deebert.evaluation import LabelledSequences
 from deebert.modeling import DeeBertForSequenceClassification
 from deebert.precision import DTYPES
 from deebert.training.cached_stage import train_cached_off_ramps
-from deebert.training.config import BackboneStage, FinalOnly, Joint, OffRampStage, Recipe, Teacher
+from deebert.training.config import (
+    BackboneStage,
+    BornAgain,
+    FinalOnly,
+    Joint,
+    OffRampStage,
+    Recipe,
+    Teacher,
+)
 from deebert.training.data import Rows, check_labels, hold_out
 from deebert.training.equilibrium import gradient_equilibrium
 from deebert.training.frozen import final_logits
@@ -47,9 +56,9 @@ class TrainingReport:
 
     def __str__(self) -> str:
         parts = [f"stage {s.number} took {s.seconds:.0f} s" for s in self.stages]
-        if len(self.stages) == 2:
-            first, second = self.stages
-            parts[1] += f", {100 * second.seconds / max(first.seconds, 1e-9):.0f} % of stage 1"
+        for i, stage in enumerate(self.stages[1:], start=1):
+            first = self.stages[0]
+            parts[i] += f", {100 * stage.seconds / max(first.seconds, 1e-9):.0f} % of stage {first.number}"
         return "; ".join(parts)
 
 
@@ -132,7 +141,7 @@ class _Training:
             _check_same(json.loads(plan_path.read_text()), json.loads(json.dumps(self._plan)), self._work_dir)
         processes().wait_for_everyone()
         if self._is_main and not self._resume:
-            for number in (1, 2):
+            for number in (1, 2, 3):
                 shutil.rmtree(self._context(number).folder, ignore_errors=True)
                 self._weights(number).unlink(missing_ok=True)
             (self._work_dir / LOG_NAME).unlink(missing_ok=True)
@@ -145,12 +154,13 @@ class _Training:
 
     def stages(self) -> list[StageReport]:
         """Run what is not done yet."""
-        reports = []
-        if self._recipe.stage_1 is not None:
-            reports.append(self._stage(1, self._recipe.stage_1))
-        if self._recipe.stage_2 is not None and len(self._model.off_ramps):
-            reports.append(self._stage(2, self._recipe.stage_2))
-        return reports
+        # Without off-ramps, as in a static baseline, there is nothing beyond stage 1 to train.
+        has_ramps = len(self._model.off_ramps) > 0
+        return [
+            self._stage(number, stage)
+            for number, stage in self._recipe.stages.items()
+            if number == 1 or has_ramps
+        ]
 
     def _stage(self, number: int, stage: BackboneStage | OffRampStage) -> StageReport:
         context, weights = self._context(number), self._weights(number)
@@ -160,9 +170,9 @@ class _Training:
             return report
         self._model.to(processes().device)
         report = (
-            self._stage_1(stage, context)
+            self._backbone_stage(stage, context)
             if isinstance(stage, BackboneStage)
-            else self._stage_2(stage, context)
+            else self._off_ramp_stage(stage, context)
         )
         if self._is_main:
             _save(self._model.state_dict(), weights)
@@ -170,13 +180,16 @@ class _Training:
         processes().wait_for_everyone()
         return report
 
-    def _stage_1(self, stage: BackboneStage, context: StageContext) -> StageReport:
+    def _backbone_stage(self, stage: BackboneStage, context: StageContext) -> StageReport:
         model, config = self._model, self._model.config
-        teacher = None if stage.teacher is None else _load_teacher(stage.teacher, model)
+        other = stage.teacher if isinstance(stage.teacher, Teacher) else None
+        teacher = None if other is None else _load_teacher(other, model)
+        # Itself as it stands now: a resumed stage, too, begins with what the stage before it left.
+        source = model if isinstance(stage.teacher, BornAgain) else teacher
         data = StageData(
-            rows=self._with_answers(self._rows, teacher),
-            held_out=None if self._held_out is None else self._with_answers(self._held_out, teacher),
-            hidden_teacher=teacher if stage.teacher is not None and stage.teacher.hidden_weight else None,
+            rows=self._with_answers(self._rows, source),
+            held_out=None if self._held_out is None else self._with_answers(self._held_out, source),
+            hidden_teacher=teacher if other is not None and other.hidden_weight else None,
         )
         loss = backbone_loss(stage, config.off_ramp_layers, config.num_hidden_layers)
         objective = stage.objective
@@ -195,7 +208,7 @@ class _Training:
                 off_ramp_learning_rate=getattr(objective, "off_ramp_learning_rate", None),
             )
 
-    def _stage_2(self, stage: OffRampStage, context: StageContext) -> StageReport:
+    def _off_ramp_stage(self, stage: OffRampStage, context: StageContext) -> StageReport:
         model = self._model.train(False)
         if stage.mode == "fast":
             return train_cached_off_ramps(model, self._rows, self._held_out, stage, context)

@@ -20,7 +20,7 @@ class StageReport:
     """What a stage took and reached."""
 
     number: int
-    """1 or 2."""
+    """1 to 3."""
     seconds: float
     """Over all attempts; without what a kill threw away."""
     steps: int

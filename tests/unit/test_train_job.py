@@ -32,7 +32,8 @@ from deebert.training import (
 )
 from jobs import recipes as recipes_job
 from jobs.cli import main
-from jobs.recipes import VARIANTS, accuracy_at
+from jobs.recipe_scores import score_at
+from jobs.recipes import VARIANTS
 from jobs.train import _RECIPE_NAMES, TrainJob, train
 from jobs.train_recipe import recipe_of
 from jobs.training_plot import draw_training_log
@@ -415,9 +416,9 @@ class TestRecipesJob:
     def test_accuracy_between_operating_points(self) -> None:
         points = [(1.0, 0.9), (2.0, 0.8), (4.0, 0.6)]
 
-        assert accuracy_at(points, 1.5) == pytest.approx(0.85)
-        assert accuracy_at(points, 4.0) == pytest.approx(0.6)
-        assert accuracy_at(points, 4.1) is None
+        assert score_at(points, 1.5) == pytest.approx(0.85)
+        assert score_at(points, 4.0) == pytest.approx(0.6)
+        assert score_at(points, 4.1) is None
 
     def test_trains_what_a_variant_builds_on_and_does_nothing_twice(
         self, saved_model: Path, tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -441,14 +442,17 @@ class TestRecipesJob:
 
         assert recipes_job.execute(words, prog="recipes") == 0
         first = capsys.readouterr().out
-        trained = (tmp_path / "out" / "taught" / "model.safetensors").stat()
+        trained = (tmp_path / "out" / "taught-42" / "model.safetensors").stat()
         assert recipes_job.execute(words, prog="recipes") == 0
 
-        assert first.splitlines()[0].startswith("| variant | full depth | 2× | 3× | 4× |")
-        assert first.splitlines()[2].startswith("| taught |")
-        assert capsys.readouterr().out == first
-        assert (tmp_path / "out" / "taught" / "model.safetensors").stat() == trained
-        assert sorted(json.loads((tmp_path / "out" / "results.json").read_text())) == ["taught", "two-stage"]
+        title, _, head, _, row, *_ = first.splitlines()
+        assert title == "Score at equal layer speed-up"
+        assert [c.strip() for c in head.split("|")[1:6]] == ["variant", "full depth", "2×", "3×", "4×"]
+        assert row.split("|")[1].strip() == "taught"
+        assert capsys.readouterr().out == first == (tmp_path / "out" / "results.md").read_text()
+        assert (tmp_path / "out" / "taught-42" / "model.safetensors").stat() == trained
+        assert sorted(p.stem for p in (tmp_path / "out").glob("*-42.json")) == ["taught-42", "two-stage-42"]
+        assert str(tmp_path) not in (tmp_path / "out" / "results.json").read_text()
 
 
 def test_python_users_get_the_model_back(words: list[str], tmp_path: Path, saved_model: Path) -> None:

@@ -22,6 +22,8 @@ from deebert.packing import PackedTokens
 from deebert.training import (
     LOG_NAME,
     Alternating,
+    BackboneStage,
+    BornAgain,
     Distillation,
     EarlyStopping,
     Joint,
@@ -65,6 +67,9 @@ RECIPES = {
     ),
     "joint, refreshed": replace(JOINT_DISTILLED, stage_2=QUICK_2),
 }
+THREE_STAGES = replace(
+    TWO_STAGE, stage_3=replace(QUICK_1, objective=Joint(weighting="uniform"), teacher=BornAgain())
+)
 
 Run = Callable[..., TrainingReport]
 
@@ -374,6 +379,44 @@ class TestTeacher:
             run(tiny_model(num_layers=2), replace(TWO_STAGE, stage_1=stage))
 
 
+class TestStage3:
+    def test_goes_on_with_all_of_the_model(self, tiny_model: ModelFactory, run: Run, tmp_path: Path) -> None:
+        model = tiny_model(num_layers=3)
+        recipe = Recipe(stage_1=None, stage_2=None, stage_3=replace(QUICK_1, objective=Joint()))
+        before = weights(model)
+
+        report = run(model, recipe, toy(300, seed=1))
+
+        assert [stage.number for stage in report.stages] == [3]
+        trained = {n for n in before if "key.bias" not in n and "embeddings" not in n}
+        assert trained <= changed(before, model)
+        assert min(accuracies(model, toy(200, seed=2))) > 0.8
+
+    def test_born_again_it_says_what_it_said_whatever_the_labels_say(
+        self, tiny_model: ModelFactory, run: Run, tmp_path: Path
+    ) -> None:
+        model, data = tiny_model(num_layers=2), toy(300, seed=1)
+        run(model, TWO_STAGE, data, tmp_path / "before")
+        knows = accuracies(model, toy(200, seed=2))[-1]
+        scrambled = LabelledSequences(tokens=data.tokens, labels=data.labels.roll(7))
+        pure = BackboneStage(
+            epochs=4,
+            batch_size=16,
+            learning_rate=2e-3,
+            objective=Joint(self_distillation=Distillation(weight=1.0)),
+            teacher=BornAgain(weight=1.0),
+        )
+
+        run(model, replace(OFF_RAMPS, stage_2=None, stage_3=pure), scrambled, tmp_path / "after")
+
+        assert min(accuracies(model, toy(200, seed=2))) > knows - 0.1 > 0.7
+
+    def test_there_is_none_without_off_ramps(self, tiny_model: ModelFactory, run: Run) -> None:
+        report = run(tiny_model(num_layers=2, off_ramp_layers=[]), THREE_STAGES)
+
+        assert [stage.number for stage in report.stages] == [1]
+
+
 class _PowerCutError(Exception):
     pass
 
@@ -398,6 +441,7 @@ STAGES = {
     ),
     "alternating": replace(RECIPES["alternating"], checkpoint_steps=5),
     "exact": replace(EXACT, checkpoint_steps=4),
+    "stage 3": replace(THREE_STAGES, stage_1=None, checkpoint_steps=4),
     "stopping early": replace(JOINT, early_stopping=EarlyStopping(held_out=0.2, patience=2, every_steps=4)),
 }
 
@@ -417,6 +461,7 @@ class TestResume:
             ("accumulating", 10),
             ("alternating", 8),
             ("exact", 9),
+            ("stage 3", 9),
             ("stopping early", 10),
         ],
     )

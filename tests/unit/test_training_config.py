@@ -16,6 +16,7 @@ from deebert.training import (
     TWO_STAGE,
     Alternating,
     BackboneStage,
+    BornAgain,
     Distillation,
     EarlyStopping,
     FinalOnly,
@@ -56,11 +57,19 @@ def test_the_named_recipes() -> None:
     [
         (
             lambda: Recipe(stage_1=None, stage_2=None),
-            "a recipe without a stage trains nothing: give it stage 1, stage 2 or both",
+            "a recipe without a stage trains nothing: give it at least one",
         ),
         (
             lambda: Recipe(stage_2=None),
             "a stage 1 of the final loss alone leaves the off-ramps untrained: add stage 2, or train jointly",
+        ),
+        (
+            lambda: Recipe(stage_3=BackboneStage()),
+            "a stage 3 of the final loss alone would leave the off-ramps behind: give it a joint objective",
+        ),
+        (
+            lambda: Recipe(stage_1=BackboneStage(teacher=BornAgain())),
+            "before stage 1 there is nothing to be born again from: give it another teacher",
         ),
         (
             lambda: Alternating(weighting="equilibrium"),
@@ -109,3 +118,9 @@ def test_the_json_form_tells_recipes_apart() -> None:
 
     assert all(a != b for i, a in enumerate(forms) for b in forms[:i])
     assert Recipe().to_dict() == TWO_STAGE.to_dict()
+
+
+def test_a_recipe_without_stage_3_keeps_the_form_that_it_had_before_there_was_one() -> None:
+    # A training begun then can be resumed.
+    assert "stage_3" not in TWO_STAGE.to_dict()
+    assert "stage_3" in replace(TWO_STAGE, stage_3=JOINT.stage_1).to_dict()
