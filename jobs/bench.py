@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from jobs.benchmarks.settings import BenchSettings
     from jobs.benchmarks.workload import Workload
 
-SUITES = ("engine", "pipeline", "scaling")
+SUITES = ("engine", "pipeline", "scaling", "training")
 FORMAT_VERSION = 1
 
 
@@ -46,7 +46,8 @@ class BenchJob:
     """What `deebert bench` takes."""
 
     suite: str = flag(
-        "engine: contenders over token ids; pipeline: whole jobs on Ray; scaling: replicas and shards",
+        "engine: contenders over token ids; pipeline: whole jobs on Ray; scaling: replicas and shards; training: what "
+        "its stages cost",
         default="engine",
         choices=(*SUITES, "all"),
     )
@@ -169,6 +170,10 @@ def _run_suite(name: str, workload: Workload, settings: BenchSettings) -> dict[s
         from jobs.benchmarks import engine_suite
 
         return engine_suite.run(workload, settings)
+    if name == "training":
+        from jobs.benchmarks import training_suite
+
+        return training_suite.run(workload, settings)
     from jobs.benchmarks import pipeline_suite, scaling_suite
 
     with native_messages_aside():

@@ -40,7 +40,12 @@ def _names(folder: Path, stem: str) -> Iterator[Path]:
 
 def tables(result: Row) -> str:
     """All suites' tables, as Markdown."""
-    makers = {"engine": _engine_tables, "pipeline": _pipeline_tables, "scaling": _scaling_tables}
+    makers = {
+        "engine": _engine_tables,
+        "pipeline": _pipeline_tables,
+        "scaling": _scaling_tables,
+        "training": _training_tables,
+    }
     parts = [part for name, suite in result["suites"].items() for part in makers[name](suite)]
     return "\n\n".join(parts)
 
@@ -172,6 +177,22 @@ def _scaling_tables(suite: Row) -> Iterator[str]:
     yield _table(
         ("rows", "largest replica, MiB", "driver, MiB"),
         ((row["rows"], row["largest_replica_mib"], row["driver_mib"]) for row in suite["memory"]),
+    )
+
+
+def _training_tables(suite: Row) -> Iterator[str]:
+    yield _table(
+        (f"{suite['rows']} rows", "seconds", "spread %", "of a Trainer's epoch %", "of stage 1 %"),
+        (
+            (
+                row["name"],
+                f"{row['seconds']['median']:.2f}",
+                _percent(row["seconds"]["spread"]),
+                _percent(row["of_trainer"]["median"]),
+                _percent(row["of_stage_1"]["median"]),
+            )
+            for row in suite["contenders"]
+        ),
     )
 
 

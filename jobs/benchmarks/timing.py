@@ -56,8 +56,13 @@ class Timed(Generic[T]):
     """One contender's repetitions."""
 
     seconds: Spread
-    outcome: T
-    """What its last repetition returned."""
+    outcomes: tuple[T, ...]
+    """What each repetition returned."""
+
+    @property
+    def outcome(self) -> T:
+        """The last one."""
+        return self.outcomes[-1]
 
 
 def take_turns(
@@ -78,18 +83,20 @@ def take_turns(
         title: of the progress bar.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    outcomes: dict[str, T] = {}
+    outcomes: dict[str, list[T]] = {name: [] for name in contenders}
     rounds = warm_up + repetitions
     with tqdm(total=rounds * len(contenders), desc=title, unit="run") as bar:
         for turn in range(rounds):
             for name, contender in contenders.items():
                 bar.set_postfix_str(name)
-                taken, outcomes[name] = _timed(contender, device)
+                taken, outcome = _timed(contender, device)
                 if turn >= warm_up:
                     seconds[name].append(taken)
+                    outcomes[name].append(outcome)
                 bar.update()
     return {
-        name: Timed(seconds=Spread.of(values), outcome=outcomes[name]) for name, values in seconds.items()
+        name: Timed(seconds=Spread.of(values), outcomes=tuple(outcomes[name]))
+        for name, values in seconds.items()
     }
 
 

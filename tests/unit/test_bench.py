@@ -355,6 +355,20 @@ class TestCommand:
         assert rows["ours, own, regrouping @256"]["work"]["mean_exit_layer"] < 5
         assert result["workload"]["weights"] == "trained"
 
+    def test_what_training_costs(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        words = ["--quick", "--threads", "1", "--precision", "float32", "--device", "cpu"]
+
+        assert main(["bench", *words, "--suite", "training", "--output", str(tmp_path)]) == 0
+
+        out = capsys.readouterr().out
+        suite = json.loads(out.splitlines()[-1])["suites"]["training"]
+        trainer, stage_1, stage_2 = suite["contenders"]
+        assert trainer["name"] == "Trainer, an epoch"
+        assert trainer["of_trainer"]["median"] == stage_1["of_stage_1"]["median"] == 1.0
+        of_stage_1 = stage_2["seconds"]["median"] / stage_1["seconds"]["median"]
+        assert stage_2["of_stage_1"]["median"] == pytest.approx(of_stage_1, rel=1e-3)
+        assert "| of stage 1 % |" in out
+
     @pytest.mark.parametrize(
         ("words", "message"),
         [
