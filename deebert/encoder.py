@@ -15,7 +15,7 @@ from torch import Tensor
 
 from deebert.attention import varlen_attention
 from deebert.exit_policy import OffRampAnswer
-from deebert.fused import FusedModel
+from deebert.fused import FusedModel, beside_int8
 from deebert.memory import keep_freed_memory
 from deebert.packing import PackedTokens, SequenceLayout
 from deebert.pooling import attended_tokens, mean_of_tokens
@@ -47,6 +47,7 @@ class PackedEncoder:
         self.problem = model.problem
         self.has_token_types = model.has_token_types
         self._model = model.to(self.device, dtype)
+        self._attends_in = beside_int8() if dtype == torch.int8 else dtype
 
     @classmethod
     def of(
@@ -91,8 +92,9 @@ class PackedEncoder:
         """Run transformer layer `index` (0-based): (total_tokens, H) -> (total_tokens, H)."""
         w = self._model.layers[index]
         tokens, hidden = states.shape
-        qkv = w.qkv(states).view(tokens, 3, self._model.num_heads, hidden // self._model.num_heads)
-        attended = varlen_attention(qkv, layout).view(tokens, hidden)
+        qkv = w.qkv(states).to(self._attends_in)
+        qkv = qkv.view(tokens, 3, self._model.num_heads, hidden // self._model.num_heads)
+        attended = varlen_attention(qkv, layout).view(tokens, hidden).to(states.dtype)
         states = w.attention_norm(w.attention_output(attended).add_(states))
         inner = self._model.activation(w.intermediate(states))
         return w.output_norm(w.output(inner).add_(states))

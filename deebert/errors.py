@@ -4,6 +4,7 @@ DeeBertError
 ├── CheckpointError     a model folder lacks weights, configuration or tokenizer, or does not fit them
 ├── PolicyError         an exit policy that does not exist or whose threshold makes no sense
 ├── BackboneError       a backbone family that has no off-ramps here
+├── PrecisionError      a number format that the machine does not compute in
 ├── DataError           labelled data that cannot be trained or evaluated on
 └── RecipeError         a training recipe whose parts contradict each other or the machine
 
@@ -26,6 +27,10 @@ class PolicyError(DeeBertError):
 
 class BackboneError(DeeBertError):
     """A backbone family for which no off-ramps are implemented."""
+
+
+class PrecisionError(DeeBertError):
+    """A number format that the machine does not compute in."""
 
 
 class DataError(DeeBertError):

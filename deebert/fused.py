@@ -6,7 +6,7 @@ else, not even the library that trained it. Knows nothing of modules, checkpoint
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 # The number of rows that oneDNN lays weights out for; any number runs.
 _TYPICAL_TOKENS = 2048
 _SAMPLES_TOGETHER = 32
+# Times the root mean square of an output's weights; in BERTs the second product of the feed-forward block has such.
+_STANDS_OUT = 16.0
+_MOST_APART = 32
+# Within so many standard deviations lies nearly all that a normalization makes.
+_DEVIATIONS = 3.0
+_TINY = 1e-12
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -40,6 +46,89 @@ class Linear:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class QuantizedLinear:
+    """x · weightᵀ + bias in whole numbers: int8 weights with a scale for each output, and x in uint8 with a scale and a
+    least value for each token, taken as it comes.
+
+    Inputs of a large range would leave the others few steps. How far each ranges is read off the normalization that
+    they come from, and half of the difference, as a power, is moved into the weights (SmoothQuant, Xiao et al., 2023,
+    which measures the ranges on data). A few inputs whose weights stand out would spoil the scale of every output that
+    they feed: those A stay float32, in a product of their own (as in LLM.int8(), Dettmers et al., 2022, where
+    activations choose them).
+    """
+
+    weight: Tensor  # (out, in) int8, in oneDNN's own order; 0 for the inputs apart
+    scale: Tensor  # (out,) float32
+    zero: Tensor  # (out,) int64, all 0: the weights' range is symmetric
+    least_adds: Tensor  # (out,) float32: what a least value of 1 adds to each output
+    bias: Tensor  # (out,) float32
+    evening: Tensor | None  # (in,) float32: what x is multiplied by first
+    apart: Tensor  # (A,) int64: which inputs
+    weight_apart: Tensor  # (A, out) float32
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(T, in) float32 -> (T, out) float32."""
+        width, x = x.shape[1], x if self.evening is None else x * self.evening
+        # One pass: the quantized row, then its scale and its least value as two float32. Made for embeddings, it is the
+        # only kernel of torch's that quantizes row by row at the speed of memory.
+        rows = torch.ops.quantized.embedding_bag_byte_prepack(x)
+        scale, least = rows[:, width:].contiguous().view(torch.float32).split(1, dim=1)
+        out: Tensor = torch.ops.onednn.qlinear_pointwise(
+            rows[:, :width].contiguous(),
+            1.0,
+            0,
+            self.weight,
+            self.scale,
+            self.zero,
+            None,
+            1.0,
+            0,
+            torch.float32,
+            "none",
+            [],
+            "",
+        )
+        out = torch.addcmul(self.bias, out, scale, out=out).addcmul_(least, self.least_adds)
+        if len(self.apart):
+            out.addmm_(x.index_select(1, self.apart), self.weight_apart)
+        return out
+
+    @classmethod
+    def of(cls, linear: Linear, after: Norm | None = None) -> QuantizedLinear:
+        """From float32, on the CPU.
+
+        Args:
+            linear: the product.
+            after: what its inputs come from, if that is a normalization.
+        """
+        weight, evening = linear.weight, None
+        if after is not None:
+            of_inputs = after.bias.abs() + _DEVIATIONS * after.weight.abs()
+            ranges = of_inputs.clamp(min=_TINY) / weight.abs().amax(0).clamp(min=_TINY)
+            evening = (ranges.median() / ranges).sqrt()
+            weight = weight / evening
+        stands_out = (weight.abs() / weight.square().mean(1, keepdim=True).sqrt()).amax(0)
+        found = stands_out.argsort(descending=True)[:_MOST_APART]
+        apart = found[stands_out[found] > _STANDS_OUT]
+        rest = weight.index_fill(1, apart, 0.0)
+        scale = rest.abs().amax(dim=1).clamp(min=_TINY) / 127
+        whole = (rest / scale[:, None]).round_()
+        return cls(
+            weight=torch.ops.onednn.qlinear_prepack(whole.to(torch.int8), None),
+            scale=scale,
+            zero=torch.zeros(len(scale), dtype=torch.int64),
+            least_adds=whole.sum(dim=1) * scale,
+            bias=linear.bias,
+            evening=evening,
+            apart=apart,
+            weight_apart=weight[:, apart].t().contiguous(),
+        )
+
+
+Product = Linear | QuantizedLinear
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Norm:
     """Layer normalization."""
 
@@ -56,11 +145,11 @@ class Norm:
 class Layer:
     """A transformer layer that normalizes after each of its two blocks."""
 
-    qkv: Linear  # (3H, H): query, key and value in one product
-    attention_output: Linear
+    qkv: Product  # (3H, H): query, key and value in one product
+    attention_output: Product
     attention_norm: Norm
-    intermediate: Linear
-    output: Linear
+    intermediate: Product
+    output: Product
     output_norm: Norm
 
 
@@ -75,7 +164,7 @@ class OffRamp:
 
     def __call__(self, pooled: Tensor) -> Tensor:
         """(N, W) pooled states -> (N, C) float32 logits."""
-        samples = len(pooled)
+        samples, pooled = len(pooled), pooled.to(self.classifier.bias.dtype)
         if self.dense.is_prepacked:
             # Few shapes: oneDNN builds a kernel for each, which takes longer than to run it.
             pooled = F.pad(pooled, (0, 0, 0, -samples % _SAMPLES_TOGETHER))
@@ -127,9 +216,26 @@ class FusedModel:
     exit_head: ExitHead | None
 
     def to(self, device: torch.device, dtype: torch.dtype) -> FusedModel:
-        """A copy on a device, in a float dtype; weights laid out as the device's products want them."""
-        model: FusedModel = _Cast(device, dtype).part(self)
-        return model
+        """A copy on a device; weights laid out as the device's products want them.
+
+        Args:
+            device: where to.
+            dtype: of the layers' products. Beside `torch.int8` all else, states too, is float32 or, where nothing is
+                lost by it, `beside_int8`.
+        """
+        if dtype != torch.int8:
+            model: FusedModel = _Cast(device, dtype).part(self)
+            return model
+        exact, short = _Cast(device, torch.float32), _Cast(device, beside_int8())
+        return replace(
+            self,
+            embeddings=exact.part(self.embeddings),
+            layers=_quantized(
+                exact.part(self.layers), self.embeddings.norm if self.embeddings.projection is None else None
+            ),
+            off_ramps=short.part(self.off_ramps),
+            exit_head=exact.part(self.exit_head),
+        )
 
 
 class _Cast:
@@ -153,6 +259,31 @@ class _Cast:
             cast = replace(value, **{f.name: self.part(getattr(value, f.name)) for f in fields(value)})
             self._done[id(value)] = _prepacked(cast) if isinstance(cast, Linear) and self._prepacks else cast
         return self._done[id(value)]
+
+
+def _quantized(layers: Sequence[Layer], first: Norm | None) -> tuple[Layer, ...]:
+    """Layers whose products are int8; `first` normalizes what the first one reads."""
+    norms = (first, *(layer.output_norm for layer in layers))
+    return tuple(
+        replace(
+            layer,
+            qkv=QuantizedLinear.of(_float(layer.qkv), after=before),
+            attention_output=QuantizedLinear.of(_float(layer.attention_output)),
+            intermediate=QuantizedLinear.of(_float(layer.intermediate), after=layer.attention_norm),
+            output=QuantizedLinear.of(_float(layer.output)),
+        )
+        for layer, before in zip(layers, norms, strict=False)
+    )
+
+
+def _float(product: Product) -> Linear:
+    assert isinstance(product, Linear)  # a fused model is quantized once
+    return product
+
+
+def beside_int8() -> torch.dtype:
+    """What attention and off-ramps compute in where the layers' products are int8: bfloat16 on CPUs that have it."""
+    return torch.bfloat16 if _onednn_multiplies(torch.device("cpu"), torch.bfloat16) else torch.float32
 
 
 def _prepacked(linear: Linear) -> Linear:

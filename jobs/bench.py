@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.flags import comma_list, flag, parse_job
 from jobs.terminal import native_messages_aside, quiet_libraries
-from pipeline.config import Thresholds, positive, thresholds
+from pipeline.config import PRECISION_HELP, PRECISIONS, Thresholds, positive, thresholds
 from pipeline.errors import UsageError
 
 if TYPE_CHECKING:
@@ -93,9 +93,9 @@ class BenchJob:
         metavar="L,L",
     )
     precision: str = flag(
-        "auto is bfloat16 where the hardware multiplies it natively, else float32",
+        PRECISION_HELP,
         default="auto",
-        choices=("auto", "float32", "bfloat16", "float16"),
+        choices=PRECISIONS,
     )
     device: str = flag("auto is cuda where there is one", default="auto", choices=("auto", "cpu", "cuda"))
     threads: int | None = flag("CPU threads; left out, all cores", default=None, parse=positive)

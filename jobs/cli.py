@@ -11,7 +11,15 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from deebert.errors import BackboneError, CheckpointError, DataError, DeeBertError, PolicyError, RecipeError
+from deebert.errors import (
+    BackboneError,
+    CheckpointError,
+    DataError,
+    DeeBertError,
+    PolicyError,
+    PrecisionError,
+    RecipeError,
+)
 from pipeline.errors import UsageError
 
 VERBS = {
@@ -28,6 +36,16 @@ _HOW_TO_GO_ON = {
     "classify": "; the same command goes on where it stopped",
     "train": "; the same command with --resume goes on where it stopped",
 }
+
+_MISUSE = (
+    UsageError,
+    CheckpointError,
+    PolicyError,
+    PrecisionError,
+    BackboneError,
+    DataError,
+    RecipeError,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,7 +76,7 @@ def run(verb: str, argv: Sequence[str] | None = None, *, prog: str | None = None
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         return int(import_module(f"jobs.{verb}").execute(words, prog=prog or f"python -m jobs.{verb}"))
-    except (UsageError, CheckpointError, PolicyError, BackboneError, DataError, RecipeError) as error:
+    except _MISUSE as error:
         print(f"deebert {verb}: {error}", file=sys.stderr)
         return 2
     except DeeBertError as error:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from jobs.flags import comma_list, flag, parse_job
 from jobs.glue import TASK_NAMES, Columns
 from jobs.terminal import quiet_libraries
-from pipeline.config import WINDOW_STRIDE_HELP, positive, whole
+from pipeline.config import PRECISION_HELP, PRECISIONS, WINDOW_STRIDE_HELP, positive, whole
 from pipeline.errors import UsageError
 
 if TYPE_CHECKING:
@@ -68,9 +68,9 @@ class EvaluateJob:
     )
     window_stride: int | None = flag(WINDOW_STRIDE_HELP, default=None, parse=whole, metavar="TOKENS")
     precision: str = flag(
-        "auto is bfloat16 where the hardware multiplies it natively, else float32",
+        PRECISION_HELP,
         default="float32",
-        choices=("auto", "float32", "bfloat16", "float16"),
+        choices=PRECISIONS,
     )
     timing_rows: int = flag(
         "samples to measure time on, one at a time; 0 measures nothing", default=100, parse=whole

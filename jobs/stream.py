@@ -8,7 +8,16 @@ from dataclasses import dataclass
 
 from jobs.flags import flag, parse_job
 from jobs.terminal import quiet_libraries
-from pipeline.config import WINDOW_STRIDE_HELP, Thresholds, certainties, positive, thresholds, whole
+from pipeline.config import (
+    PRECISION_HELP,
+    PRECISIONS,
+    WINDOW_STRIDE_HELP,
+    Thresholds,
+    certainties,
+    positive,
+    thresholds,
+    whole,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +47,9 @@ class StreamJob:
     micro_batch_tokens: int = flag("most tokens in a micro-batch", default=2048, parse=positive)
     window_stride: int | None = flag(WINDOW_STRIDE_HELP, default=None, parse=whole, metavar="TOKENS")
     precision: str = flag(
-        "auto is bfloat16 where the hardware multiplies it natively, else float32",
+        PRECISION_HELP,
         default="auto",
-        choices=("auto", "float32", "bfloat16", "float16"),
+        choices=PRECISIONS,
     )
 
 

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from deebert.errors import RecipeError
-from deebert.precision import DTYPES, Precision
+from deebert.precision import TRAINING_PRECISIONS, Precision
 
 Weighting = Literal["linear", "uniform", "equilibrium"]
 WEIGHTINGS: tuple[Weighting, ...] = get_args(Weighting)
@@ -236,7 +236,7 @@ class Recipe:
             raise RecipeError(
                 "a stage 1 of the final loss alone leaves the off-ramps untrained: add stage 2, or train jointly"
             )
-        _among(self.precision, tuple(DTYPES), "precision")
+        _among(self.precision, TRAINING_PRECISIONS, "precision")
         _require(self.checkpoint_steps >= 1, "checkpoint_steps", self.checkpoint_steps, "at least 1")
         _require(self.micro_batch_tokens >= 1, "micro_batch_tokens", self.micro_batch_tokens, "at least 1")
 

@@ -19,6 +19,7 @@ import torch
 
 from deebert.encoder import PackedEncoder
 from deebert.exit_policy import FULL_DEPTH, ExitPolicy
+from deebert.precision import DTYPES
 from jobs.benchmarks import rivals, roofline
 from jobs.benchmarks.contenders import Outcome, Packed, Shared, every_kth
 from jobs.benchmarks.profiles import ScriptedExits, Shares, nobody_leaves, shares_with_mean
@@ -81,7 +82,9 @@ def _rivals(
     workload: Workload, settings: BenchSettings, folder: Path, skipped: dict[str, str]
 ) -> dict[str, Entry]:
     makers: dict[str, Callable[[], dict[str, Sequence[rivals.Classifier]]]] = {
-        "transformers": lambda: {settings.precision: [_transformers(workload, settings)] * settings.replicas},
+        "transformers": lambda: {
+            settings.float_precision: [_transformers(workload, settings)] * settings.replicas
+        },
         "onnxruntime": lambda: _onnxruntime(workload, settings, folder),
         "openvino": lambda: {
             rivals.BFLOAT16: rivals.openvino_classifiers(
@@ -115,7 +118,7 @@ def _rivals(
 
 def _transformers(workload: Workload, settings: BenchSettings) -> rivals.Classifier:
     return rivals.transformers_classifier(
-        workload.checkpoint.model, device=settings.torch_device, dtype=settings.dtype
+        workload.checkpoint.model, device=settings.torch_device, dtype=DTYPES[settings.float_precision]
     )
 
 

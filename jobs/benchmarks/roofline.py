@@ -75,6 +75,8 @@ def products(
         "large": [(n, n, n)],
     }
     kinds = {"": _plain, " prepacked": _prepacked} if _can_prepack(device, dtype) else {"": _plain}
+    if dtype == torch.int8:
+        kinds, dtype = {"": _quantized}, torch.float32
     return {
         name + suffix: replace(_repeated(each, kind, device, dtype), replicas=replicas, threads=threads)
         for name, each in sizes.items()
@@ -117,6 +119,15 @@ def _plain(x: Tensor, weight: Tensor) -> Callable[[], Tensor]:
 def _prepacked(x: Tensor, weight: Tensor) -> Callable[[], Tensor]:
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, len(x))
     return partial(torch.ops.mkldnn._linear_pointwise, x, packed, None, "none", [], "")
+
+
+def _quantized(x: Tensor, weight: Tensor) -> Callable[[], Tensor]:
+    """Of whole numbers, as `deebert.fused.QuantizedLinear` multiplies them, without what is around it."""
+    small, outer = x.mul(40).clamp(-127, 127).add(128).to(torch.uint8), len(weight)
+    packed = torch.ops.onednn.qlinear_prepack(weight.mul(40).clamp(-127, 127).to(torch.int8), None)
+    scale, zero = torch.ones(outer), torch.zeros(outer, dtype=torch.int64)
+    multiply = partial(torch.ops.onednn.qlinear_pointwise, small, 1.0, 0, packed, scale, zero)
+    return partial(multiply, None, 1.0, 0, torch.float32, "none", [], "")
 
 
 def _can_prepack(device: torch.device, dtype: torch.dtype) -> bool:

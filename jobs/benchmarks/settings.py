@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from deebert.exit_policy import StoredPolicy
+from deebert.fused import beside_int8
 from deebert.precision import DTYPES, Precision
 
 
@@ -44,6 +45,13 @@ class BenchSettings:
     def dtype(self) -> torch.dtype:
         """Ours."""
         return DTYPES[self.precision]
+
+    @property
+    def float_precision(self) -> Precision:
+        """What transformers computes in beside us: ours, or what we compute in beside int8."""
+        if self.precision != "int8":
+            return self.precision
+        return next(name for name, dtype in DTYPES.items() if dtype == beside_int8())
 
     @property
     def threads_each(self) -> int:

@@ -7,10 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from deebert.encoder import PackedEncoder
+from deebert.fused import Linear, Norm, QuantizedLinear
 from deebert.fusing import fuse
 from deebert.packing import PackedTokens
 from pipeline.tokenization import TextTokenizer
@@ -23,6 +25,7 @@ RUN = """
 import pickle, sys, torch
 import pipeline.replica
 from deebert.encoder import PackedEncoder
+from deebert.fused import Linear, Norm, QuantizedLinear
 with open(sys.argv[1], "rb") as file:
     fused, tokenizer = pickle.load(file)
 encoder, tokens = PackedEncoder(fused), tokenizer(sys.argv[2:]).tokens
@@ -75,3 +78,81 @@ def test_a_cast_model_is_a_copy(tiny_model: ModelFactory) -> None:
     fused.to(torch.device("cpu"), torch.float32).embeddings.word.zero_()
 
     assert model.backbone.embeddings.word_embeddings.weight.any()
+
+
+needs_vnni = pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="this CPU has no VNNI")
+
+
+def off_by(quantized: QuantizedLinear, linear: Linear, x: torch.Tensor) -> float:
+    """Root mean square of the error, of that of the exact outputs."""
+    exact = linear(x)
+    return ((quantized(x) - exact).square().mean() / exact.square().mean()).sqrt().item()
+
+
+def random_linear(inputs: int = 64, outputs: int = 48) -> Linear:
+    generator = torch.Generator().manual_seed(1)
+    return Linear(
+        weight=torch.randn(outputs, inputs, generator=generator),
+        bias=torch.randn(outputs, generator=generator),
+    )
+
+
+@needs_vnni
+class TestQuantizedLinear:
+    def test_rounds_both_sides_to_a_step_in_256(self) -> None:
+        linear = random_linear()
+
+        assert off_by(QuantizedLinear.of(linear), linear, torch.randn(200, 64)) < 0.015
+
+    def test_rows_do_not_depend_on_each_other(self) -> None:
+        x, quantized = torch.randn(33, 64), QuantizedLinear.of(random_linear())
+        x[7] *= 1000
+
+        together = quantized(x)
+
+        for row in (0, 7, 32):
+            assert torch.equal(quantized(x[row : row + 1])[0], together[row])
+
+    def test_a_row_of_one_value_is_exact(self) -> None:
+        linear = random_linear()
+        x = torch.full((2, 64), 0.75)
+
+        torch.testing.assert_close(
+            QuantizedLinear.of(linear)(x), linear(x), atol=0.15, rtol=0
+        )  # weights alone are rounded
+
+    def test_inputs_whose_weights_stand_out_do_not_spoil_the_others(self) -> None:
+        linear = random_linear(inputs=512)
+        linear.weight[:, 100] *= 40
+        x = torch.randn(200, 512)
+        x[:, 100] /= 40
+
+        assert QuantizedLinear.of(linear).apart.tolist() == [100]
+        assert off_by(QuantizedLinear.of(linear), linear, x) < 0.015
+
+    def test_inputs_of_a_large_range_do_not_spoil_the_others(self) -> None:
+        linear, norm = random_linear(), Norm(weight=torch.ones(64), bias=torch.zeros(64), eps=1e-12)
+        norm.weight[5] = 30.0
+        linear.weight[:, 5] /= 30
+        x = norm(torch.randn(200, 64))
+
+        assert off_by(QuantizedLinear.of(linear), linear, x) > 0.02
+        assert off_by(QuantizedLinear.of(linear, after=norm), linear, x) < 0.02
+
+
+@needs_vnni
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_an_int8_model_says_nearly_what_the_exact_one_says(
+    tiny_model: ModelFactory, family: str, pooling: str
+) -> None:
+    model, rng = tiny_model(family, pooling), np.random.default_rng(0)
+    tokens = PackedTokens.pack([rng.integers(5, 60, n).tolist() for n in rng.integers(3, 33, 200)])
+
+    exact, small = (full_depth(PackedEncoder.of(model, dtype=d), tokens) for d in (torch.float32, torch.int8))
+
+    assert small.dtype == torch.float32
+    assert (small - exact).square().mean().sqrt() < 0.2 * exact.std()
+    first, second, _ = exact.sort(-1, descending=True).values.unbind(-1)
+    is_clear = first - second > exact.std()
+    assert is_clear.float().mean() > 0.2  # of few would prove little
+    assert (small.argmax(-1) == exact.argmax(-1))[is_clear].float().mean() > 0.98

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from deebert.errors import PrecisionError
 from deebert.precision import DTYPES, resolve_precision
+from pipeline.config import PRECISIONS
 
 
 def test_auto_is_bfloat16_on_gpus() -> None:
@@ -18,10 +20,25 @@ def test_auto_on_a_cpu_is_what_it_multiplies() -> None:
 
 
 @pytest.mark.parametrize("asked", list(DTYPES))
-def test_a_precision_is_taken_at_its_word(asked: str) -> None:
-    assert resolve_precision(asked) == asked
+def test_a_precision_is_taken_at_its_word(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
+    assert resolve_precision(asked, has_gpu=False) == asked
+
+
+def test_int8_is_for_cpus_that_sum_whole_numbers_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(PrecisionError, match=r"^int8 is for CPUs: give --device cpu, or bfloat16$"):
+        resolve_precision("int8", has_gpu=True)
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    with pytest.raises(PrecisionError, match=r"^int8 needs a CPU with VNNI, which this one has not: give "):
+        resolve_precision("int8", has_gpu=False)
+
+
+def test_the_flag_offers_what_there_is() -> None:
+    assert ("auto", *DTYPES) == PRECISIONS
 
 
 def test_anything_else_is_refused_with_the_choices() -> None:
-    with pytest.raises(ValueError, match="unknown precision 'int3': choose auto, float32, bfloat16, float16"):
+    with pytest.raises(
+        ValueError, match="unknown precision 'int3': choose auto, float32, bfloat16, float16, int8"
+    ):
         resolve_precision("int3")
