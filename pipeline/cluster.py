@@ -33,7 +33,7 @@ _TEMP_PREFIX = "deebert-ray-"
 _CLUSTER_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 _LOGS_PREFIX = "deebert-logs-"
 _KNOCK_SECONDS = 10.0
-# A replica's process before its model: Python, Ray, torch and transformers, and room for micro-batches.
+# A replica's process before its model: Python, Ray and torch, and room for micro-batches.
 _PROCESS_BYTES = 1 << 30
 _MEMORY_SHARE = 0.5
 

@@ -20,7 +20,11 @@ def scheduled_adamw(
 ) -> tuple[torch.optim.AdamW, Any]:
     """The optimizer, with the hyper-parameters of `stage` but its learning rate, and its schedule."""
     optimizer = torch.optim.AdamW(
-        parameters, lr=learning_rate, eps=stage.adam_epsilon, weight_decay=stage.weight_decay
+        parameters,
+        lr=learning_rate,
+        eps=stage.adam_epsilon,
+        weight_decay=stage.weight_decay,
+        fused=True,  # as the Trainer's: one pass over the weights instead of ten, half of a step here
     )
     return optimizer, get_linear_schedule_with_warmup(
         optimizer, round(stage.warmup_share * num_steps), num_steps
