@@ -26,7 +26,7 @@ format: setup
 
 # Two at a time, a file's tests together: most of them wait for processes to start.
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 15
 
 # 45 seeds of 5 random kills, of which about 200 find something to kill (an hour); FAULTS.jsonl gets a line per seed.
 test-faults: setup

@@ -44,6 +44,8 @@ class Variant:
     """The variant whose model it goes on with, instead of the backbone."""
     teacher: str | None = None
     """The variant whose model teaches it."""
+    share: float = 1.0
+    """Of the budget's epochs of stage 1."""
     static_depth: int | None = None
     """A static baseline of so many layers, with the budget of stage 1; `start` says what it is compared with."""
 
@@ -79,6 +81,8 @@ VARIANTS: Mapping[str, Variant] = MappingProxyType(
         "taught-hidden": Variant(flags={**_JOINT_FAST, "teacher_hidden_weight": 1.0}, teacher=_BASE),
         "longer": Variant(flags={"recipe": "two-stage"}, start=_BASE),
         "continued": Variant(flags=_UNIFORM, start=_BASE, teacher=_BASE),
+        "continued-third": Variant(flags=_UNIFORM, start=_BASE, teacher=_BASE, share=1 / 3),
+        "continued-third-linear": Variant(flags=_JOINT_FAST, start=_BASE, teacher=_BASE, share=1 / 3),
         "continued-cls": Variant(flags=_UNIFORM, start="two-stage-cls", teacher="two-stage-cls"),
         "continued-linear": Variant(flags=_JOINT_FAST, start=_BASE, teacher=_BASE),
         "continued-alone": Variant(flags=_UNIFORM, start=_BASE),
@@ -230,7 +234,7 @@ class _Study:
         job = self._job
         has_stage_1 = variant.flags.get("recipe") != "off-ramps"
         budget: dict[str, Any] = {
-            "epochs": job.epochs,
+            "epochs": variant.share * job.epochs,
             "batch_size": job.batch_size,
             "learning_rate": job.learning_rate,
         }

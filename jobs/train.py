@@ -137,7 +137,9 @@ class TrainJob:
         choices=("fast", "exact", "none"),
     )
     epochs: float | None = flag(
-        "stages 1 and 3: epochs of each (paper: 3, RoBERTa 10)", default=None, parse=float
+        "stage 1: epochs (paper: 3, RoBERTa 10); stage 3 of best takes a third of them",
+        default=None,
+        parse=float,
     )
     batch_size: int | None = flag(
         "stages 1 and 3: samples per step, of all processes (paper: 8)", default=None, parse=int
