@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 # The number of rows that oneDNN lays weights out for; any number runs.
 _TYPICAL_TOKENS = 2048
 _SAMPLES_TOGETHER = 32
+_TOKENS_TOGETHER = 128
 # Times the root mean square of an output's weights; in BERTs the second product of the feed-forward block has such.
 _STANDS_OUT = 16.0
 _MOST_APART = 32
@@ -68,13 +69,15 @@ class QuantizedLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """(T, in) float32 -> (T, out) float32."""
-        width, x = x.shape[1], x if self.evening is None else x * self.evening
+        (tokens, width), x = x.shape, x if self.evening is None else x * self.evening
         # One pass: the quantized row, then its scale and its least value as two float32. Made for embeddings, it is the
         # only kernel of torch's that quantizes row by row at the speed of memory.
         rows = torch.ops.quantized.embedding_bag_byte_prepack(x)
         scale, least = rows[:, width:].contiguous().view(torch.float32).split(1, dim=1)
+        # Few shapes, as in `OffRamp`.
+        whole = F.pad(rows[:, :width], (0, 0, 0, -tokens % _TOKENS_TOGETHER))
         out: Tensor = torch.ops.onednn.qlinear_pointwise(
-            rows[:, :width].contiguous(),
+            whole.contiguous(),
             1.0,
             0,
             self.weight,
@@ -87,7 +90,7 @@ class QuantizedLinear:
             "none",
             [],
             "",
-        )
+        )[:tokens]
         out = torch.addcmul(self.bias, out, scale, out=out).addcmul_(least, self.least_adds)
         if len(self.apart):
             out.addmm_(x.index_select(1, self.apart), self.weight_apart)

@@ -162,4 +162,5 @@ def _percent(scores: Sequence[float | None], whole: float) -> str:
     known = [score for score in scores if score is not None]
     if len(known) < len(scores):
         return "–"
-    return f"{100 * median(known):.2f} ({100 * median(known) / whole:.1f})"
+    kept = f" ({100 * median(known) / whole:.1f})" if whole else ""
+    return f"{100 * median(known):.2f}{kept}"

@@ -137,7 +137,7 @@ class TrainJob:
         choices=("fast", "exact", "none"),
     )
     epochs: float | None = flag(
-        "stage 1: epochs (paper: 3, RoBERTa 10); stage 3 of best takes a third of them",
+        "stage 1, and stage 3 of best: epochs (paper: 3, RoBERTa 10)",
         default=None,
         parse=float,
     )

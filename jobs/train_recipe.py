@@ -27,7 +27,7 @@ def recipe_of(job: TrainJob) -> Recipe:
         named,
         stage_1=None if keeps_weights or named.stage_1 is None else _stage_1(job, named.stage_1),
         stage_2=_stage_2(job, named.stage_2),
-        stage_3=None if keeps_weights or named.stage_3 is None else _stage_3(job, named),
+        stage_3=None if keeps_weights or named.stage_3 is None else _stage_3(job, named.stage_3),
         early_stopping=None
         if job.held_out is None
         else EarlyStopping(held_out=job.held_out, patience=job.patience, every_steps=job.evaluate_every),
@@ -41,15 +41,10 @@ def _stage_1(job: TrainJob, stage: BackboneStage) -> BackboneStage:
     return replace(_through_backbone(job, stage), teacher=_teacher(job))
 
 
-def _stage_3(job: TrainJob, named: Recipe) -> BackboneStage:
-    """Its teacher is the recipe's own: what stages 1 and 2 made. Its share of the epochs is the recipe's, too."""
-    stage, first = named.stage_3, named.stage_1
-    assert stage is not None
-    assert first is not None
+def _stage_3(job: TrainJob, stage: BackboneStage) -> BackboneStage:
+    """Its teacher is the recipe's own: what stages 1 and 2 made."""
     teacher = None if stage.teacher is None else replace(stage.teacher, temperature=job.temperature)
-    asked = job.epochs if job.epochs is not None else first.epochs
-    epochs = asked * stage.epochs / first.epochs
-    return replace(_through_backbone(job, stage), teacher=teacher, epochs=epochs)
+    return replace(_through_backbone(job, stage), teacher=teacher)
 
 
 def _through_backbone(job: TrainJob, stage: BackboneStage) -> BackboneStage:

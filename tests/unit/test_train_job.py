@@ -65,14 +65,14 @@ class TestRecipeOfFlags:
     def test_nothing_is_the_papers(self) -> None:
         assert described() == TWO_STAGE
 
-    def test_a_third_stage_takes_its_share_and_its_own_teacher(self) -> None:
+    def test_a_third_stage_takes_the_same_numbers_and_its_own_teacher(self) -> None:
         recipe = described(recipe="best", epochs=1.5, learning_rate=1e-4, teacher="t", temperature=3.0)
 
         assert recipe.stage_1 is not None
         assert recipe.stage_3 is not None
         assert isinstance(recipe.stage_1.teacher, Teacher)
         assert recipe.stage_3.teacher == BornAgain(weight=0.5, temperature=3.0)
-        assert (recipe.stage_1.epochs, recipe.stage_3.epochs) == (1.5, 0.5)
+        assert (recipe.stage_1.epochs, recipe.stage_3.epochs) == (1.5, 1.5)
         assert recipe.stage_3.learning_rate == 1e-4
 
     def test_every_number_can_be_set(self) -> None:
