@@ -90,6 +90,8 @@ def train_through_backbone(
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     # Takes the Trainer's autocast off the model's forward again.
     trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+    # And its mark, or the next stage would take the model for wrapped and compute in float32.
+    vars(model).pop("_is_accelerate_prepared", None)
     model.train(False)
     return trainer.report()
 

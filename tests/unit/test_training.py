@@ -411,6 +411,20 @@ class TestStage3:
 
         assert min(accuracies(model, toy(200, seed=2))) > knows - 0.1 > 0.7
 
+    def test_every_stage_computes_in_the_precision_asked_for(
+        self, tiny_model: ModelFactory, run: Run
+    ) -> None:
+        model, seen = tiny_model(num_layers=2), []
+        product = model.backbone.encoder.layer[0].intermediate.dense
+        product.register_forward_hook(lambda module, x, out: seen.append(out.dtype))
+        stages = replace(THREE_STAGES, precision="bfloat16", stage_2=replace(QUICK_2, mode="exact"))
+
+        report = run(model, stages)
+
+        # The second runs the backbone too, and the third answers once with packed weights, which no hook sees.
+        assert len(report.stages) == 3
+        assert set(seen) == {torch.bfloat16}
+
     def test_there_is_none_without_off_ramps(self, tiny_model: ModelFactory, run: Run) -> None:
         report = run(tiny_model(num_layers=2, off_ramp_layers=[]), THREE_STAGES)
 
