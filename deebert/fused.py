@@ -7,7 +7,7 @@ else, not even the library that trained it. Knows nothing of modules, checkpoint
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -110,7 +110,8 @@ class QuantizedLinear:
             ranges = of_inputs.clamp(min=_TINY) / weight.abs().amax(0).clamp(min=_TINY)
             evening = (ranges.median() / ranges).sqrt()
             weight = weight / evening
-        stands_out = (weight.abs() / weight.square().mean(1, keepdim=True).sqrt()).amax(0)
+        usual = weight.square().mean(1, keepdim=True).sqrt().clamp(min=_TINY)
+        stands_out = (weight.abs() / usual).amax(0)
         found = stands_out.argsort(descending=True)[:_MOST_APART]
         apart = found[stands_out[found] > _STANDS_OUT]
         rest = weight.index_fill(1, apart, 0.0)
@@ -241,6 +242,9 @@ class FusedModel:
         )
 
 
+_PARTS = (FusedModel, Embeddings, Layer, OffRamp, ExitHead, Linear, Norm)
+
+
 class _Cast:
     """Copies weights to a device and dtype; what parts share stays shared."""
 
@@ -256,7 +260,7 @@ class _Cast:
             return tuple(map(self.part, value))
         if isinstance(value, Mapping):
             return {key: self.part(one) for key, one in value.items()}
-        if not is_dataclass(value) or isinstance(value, type):
+        if not isinstance(value, _PARTS):
             return value
         if id(value) not in self._done:
             cast = replace(value, **{f.name: self.part(getattr(value, f.name)) for f in fields(value)})

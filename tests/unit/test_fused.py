@@ -121,6 +121,14 @@ class TestQuantizedLinear:
             QuantizedLinear.of(linear)(x), linear(x), atol=0.15, rtol=0
         )  # weights alone are rounded
 
+    def test_outputs_without_weights_are_their_bias(self) -> None:
+        linear = random_linear()
+        linear.weight[3] = 0.0
+
+        out = QuantizedLinear.of(linear)(torch.randn(5, 64))
+
+        assert torch.equal(out[:, 3], linear.bias[3].expand(5))
+
     def test_inputs_whose_weights_stand_out_do_not_spoil_the_others(self) -> None:
         linear = random_linear(inputs=512)
         linear.weight[:, 100] *= 40
