@@ -29,11 +29,11 @@ TRAINING_PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16", "float16")
 def resolve_precision(asked: str, *, has_gpu: bool | None = None) -> Precision:
     """``auto`` is bfloat16 on GPUs and on CPUs that multiply it natively, else float32.
 
+    int8 is never chosen unasked: how many labels it changes depends on the model, which `deebert bench` measures.
+
     Args:
         asked: ``auto`` or a precision.
         has_gpu: whether the work runs on GPUs, perhaps of other machines; None asks this one.
-
-    int8 is never chosen unasked: how many labels it changes depends on the model, which `deebert evaluate` shows.
 
     Raises:
         ValueError: neither ``auto`` nor a precision.
@@ -42,7 +42,7 @@ def resolve_precision(asked: str, *, has_gpu: bool | None = None) -> Precision:
     on_gpu = torch.cuda.is_available() if has_gpu is None else has_gpu
     if asked == "int8":
         if on_gpu:
-            raise PrecisionError("int8 is for CPUs: give --device cpu, or bfloat16")
+            raise PrecisionError("int8 is for CPUs and this runs on GPUs: give bfloat16")
         if not torch.cpu._is_vnni_supported():
             raise PrecisionError(
                 "int8 needs a CPU with VNNI, which this one has not: give bfloat16 or float32"

@@ -106,8 +106,8 @@ class TrainJob:
     max_rows: int | None = flag("train on a random sample of this many rows", default=None, parse=positive)
     recipe: str = flag(
         "two-stage is the paper's; joint and alternating train off-ramps with the backbone; off-ramps is stage 2 "
-        "alone; best is what measured best: two stages, then a third that trains all together and keeps full depth "
-        "at what it said before",
+        "alone; best is what measured best on held-out rows: two stages, then a third that trains all together, taught "
+        "by what the two made",
         default="two-stage",
         choices=_RECIPE_NAMES,
     )

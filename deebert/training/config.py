@@ -272,7 +272,7 @@ BEST = replace(
         teacher=BornAgain(weight=0.5),
     ),
 )
-"""The winner by measurement: two stages, then all together, taught by what the two made. See DECISIONS.md."""
+"""The winner on held-out rows: two stages, then all together, taught by what the two made. See DECISIONS.md."""
 
 RECIPES: Mapping[str, Recipe] = MappingProxyType(
     {

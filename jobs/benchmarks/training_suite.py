@@ -6,6 +6,7 @@ at random, for seconds do not depend on them.
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -19,7 +20,6 @@ from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, Trai
 
 from deebert.backbones import family_of
 from deebert.evaluation import LabelledSequences
-from deebert.modeling import DeeBertForSequenceClassification
 from deebert.training import BackboneStage, Recipe, StageReport, train
 from deebert.training.data import Rows
 from jobs.benchmarks.settings import BenchSettings
@@ -87,7 +87,9 @@ class _Ours:
     recipe: Recipe
 
     def __call__(self) -> Outcome:
-        model, tokenizer = self.workload.checkpoint.model, self.workload.checkpoint.tokenizer
+        # A copy: the other suites run the model, too.
+        model = copy.deepcopy(self.workload.checkpoint.model)
+        tokenizer = self.workload.checkpoint.tokenizer
         with tempfile.TemporaryDirectory() as work, redirect_stdout(StringIO()):
             return train(model, tokenizer, self.data, self.recipe, Path(work), show_progress=False).stages
 
@@ -101,8 +103,7 @@ class _Plain:
     settings: BenchSettings
 
     def __call__(self) -> Outcome:
-        deebert: DeeBertForSequenceClassification = self.workload.checkpoint.model
-        config = deebert.config.backbone_config
+        config = copy.deepcopy(self.workload.checkpoint.model.config.backbone_config)
         config.num_labels = len(self.workload.checkpoint.labels)
         classifier: Any = family_of(config).classifier
         with tempfile.TemporaryDirectory() as work, redirect_stdout(StringIO()):

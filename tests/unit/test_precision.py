@@ -26,7 +26,7 @@ def test_a_precision_is_taken_at_its_word(asked: str, monkeypatch: pytest.Monkey
 
 
 def test_int8_is_for_cpus_that_sum_whole_numbers_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(PrecisionError, match=r"^int8 is for CPUs: give --device cpu, or bfloat16$"):
+    with pytest.raises(PrecisionError, match=r"^int8 is for CPUs and this runs on GPUs: give bfloat16$"):
         resolve_precision("int8", has_gpu=True)
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
     with pytest.raises(PrecisionError, match=r"^int8 needs a CPU with VNNI, which this one has not: give "):
