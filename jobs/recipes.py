@@ -10,12 +10,11 @@ from __future__ import annotations
 import json
 import logging
 import os
-import platform
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -158,9 +157,11 @@ def execute(argv: Sequence[str], *, prog: str) -> int:
         raise UsageError("a recipe is not judged by what it trained on: give --evaluation-data")
     results = compare(job)
     text = tables(results, job.speed_ups, _BASE if _BASE in results else job.variants[0])
+    from jobs.benchmarks import machine
+
     document = {
         "job": {name: value for name, value in asdict(job).items() if name not in _PLACES},
-        "machine": _machine(),
+        "machine": machine.describe(),
         "scores": {name: [score.to_dict() for score in scores] for name, scores in results.items()},
     }
     (Path(job.output) / "results.json").write_text(json.dumps(document, indent=1) + "\n")
@@ -183,7 +184,8 @@ class _Study:
         self._folder.mkdir(parents=True, exist_ok=True)
         ours, theirs = job.sources
         everything = ours.training_texts(job.labels)
-        self._train, self._held_out = self._split(everything)
+        self._kept, self._held_out = self._split(everything)
+        self._train = self._file_of(self._kept)
         self._names, self._task = everything.names, ours.glue_task
         self._judged = next(iter(theirs.evaluation_texts(everything.names).values()))
 
@@ -191,7 +193,9 @@ class _Study:
         """One variant's score; trained first, with all that it builds on, where it is not there yet."""
         path = self._model(name, seed).with_suffix(".json")
         if not path.exists():
-            _write(path, json.dumps(self._made(name, seed).to_dict()))
+            made = self._made(name, seed)
+            with _whole(path) as partial:
+                partial.write_text(json.dumps(made.to_dict()))
         return ModelScore.of(json.loads(path.read_text()))
 
     def _made(self, name: str, seed: int) -> ModelScore:
@@ -213,22 +217,27 @@ class _Study:
     def _model(self, name: str, seed: int) -> Path:
         return self._folder / f"{name}-{seed}"
 
-    def _split(self, texts: LabelledTexts) -> tuple[Path, LabelledTexts]:
-        """The rows to train on, as a file, and those held out, the same for all seeds."""
+    def _split(self, texts: LabelledTexts) -> tuple[LabelledTexts, LabelledTexts]:
+        """The rows to train on, and those held out, the same for all seeds."""
         import numpy as np
-        import pyarrow as pa
-        import pyarrow.parquet as pq
 
         order = np.random.default_rng(0).permutation(len(texts))
         held = max(1, round(self._job.held_out * len(texts)))
-        columns = {"text": texts.texts, "pair": texts.pairs, "label": [texts.names[i] for i in texts.labels]}
-        table = pa.table({name: list(values) for name, values in columns.items() if values is not None})
+        return texts.take(np.sort(order[held:]).tolist()), texts.take(np.sort(order[:held]).tolist())
+
+    def _file_of(self, texts: LabelledTexts) -> Path:
+        """Rows as `deebert train` reads them."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
         path = self._folder / "train.parquet"
         if not path.exists():
-            partial = path.with_suffix(f".{os.getpid()}")
-            pq.write_table(table.take(np.sort(order[held:])), partial)
-            partial.replace(path)
-        return path, texts.take(np.sort(order[:held]).tolist())
+            names = [texts.names[i] for i in texts.labels]
+            columns = {"text": texts.texts, "pair": texts.pairs, "label": names}
+            table = pa.table({name: list(values) for name, values in columns.items() if values is not None})
+            with _whole(path) as partial:
+                pq.write_table(table, partial)
+        return path
 
     def _train_job(self, name: str, variant: Variant, seed: int) -> TrainJob:
         job = self._job
@@ -271,7 +280,7 @@ class _Study:
         from deebert.exit_policy import FULL_DEPTH
         from deebert.precision import resolve_precision
         from deebert.training import BackboneStage, Recipe
-        from jobs.labelled import load_labelled, sample
+        from jobs.labelled import sample
         from jobs.static import train_static
         from jobs.traces import StaticRecord
 
@@ -279,14 +288,7 @@ class _Study:
         assert variant.static_depth is not None
         assert variant.start is not None
         like = load_checkpoint(str(self._model(variant.start, seed)))
-        texts = load_labelled(
-            str(self._train),
-            text_column="text",
-            text_pair_column=None if self._held_out.pairs is None else "pair",
-            label_column="label",
-            names=self._names,
-        )
-        data = sample(_tokenized(like, texts), job.max_rows, seed=seed)
+        data = sample(_tokenized(like, self._kept), job.max_rows, seed=seed)
         record = StaticRecord(depth=variant.static_depth, style="first", recipe={"backbone": job.backbone})
         budget = BackboneStage(epochs=job.epochs, batch_size=job.batch_size, learning_rate=job.learning_rate)
         recipe = Recipe(
@@ -322,21 +324,12 @@ def _tokenized(checkpoint: Checkpoint, texts: LabelledTexts) -> LabelledSequence
     return texts.tokenized(TextTokenizer(checkpoint.tokenizer, max_length=checkpoint.default_max_length))
 
 
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """Where to write a file that is then there whole or not at all, whoever else writes it meanwhile."""
     partial = path.with_suffix(f".{os.getpid()}")
-    partial.write_text(text)
+    yield partial
     partial.replace(path)
-
-
-def _machine() -> dict[str, Any]:
-    return {
-        "cores": os.cpu_count(),
-        "processor": platform.processor() or platform.machine(),
-        "python": platform.python_version(),
-        "torch": version("torch"),
-        "transformers": version("transformers"),
-    }
 
 
 if __name__ == "__main__":

@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +21,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
-import torch
 
 from deebert.config import POOLINGS
+from jobs.benchmarks import machine
 from jobs.evaluate import EvaluateJob, evaluate, show
 from jobs.flags import comma_list, flag, parse_job
 from jobs.terminal import quiet_libraries
@@ -138,7 +135,7 @@ def _replicate(
         "evaluation": _shareable(asdict(evaluation), job),
         "training_seconds": trained - started,
         "evaluation_seconds": time.monotonic() - trained,
-        "machine": _machine(),
+        "machine": machine.describe(),
     }
     (output / "run.json").write_text(json.dumps(document, indent=1, default=str))
     return found.sets
@@ -279,18 +276,6 @@ def _overview(rows: Sequence[tuple[str, ...]]) -> Table:
         note="Layer speed-up of the threshold S that saves most while it keeps so much of full depth's score "
         "(its own in brackets). Thresholds were chosen on the rows that they are scored on, as in the paper.",
     )
-
-
-def _machine() -> dict[str, Any]:
-    return {
-        "cores": os.cpu_count(),
-        "processor": platform.processor() or platform.machine(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": version("transformers"),
-    }
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def run(workload: Workload, settings: BenchSettings) -> dict[str, Any]:
         timed = take_turns(
             contenders,
             repetitions=settings.repetitions,
-            warm_up=settings.ray_warm_up,
+            warm_up=settings.job_warm_up,
             device=settings.torch_device,
             title="pipeline",
         )

@@ -61,7 +61,7 @@ def _replicas(
         for n in counts
         for corpus_ in (corpus, row)
     }
-    timed = take_turns(jobs, repetitions=settings.repetitions, warm_up=settings.ray_warm_up, title="replicas")
+    timed = take_turns(jobs, repetitions=settings.repetitions, warm_up=settings.job_warm_up, title="replicas")
     pairs = {n: (timed[f"{n} replicas, corpus"], timed[f"{n} replicas, row"]) for n in counts}
     rates = {
         n: rate_after_start(whole.seconds, start.seconds, len(workload.texts))
@@ -95,7 +95,7 @@ def _shards(workload: Workload, settings: BenchSettings, folder: Path, model: st
         )
         for shards in settings.shards
     }
-    timed = take_turns(jobs, repetitions=settings.repetitions, warm_up=settings.ray_warm_up, title="shards")
+    timed = take_turns(jobs, repetitions=settings.repetitions, warm_up=settings.job_warm_up, title="shards")
     return [
         {
             "shards": shards,

@@ -59,8 +59,8 @@ class BenchSettings:
         return max(1, self.threads // self.replicas)
 
     @property
-    def ray_warm_up(self) -> int:
-        """Uncounted rounds of whole jobs: one, for Ray's own first times; none for a single trial round."""
+    def job_warm_up(self) -> int:
+        """Uncounted rounds of whole jobs, on Ray or in training: one; none for a single trial round."""
         return min(1, self.repetitions - 1)
 
     @property

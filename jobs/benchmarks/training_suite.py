@@ -39,7 +39,7 @@ def run(workload: Workload, settings: BenchSettings) -> dict[str, Any]:
         timed = take_turns(
             _contenders(workload, settings),
             repetitions=settings.repetitions,
-            warm_up=settings.ray_warm_up,
+            warm_up=settings.job_warm_up,
             device=settings.torch_device,
             title="training",
         )
