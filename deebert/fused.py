@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 _TYPICAL_TOKENS = 2048
 _SAMPLES_TOGETHER = 32
 _TOKENS_TOGETHER = 128
-# Times the root mean square of an output's weights; in BERTs the second product of the feed-forward block has such.
-_STANDS_OUT = 16.0
-_MOST_APART = 32
+# Of a weight to the root mean square of its output's; in BERTs the second product of the feed-forward block has such.
+_OUTLIER_RATIO = 16.0
+_MOST_OUTLIERS = 32
 # Within so many standard deviations lies nearly all that a normalization makes.
 _DEVIATIONS = 3.0
 _TINY = 1e-12
@@ -48,52 +48,38 @@ class Linear:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class QuantizedLinear:
-    """x · weightᵀ + bias in whole numbers: int8 weights with a scale for each output, and x in uint8 with a scale and a
-    least value for each token, taken as it comes.
+    """x · weightᵀ + bias, quantized: int8 weights with a scale for each output, and x in uint8 with a scale and a
+    minimum for each token, taken as it comes.
 
-    Inputs of a large range would leave the others few steps. How far each ranges is read off the normalization that
-    they come from, and half of the difference, as a power, is moved into the weights (SmoothQuant, Xiao et al., 2023,
-    which measures the ranges on data). A few inputs whose weights stand out would spoil the scale of every output that
-    they feed: those A stay float32, in a product of their own (as in LLM.int8(), Dettmers et al., 2022, where
-    activations choose them).
+    Input channels of a large range would leave the others few steps. How far each ranges is read off the normalization
+    that they come from, and half of the difference, as a power, is moved into the weights (SmoothQuant, Xiao et al.,
+    2023, which measures the ranges on data). Outliers, input channels with a weight far above the usual, would spoil
+    the scale of every output that they feed: those A stay float32, in a product of their own (as in LLM.int8(),
+    Dettmers et al., 2022, where activations choose them).
     """
 
-    weight: Tensor  # (out, in) int8, in oneDNN's own order; 0 for the inputs apart
+    weight: Tensor  # (out, in) int8, in oneDNN's own order; 0 for outliers
     scale: Tensor  # (out,) float32
-    zero: Tensor  # (out,) int64, all 0: the weights' range is symmetric
-    least_adds: Tensor  # (out,) float32: what a least value of 1 adds to each output
+    zero_point: Tensor  # (out,) int64, all 0: the weights' range is symmetric
+    weight_sum: Tensor  # (out,) float32, over the inputs: what a minimum of 1 adds to each output
     bias: Tensor  # (out,) float32
-    evening: Tensor | None  # (in,) float32: what x is multiplied by first
-    apart: Tensor  # (A,) int64: which inputs
-    weight_apart: Tensor  # (A, out) float32
+    smoothing: Tensor | None  # (in,) float32: what x is multiplied by first
+    outliers: Tensor  # (A,) int64: which input channels
+    outlier_weight: Tensor  # (A, out) float32
 
     def __call__(self, x: Tensor) -> Tensor:
         """(T, in) float32 -> (T, out) float32."""
-        (tokens, width), x = x.shape, x if self.evening is None else x * self.evening
-        # One pass: the quantized row, then its scale and its least value as two float32. Made for embeddings, it is the
+        (tokens, width), x = x.shape, x if self.smoothing is None else x * self.smoothing
+        # One pass: the quantized row, then its scale and its minimum as two float32. Made for embeddings, it is the
         # only kernel of torch's that quantizes row by row at the speed of memory.
         rows = torch.ops.quantized.embedding_bag_byte_prepack(x)
-        scale, least = rows[:, width:].contiguous().view(torch.float32).split(1, dim=1)
+        scale, minimum = rows[:, width:].contiguous().view(torch.float32).split(1, dim=1)
         # Few shapes, as in `OffRamp`.
-        whole = F.pad(rows[:, :width], (0, 0, 0, -tokens % _TOKENS_TOGETHER))
-        out: Tensor = torch.ops.onednn.qlinear_pointwise(
-            whole.contiguous(),
-            1.0,
-            0,
-            self.weight,
-            self.scale,
-            self.zero,
-            None,
-            1.0,
-            0,
-            torch.float32,
-            "none",
-            [],
-            "",
-        )[:tokens]
-        out = torch.addcmul(self.bias, out, scale, out=out).addcmul_(least, self.least_adds)
-        if len(self.apart):
-            out.addmm_(x.index_select(1, self.apart), self.weight_apart)
+        quantized = F.pad(rows[:, :width], (0, 0, 0, -tokens % _TOKENS_TOGETHER)).contiguous()
+        out: Tensor = quantized_product(quantized, self.weight, self.scale, self.zero_point)[:tokens]
+        out = torch.addcmul(self.bias, out, scale, out=out).addcmul_(minimum, self.weight_sum)
+        if len(self.outliers):
+            out.addmm_(x.index_select(1, self.outliers), self.outlier_weight)
         return out
 
     @classmethod
@@ -104,29 +90,36 @@ class QuantizedLinear:
             linear: the product.
             after: what its inputs come from, if that is a normalization.
         """
-        weight, evening = linear.weight, None
+        weight, smoothing = linear.weight, None
         if after is not None:
             of_inputs = after.bias.abs() + _DEVIATIONS * after.weight.abs()
             ranges = of_inputs.clamp(min=_TINY) / weight.abs().amax(0).clamp(min=_TINY)
-            evening = (ranges.median() / ranges).sqrt()
-            weight = weight / evening
+            smoothing = (ranges.median() / ranges).sqrt()
+            weight = weight / smoothing
         usual = weight.square().mean(1, keepdim=True).sqrt().clamp(min=_TINY)
-        stands_out = (weight.abs() / usual).amax(0)
-        found = stands_out.argsort(descending=True)[:_MOST_APART]
-        apart = found[stands_out[found] > _STANDS_OUT]
-        rest = weight.index_fill(1, apart, 0.0)
-        scale = rest.abs().amax(dim=1).clamp(min=_TINY) / 127
-        whole = (rest / scale[:, None]).round_()
+        ratio = (weight.abs() / usual).amax(0)
+        largest = ratio.argsort(descending=True)[:_MOST_OUTLIERS]
+        outliers = largest[ratio[largest] > _OUTLIER_RATIO]
+        others = weight.index_fill(1, outliers, 0.0)
+        scale = others.abs().amax(dim=1).clamp(min=_TINY) / 127
+        rounded = (others / scale[:, None]).round_()
         return cls(
-            weight=torch.ops.onednn.qlinear_prepack(whole.to(torch.int8), None),
+            weight=torch.ops.onednn.qlinear_prepack(rounded.to(torch.int8), None),
             scale=scale,
-            zero=torch.zeros(len(scale), dtype=torch.int64),
-            least_adds=whole.sum(dim=1) * scale,
+            zero_point=torch.zeros(len(scale), dtype=torch.int64),
+            weight_sum=rounded.sum(dim=1) * scale,
             bias=linear.bias,
-            evening=evening,
-            apart=apart,
-            weight_apart=weight[:, apart].t().contiguous(),
+            smoothing=smoothing,
+            outliers=outliers,
+            outlier_weight=weight[:, outliers].t().contiguous(),
         )
+
+
+def quantized_product(x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """oneDNN's: (T, in) uint8 · (out, in) int8, prepacked, times a scale for each output -> (T, out) float32."""
+    multiply = torch.ops.onednn.qlinear_pointwise
+    out: Tensor = multiply(x, 1.0, 0, weight, scale, zero_point, None, 1.0, 0, torch.float32, "none", [], "")
+    return out
 
 
 Product = Linear | QuantizedLinear

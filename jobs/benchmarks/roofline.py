@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deebert.cost import ModelShape
+from deebert.fused import quantized_product
 from jobs.benchmarks.side_by_side import side_by_side
 from jobs.benchmarks.timing import wait_for
 
@@ -122,12 +123,11 @@ def _prepacked(x: Tensor, weight: Tensor) -> Callable[[], Tensor]:
 
 
 def _quantized(x: Tensor, weight: Tensor) -> Callable[[], Tensor]:
-    """Of whole numbers, as `deebert.fused.QuantizedLinear` multiplies them, without what is around it."""
+    """Of integers, as `deebert.fused.QuantizedLinear` multiplies them, without what is around it."""
     small, outer = x.mul(40).clamp(-127, 127).add(128).to(torch.uint8), len(weight)
     packed = torch.ops.onednn.qlinear_prepack(weight.mul(40).clamp(-127, 127).to(torch.int8), None)
-    scale, zero = torch.ones(outer), torch.zeros(outer, dtype=torch.int64)
-    multiply = partial(torch.ops.onednn.qlinear_pointwise, small, 1.0, 0, packed, scale, zero)
-    return partial(multiply, None, 1.0, 0, torch.float32, "none", [], "")
+    scale, zero_point = torch.ones(outer), torch.zeros(outer, dtype=torch.int64)
+    return partial(quantized_product, small, packed, scale, zero_point)
 
 
 def _can_prepack(device: torch.device, dtype: torch.dtype) -> bool:

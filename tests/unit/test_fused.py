@@ -129,13 +129,13 @@ class TestQuantizedLinear:
 
         assert torch.equal(out[:, 3], linear.bias[3].expand(5))
 
-    def test_inputs_whose_weights_stand_out_do_not_spoil_the_others(self) -> None:
+    def test_outliers_do_not_spoil_the_other_inputs(self) -> None:
         linear = random_linear(inputs=512)
         linear.weight[:, 100] *= 40
         x = torch.randn(200, 512)
         x[:, 100] /= 40
 
-        assert QuantizedLinear.of(linear).apart.tolist() == [100]
+        assert QuantizedLinear.of(linear).outliers.tolist() == [100]
         assert off_by(QuantizedLinear.of(linear), linear, x) < 0.015
 
     def test_inputs_of_a_large_range_do_not_spoil_the_others(self) -> None:
