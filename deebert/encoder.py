@@ -19,6 +19,7 @@ from deebert.fused import FusedModel, beside_int8
 from deebert.memory import keep_freed_memory
 from deebert.packing import PackedTokens, SequenceLayout
 from deebert.pooling import attended_tokens, mean_of_tokens
+from deebert.transfer import to_device
 
 if TYPE_CHECKING:
     from deebert.modeling import DeeBertForSequenceClassification
@@ -42,6 +43,7 @@ class PackedEncoder:
         self.num_layers = len(model.layers)
         self.num_labels = model.num_labels
         self.hidden_size = model.hidden_size
+        self.intermediate_size = model.intermediate_size
         self.pooling = model.pooling
         self.pooled_size = model.pooled_size
         self.problem = model.problem
@@ -67,6 +69,12 @@ class PackedEncoder:
     def off_ramp_layers(self) -> tuple[int, ...]:
         """1-based layers after which `off_ramp` answers, 0 for the embeddings; the last is always among them."""
         return tuple(self._model.off_ramps)
+
+    @property
+    def longest_input(self) -> int:
+        """Tokens that there are positions for."""
+        positions, padding = len(self._model.embeddings.position), self._model.embeddings.padding_id
+        return positions if padding is None else positions - padding - 1
 
     @property
     def learns_to_exit(self) -> bool:
@@ -150,12 +158,10 @@ class PackedEncoder:
         layout, padding = packed.layout, self._model.embeddings.padding_id
         starts = np.repeat(layout.offsets[:-1], layout.lengths)
         if padding is None:
-            return torch.from_numpy(np.arange(layout.total_tokens) - starts).to(
-                self.device, non_blocking=True
-            )
+            return to_device(torch.from_numpy(np.arange(layout.total_tokens) - starts), self.device)
         # Count the tokens that are not padding inside each sequence, as RoBERTa does: a literal "<pad>" in a
         # text is a token that has no position of its own.
         real = packed.input_ids.ne(padding).long()
         counted = F.pad(real.cumsum(0), (1, 0))
-        before = counted.index_select(0, torch.from_numpy(starts).to(self.device, non_blocking=True))
+        before = counted.index_select(0, to_device(torch.from_numpy(starts), self.device))
         return (counted[1:] - before) * real + padding

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deebert.errors import PolicyError
+from deebert.transfer import to_host
 
 if TYPE_CHECKING:
     from deebert.problem import Problem
@@ -52,12 +53,12 @@ class OffRampAnswer:
     def __len__(self) -> int:
         return len(self.logits)
 
-    def take(self, chosen: Tensor | slice) -> OffRampAnswer:
-        """That of some samples: (N,) bool, or a slice."""
+    def to_host(self) -> OffRampAnswer:
+        """The same on the host, valid once the device has come that far."""
         return OffRampAnswer(
-            logits=self.logits[chosen],
-            entropy=self.entropy[chosen],
-            certainty=None if self.certainty is None else self.certainty[chosen],
+            logits=to_host(self.logits),
+            entropy=to_host(self.entropy),
+            certainty=None if self.certainty is None else to_host(self.certainty),
         )
 
 

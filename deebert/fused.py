@@ -212,6 +212,11 @@ class FusedModel:
     """By their 1-based layer, 0 for the embeddings; the final classifier is the last layer's."""
     exit_head: ExitHead | None
 
+    @property
+    def intermediate_size(self) -> int:
+        """Width of the feed-forward blocks."""
+        return len(self.layers[0].intermediate.bias)
+
     def to(self, device: torch.device, dtype: torch.dtype) -> FusedModel:
         """A copy on a device; weights laid out as the device's products want them.
 

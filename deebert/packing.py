@@ -16,6 +16,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from deebert.transfer import to_device
+
 IntArray = npt.NDArray[np.int64]
 # Of 1, 4, 8 and 16, the fastest for attention on sentences and level on long texts.
 _PADDED_TO = 8
@@ -35,7 +37,7 @@ class SequenceLayout:
         """The layout of sequences with these lengths, in this order."""
         array = np.asarray(lengths, dtype=np.int64)
         offsets = torch.from_numpy(_offsets(array).astype(np.int32))
-        return cls(lengths=array, cu_seqlens=offsets.to(device, non_blocking=True))
+        return cls(lengths=array, cu_seqlens=to_device(offsets, device))
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -151,7 +153,7 @@ class PackedTokens:
         """The sequences with these indices, in this order (a copy)."""
         chosen = np.asarray(sequences, dtype=np.int64)
         device = self.input_ids.device
-        index = torch.from_numpy(self.layout.token_index(chosen)).to(device)
+        index = to_device(torch.from_numpy(self.layout.token_index(chosen)), device)
         return PackedTokens(
             input_ids=self.input_ids.index_select(0, index),
             token_type_ids=None
@@ -193,11 +195,9 @@ class PackedTokens:
         """The same on `device`; copies are asynchronous."""
         types, layout = self.token_type_ids, self.layout
         return PackedTokens(
-            input_ids=self.input_ids.to(device, non_blocking=True),
-            token_type_ids=None if types is None else types.to(device, non_blocking=True),
-            layout=SequenceLayout(
-                lengths=layout.lengths, cu_seqlens=layout.cu_seqlens.to(device, non_blocking=True)
-            ),
+            input_ids=to_device(self.input_ids, device),
+            token_type_ids=None if types is None else to_device(types, device),
+            layout=SequenceLayout(lengths=layout.lengths, cu_seqlens=to_device(layout.cu_seqlens, device)),
         )
 
 

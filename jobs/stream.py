@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from jobs.flags import flag, parse_job
 from jobs.terminal import quiet_libraries
 from pipeline.config import (
+    MICRO_BATCH_HELP,
     PRECISION_HELP,
     PRECISIONS,
     WINDOW_STRIDE_HELP,
@@ -44,7 +45,7 @@ class StreamJob:
     max_length: int | None = flag(
         "tokens a text is cut to; left out, what the model was trained with", default=None, parse=positive
     )
-    micro_batch_tokens: int = flag("most tokens in a micro-batch", default=2048, parse=positive)
+    micro_batch_tokens: int | None = flag(MICRO_BATCH_HELP, default=None, parse=positive)
     window_stride: int | None = flag(WINDOW_STRIDE_HELP, default=None, parse=whole, metavar="TOKENS")
     precision: str = flag(
         PRECISION_HELP,
@@ -85,7 +86,7 @@ def execute(argv: Sequence[str], *, prog: str) -> int:
         max_length=max_length,
         window_stride=job.window_stride,
         micro_batch_tokens=job.micro_batch_tokens,
-        precision=resolve_precision(job.precision),
+        precision=resolve_precision(job.precision, int8_agreement=checkpoint.model.config.int8_agreement),
         device="cuda" if torch.cuda.is_available() else "cpu",
     )
     policy = resolve_policy(job.entropy_threshold, job.certainty_threshold, checkpoint)

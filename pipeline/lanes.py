@@ -141,7 +141,7 @@ class Lanes:
         self._exit_lane = Engine(encoder, policy, config)
         self._audit_lane = Engine(encoder, FULL_DEPTH, config)
         self._problem, self._num_labels = encoder.problem, encoder.num_labels
-        self._most_queued_tokens = _QUEUED_MICRO_BATCHES * config.micro_batch_tokens
+        self._most_queued_tokens = _QUEUED_MICRO_BATCHES * self._exit_lane.micro_batch_tokens
         self._on_progress, self._limit = on_progress, limit
         self._changed = threading.Condition()
         self._arrived: deque[tuple[int, Submission]] = deque()

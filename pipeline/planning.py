@@ -130,9 +130,11 @@ def _check_same_run(run: RunPlan, output: Output, earlier: RunRecord) -> None:
     if earlier.identity.digest != run.identity.digest:
         mine, theirs = vars(run.identity), vars(earlier.identity)
         name = next(key for key in mine if mine[key] != theirs[key])
+        # What auto chooses changes with the machine, and with what is known of the model.
+        go_on = f"go on with --precision {theirs[name]}, " if name == "precision" else ""
         raise UsageError(
             f"the output {output.url!r} holds another run: its {name.replace('_', ' ')} is {_short(theirs[name])}, "
-            f"this one's is {_short(mine[name])}; choose another output, or discard it with --overwrite"
+            f"this one's is {_short(mine[name])}; {go_on}choose another output, or discard it with --overwrite"
         )
     if earlier.shard_rows != run.config.shard_rows:
         raise UsageError(
@@ -212,7 +214,9 @@ def _identity(config: ClassifyConfig, checkpoint: Checkpoint, *, has_gpu: bool) 
         "tokenizer_digest": tokenizer.digest(),
         "text_columns": _text_columns(config),
         "max_length": max_length,
-        "precision": resolve_precision(config.precision, has_gpu=has_gpu),
+        "precision": resolve_precision(
+            config.precision, has_gpu=has_gpu, int8_agreement=checkpoint.model.config.int8_agreement
+        ),
     }
     if config.window_stride is not None:  # without windows, the digest that earlier versions gave
         content["window_stride"] = config.window_stride
@@ -220,7 +224,7 @@ def _identity(config: ClassifyConfig, checkpoint: Checkpoint, *, has_gpu: bool) 
     return Identity(**content, digest=digest)
 
 
-def resolve_max_length(asked: int | None, micro_batch_tokens: int, checkpoint: Checkpoint) -> int:
+def resolve_max_length(asked: int | None, micro_batch_tokens: int | None, checkpoint: Checkpoint) -> int:
     """The tokens a text is cut to: what was asked for, or what the model was trained with.
 
     Raises:
@@ -232,7 +236,7 @@ def resolve_max_length(asked: int | None, micro_batch_tokens: int, checkpoint: C
             f"--max-length {chosen} is more than the {checkpoint.longest_input} tokens that the model has "
             "positions for: give at most that"
         )
-    if chosen > micro_batch_tokens:
+    if micro_batch_tokens is not None and chosen > micro_batch_tokens:
         raise UsageError(
             f"--micro-batch-tokens {micro_batch_tokens} cannot hold one text of --max-length {chosen}: "
             f"give at least {chosen}"

@@ -77,7 +77,8 @@ class ReplicaSpec:
     device: str
     threads: int
     """CPU threads for the model."""
-    micro_batch_tokens: int
+    micro_batch_tokens: int | None
+    """None: as many as suit the replica's device."""
     schema: InputSchema
     id_column: str | None
     keep_columns: tuple[str, ...]

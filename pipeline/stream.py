@@ -48,7 +48,8 @@ class StreamConfig:
     """Tokens a text is cut to; None: what the model was trained with."""
     window_stride: int | None = None
     """Longer texts are not cut but classified in windows that share so many tokens (`deebert.windows`)."""
-    micro_batch_tokens: int = 2048
+    micro_batch_tokens: int | None = None
+    """None: as many as suit the device."""
     precision: Precision = "float32"
     device: str = "cpu"
 

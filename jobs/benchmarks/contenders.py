@@ -103,7 +103,7 @@ class Packed:
             for first in runner.segments:
                 if batch is None:
                     break
-                exits, batch = runner.run(first, batch, counter)
+                exits, batch = runner.finish(runner.start(first, batch), counter)
                 keep(exits)
         return counter.snapshot()
 

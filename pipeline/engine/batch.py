@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from deebert.packing import IntArray, PackedTokens, SequenceLayout
+from deebert.transfer import to_device
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -55,7 +56,7 @@ class SampleBatch:
 
     def take(self, samples: IntArray) -> SampleBatch:
         """The samples with these indices, in this order (a copy)."""
-        index = torch.from_numpy(self.layout.token_index(samples)).to(self._device, non_blocking=True)
+        index = to_device(torch.from_numpy(self.layout.token_index(samples)), self._device)
         return SampleBatch(
             sample_ids=self.sample_ids[samples],
             layout=SequenceLayout.of(self.layout.lengths[samples], self._device),

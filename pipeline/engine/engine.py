@@ -9,6 +9,7 @@ Ray, Arrow, files or text.
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -20,8 +21,9 @@ from deebert.encoder import PackedEncoder
 from deebert.exit_policy import ExitPolicy
 from deebert.packing import PackedTokens
 from pipeline.engine.batch import SampleBatch
+from pipeline.engine.budget import micro_batch_tokens
 from pipeline.engine.layer_buffer import LayerBuffer
-from pipeline.engine.runner import Exits, Runner
+from pipeline.engine.runner import Exits, Runner, Step
 from pipeline.engine.scheduler import next_layer
 from pipeline.engine.stats import EngineStats, StatsCounter
 from pipeline.errors import InvariantError
@@ -33,8 +35,12 @@ log = logging.getLogger(__name__)
 class EngineConfig:
     """How the engine groups samples."""
 
-    micro_batch_tokens: int = 2048
-    """Most tokens in one micro-batch; no sample may be longer. Halved when the device runs out of memory."""
+    micro_batch_tokens: int | None = None
+    """Most tokens in one micro-batch; no sample may be longer. None: as many as suit the device and its free memory.
+    Halved when the device runs out of memory."""
+    under_way: int | None = None
+    """Micro-batches started before the oldest is waited for. None: 2 on a GPU, which works on one while the host learns
+    who leaves the other; 1 on a CPU, where nothing would overlap."""
 
 
 class Engine:
@@ -46,11 +52,16 @@ class Engine:
     def __init__(
         self, encoder: PackedEncoder, policy: ExitPolicy, config: EngineConfig | None = None
     ) -> None:
-        self._config = config or EngineConfig()
+        config = config or EngineConfig()
         self._runner = Runner(encoder, policy)
-        budget = self._config.micro_batch_tokens
-        self._buffers = {first: LayerBuffer(budget) for first in self._runner.segments}
+        self._most_under_way = config.under_way or (2 if encoder.device.type == "cuda" else 1)
+        self.micro_batch_tokens = config.micro_batch_tokens or micro_batch_tokens(
+            encoder, segments=len(self._runner.segments), under_way=self._most_under_way
+        )
+        """Most tokens in one micro-batch, as configured or chosen."""
+        self._buffers = {first: LayerBuffer(self.micro_batch_tokens) for first in self._runner.segments}
         self._admission = self._buffers[self._runner.admission]
+        self._under_way: deque[Step] = deque()
         self._stats = StatsCounter(encoder.num_layers)
         self._in_flight = 0
 
@@ -94,10 +105,10 @@ class Engine:
         """
         if len(sample_ids) != len(tokens):
             raise ValueError(f"{len(sample_ids)} ids for {len(tokens)} sequences: give one id per sequence")
-        if tokens.max_seqlen > self._config.micro_batch_tokens:
+        if tokens.max_seqlen > self.micro_batch_tokens:
             raise ValueError(
                 f"a sample has {tokens.max_seqlen} tokens but a micro-batch takes "
-                f"{self._config.micro_batch_tokens}: raise micro_batch_tokens or truncate"
+                f"{self.micro_batch_tokens}: raise micro_batch_tokens or truncate"
             )
         self._admission.put(SampleBatch.from_tokens(sample_ids, tokens))
         self._in_flight += len(sample_ids)
@@ -115,31 +126,47 @@ class Engine:
             InvariantError: samples were lost or doubled.
             torch.OutOfMemoryError: a single sample does not fit into memory.
         """
-        layer = next_layer(self._buffers, drain=drain)
-        if layer is None:
-            return None
-        exits, survivors = self._run(layer)
-        if survivors is not None:
-            self._buffers[self._runner.segments[layer] + 1].put(survivors)
-        self._in_flight -= len(exits)
-        self._check_conservation()
-        return exits
+        while True:
+            self._start(drain=drain)
+            if not self._under_way:
+                return None
+            if (exits := self._finish()) is not None:
+                self._check_conservation()
+                return exits
 
     def drain(self) -> Iterator[Exits]:
         """Step until every sample has left."""
         while (exits := self.step(drain=True)) is not None:
             yield exits
 
-    def _run(self, layer: int) -> tuple[Exits, SampleBatch | None]:
-        """Run the next micro-batch that waits before `layer`, halved as often as memory demands."""
-        while True:
+    def _start(self, *, drain: bool) -> None:
+        while len(self._under_way) < self._most_under_way:
+            # What is under way may have survivors that fill a micro-batch: only without it is input at an end.
+            layer = next_layer(self._buffers, drain=drain and not self._under_way)
+            if layer is None:
+                return
             batch = self._buffers[layer].take()
             try:
-                return self._runner.run(layer, batch, self._stats)
+                self._under_way.append(self._runner.start(layer, batch))
             except torch.OutOfMemoryError:
                 if len(batch) == 1:
                     raise
-            self._halve(layer, batch)
+                self._halve(layer, batch)
+
+    def _finish(self) -> Exits | None:
+        """Who leaves the oldest micro-batch under way; None when there was no memory to tell, and it must run again."""
+        step = self._under_way.popleft()
+        try:
+            exits, survivors = self._runner.finish(step, self._stats)
+        except torch.OutOfMemoryError:
+            if len(step) == 1:
+                raise
+            self._halve(step.first, step.batch)
+            return None
+        if survivors is not None:
+            self._buffers[self._runner.segments[step.first] + 1].put(survivors)
+        self._in_flight -= len(exits)
+        return exits
 
     def _halve(self, layer: int, batch: SampleBatch) -> None:
         """Halve micro-batches for good, and give back the one that did not fit.
@@ -155,6 +182,6 @@ class Engine:
             torch.cuda.empty_cache()
 
     def _check_conservation(self) -> None:
-        waiting = sum(map(len, self._buffers.values()))
-        if waiting != self._in_flight:
-            raise InvariantError(f"{self._in_flight} samples are in flight but {waiting} wait in buffers")
+        found = sum(map(len, self._buffers.values())) + sum(map(len, self._under_way))
+        if found != self._in_flight:
+            raise InvariantError(f"{self._in_flight} samples are in flight but {found} wait or are under way")

@@ -15,8 +15,8 @@ from pipeline.engine.batch import SampleBatch
 class LayerBuffer:
     """Samples waiting before one layer.
 
-    A buffer that is only filled while it is not full, by at most one micro-batch at a time, never holds two
-    micro-batches of tokens: the scheduler's rule, and what bounds the engine's memory.
+    What comes in was started while the buffer was not full: with one micro-batch under way at a time it never holds
+    two micro-batches of tokens, with k under way never k + 1. That is the scheduler's rule, and what bounds memory.
     """
 
     def __init__(self, micro_batch_tokens: int) -> None:
@@ -55,8 +55,8 @@ class LayerBuffer:
         self.tokens += batch.layout.total_tokens
 
     def shrink(self, micro_batch_tokens: int) -> None:
-        """From now on, take at most this many tokens at a time."""
-        self._micro_batch_tokens = micro_batch_tokens
+        """From now on, take at most this many tokens at a time, or as few as before."""
+        self._micro_batch_tokens = min(self._micro_batch_tokens, micro_batch_tokens)
 
     def take(self) -> SampleBatch:
         """Remove the oldest samples that fit into one micro-batch, shortest first; at least one sample."""

@@ -1,9 +1,10 @@
-"""Runs one micro-batch through one segment of layers and asks the policy who leaves.
+"""Runs micro-batches through segments of layers and asks the policy who leaves.
 
 A segment is a stretch of layers that ends with an off-ramp that can fire, or with the last layer; where the
 off-ramp on the embeddings can fire, the embeddings are a segment by themselves, layer -1. Inside a segment
-nobody can leave, so nothing is regrouped and no off-ramp is computed. The only part of the engine that
-touches the model. Knows nothing of buffers or of what runs next.
+nobody can leave, so nothing is regrouped and no off-ramp is computed. A GPU works on while the host does
+something else, so a step has two halves: `start` queues the work, `finish` waits for it. The only part of the
+engine that touches the model. Knows nothing of buffers or of what runs next.
 """
 
 from __future__ import annotations
@@ -16,12 +17,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from deebert.encoder import PackedEncoder
 from deebert.exit_policy import ExitPolicy, OffRampAnswer
 from deebert.packing import IntArray
 from deebert.problem import Problem
+from deebert.transfer import to_host
 from pipeline.engine.batch import SampleBatch
+from pipeline.engine.span import Span
 from pipeline.engine.stats import StatsCounter
 
 
@@ -55,6 +59,27 @@ class Exits:
         return len(self.sample_ids)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Step:
+    """A micro-batch under way through a segment; the device may not have done it yet."""
+
+    first: int
+    """First layer of the segment, 0-based."""
+    batch: SampleBatch
+    """What went in."""
+    after: SampleBatch
+    """The same samples with their states behind the segment's last layer."""
+    answer: OffRampAnswer
+    """Of that layer's off-ramp, on the host, valid when `spans` are over; so is `leaves`."""
+    leaves: Tensor | None
+    """(N,) bool; None behind the last layer, where all leave."""
+    spans: tuple[Span, ...]
+    """Time spent: in the embeddings, where the segment begins with them, and in the layers."""
+
+    def __len__(self) -> int:
+        return len(self.batch)
+
+
 class Runner:
     """The model and the policy, as segments."""
 
@@ -67,64 +92,82 @@ class Runner:
         """The first of the first segment, 0 or -1: where samples come in as token ids."""
 
     @torch.inference_mode()
-    def run(self, first: int, batch: SampleBatch, stats: StatsCounter) -> tuple[Exits, SampleBatch | None]:
-        """Run the segment that begins with layer `first` (0-based).
+    def start(self, first: int, batch: SampleBatch) -> Step:
+        """Send a micro-batch through the segment that begins with layer `first` (0-based); wait for nothing.
 
         Args:
             first: one of `segments`.
             batch: token ids at `admission`, else states.
+        """
+        spans, went_in = [], batch
+        if first == self.admission:
+            with Span(self._encoder.device) as span:
+                batch = self._embed(batch)
+            spans.append(span)
+        last, layout, (states,) = self.segments[first], batch.layout, batch.token_rows
+        with Span(self._encoder.device) as span:
+            for index in range(max(first, 0), last + 1):
+                states = self._encoder.layer(index, states, layout)
+            answer = self._encoder.answer(last, states, layout, with_certainty=self._policy.reads_certainty)
+            is_last = last + 1 == self._encoder.num_layers
+            leaves = None if is_last else to_host(self._policy.fires(last + 1, answer))
+            answer = answer.to_host()
+        return Step(
+            first=first,
+            batch=went_in,
+            after=SampleBatch(sample_ids=batch.sample_ids, layout=layout, token_rows=(states,)),
+            answer=answer,
+            leaves=leaves,
+            spans=(*spans, span),
+        )
+
+    @torch.inference_mode()
+    def finish(self, step: Step, stats: StatsCounter) -> tuple[Exits, SampleBatch | None]:
+        """Wait for a micro-batch and learn who leaves.
+
+        Args:
+            step: what `start` gave.
             stats: counts the work.
 
         Returns:
             The samples that leave, and the survivors, None when there are none.
         """
-        if first == self.admission:
-            batch = self._embed(batch, stats)
+        *embedding, seconds = [span.seconds() for span in step.spans]
         started = time.perf_counter()
-        last, layout, (states,) = self.segments[first], batch.layout, batch.token_rows
-        for index in range(max(first, 0), last + 1):
-            states = self._encoder.layer(index, states, layout)
-        answer = self._encoder.answer(last, states, layout, with_certainty=self._policy.reads_certainty)
-        after = SampleBatch(sample_ids=batch.sample_ids, layout=layout, token_rows=(states,))
-        exits, survivors = self._split(last + 1, after, answer)
+        last, after, layout = self.segments[step.first], step.after, step.after.layout
+        leaves = np.ones(len(after), np.bool_) if step.leaves is None else step.leaves.numpy()
+        exits = self._exits(last + 1, after, step.answer, leaves)
+        survivors = None
+        if not leaves.any():
+            survivors = after
+        elif not leaves.all():
+            survivors = after.take(np.flatnonzero(~leaves))
+        stats.count_embedding(sum(embedding))
         stats.count_layers(
-            first,
+            step.first,
             last,
-            samples=len(batch),
+            samples=len(after),
             tokens=layout.total_tokens,
             squared_tokens=layout.squared_tokens,
-            seconds=time.perf_counter() - started,
+            seconds=seconds + time.perf_counter() - started,
         )
         return exits, survivors
 
-    def _embed(self, batch: SampleBatch, stats: StatsCounter) -> SampleBatch:
-        started = time.perf_counter()
+    def _embed(self, batch: SampleBatch) -> SampleBatch:
         tokens = batch.to_tokens().to(self._encoder.device)
         states = self._encoder.embed(tokens)
-        stats.count_embedding(time.perf_counter() - started)
         return SampleBatch(sample_ids=batch.sample_ids, layout=tokens.layout, token_rows=(states,))
 
-    def _split(
-        self, layer: int, batch: SampleBatch, answer: OffRampAnswer
-    ) -> tuple[Exits, SampleBatch | None]:
-        """Who leaves after `layer` (1-based, 0: the embeddings), and who goes on."""
-        if layer == self._encoder.num_layers:
-            return self._exits(layer, batch.sample_ids, answer), None
-        leaves = self._policy.fires(layer, answer)
-        chosen = leaves.cpu().numpy()  # the step's one wait for the device
-        if not chosen.any():
-            return self._exits(layer, batch.sample_ids[:0], answer.take(slice(0))), batch
-        exits = self._exits(layer, batch.sample_ids[chosen], answer.take(leaves))
-        return exits, None if chosen.all() else batch.take(np.flatnonzero(~chosen))
-
-    def _exits(self, layer: int, sample_ids: IntArray, answer: OffRampAnswer) -> Exits:
+    def _exits(
+        self, layer: int, batch: SampleBatch, answer: OffRampAnswer, leaves: npt.NDArray[np.bool_]
+    ) -> Exits:
         certainty = answer.certainty
         return Exits(
-            sample_ids=sample_ids,
+            sample_ids=batch.sample_ids[leaves],
             exit_layer=layer,
-            logits=answer.logits.cpu().numpy(),
-            entropy=answer.entropy.cpu().numpy(),
-            certainty=None if certainty is None else certainty.cpu().numpy(),
+            logits=answer.logits.numpy()[leaves],
+            entropy=answer.entropy.numpy()[leaves],
+            certainty=None if certainty is None else certainty.numpy()[leaves],
             problem=self._encoder.problem,
         )
 

@@ -9,7 +9,7 @@ the real encoder is what `tests/parity` shows.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from deebert.exit_policy import FULL_DEPTH, EntropyThreshold, OffRampAnswer, entropy
-from deebert.packing import PackedTokens, SequenceLayout
+from deebert.packing import IntArray, PackedTokens, SequenceLayout
 from deebert.problem import SINGLE_LABEL
 from pipeline.engine import Engine, EngineConfig, Exits
+from pipeline.engine.batch import SampleBatch
 from pipeline.errors import InvariantError
 from tests.examples import examples
 
@@ -95,6 +96,8 @@ class Case:
     layer_0: float | None
     """The threshold of the off-ramp on the embeddings, where there is one."""
     micro_batch_tokens: int
+    under_way: int
+    """Micro-batches started before the oldest is waited for."""
     lengths: tuple[int, ...]
     leaves_from: tuple[int, ...]
     pieces: tuple[int, ...]
@@ -112,6 +115,10 @@ class Case:
     @property
     def policy(self) -> EntropyThreshold:
         return EntropyThreshold(self.thresholds, self.layer_0)
+
+    @property
+    def config(self) -> EngineConfig:
+        return EngineConfig(micro_batch_tokens=self.micro_batch_tokens, under_way=self.under_way)
 
     def exit_layer(self, sample: int) -> int:
         """The rule, in one line: the first off-ramp that may fire and is sure, else the last layer."""
@@ -162,8 +169,7 @@ class Run:
 
 def run(case: Case) -> Run:
     encoder = ScriptedEncoder(case.num_layers, case.off_ramp_layers)
-    config = EngineConfig(micro_batch_tokens=case.micro_batch_tokens)
-    done = Run(engine=Engine(encoder, case.policy, config), encoder=encoder)  # type: ignore[arg-type]
+    done = Run(engine=Engine(encoder, case.policy, case.config), encoder=encoder)  # type: ignore[arg-type]
     for samples, (count, drain) in case.submissions():
         done.engine.submit(np.array(samples, dtype=np.int64), case.tokens(samples))
         for _ in range(count):
@@ -187,6 +193,7 @@ def cases(draw: st.DrawFn) -> Case:
         thresholds=tuple(draw(st.sampled_from([0.5, 0.5, 0.5, None])) for _ in inner),
         layer_0=draw(st.sampled_from([0.5, 0.5, None])),
         micro_batch_tokens=budget,
+        under_way=draw(st.sampled_from([1, 1, 2, 3])),
         lengths=tuple(draw(st.lists(st.integers(1, budget), **each))),
         leaves_from=tuple(draw(st.lists(st.integers(0, num_layers + 1), **each))),
         pieces=tuple(pieces),
@@ -219,7 +226,8 @@ def test_no_micro_batch_and_no_buffer_outgrows_its_bound(case: Case) -> None:
     assert all(tokens <= case.micro_batch_tokens for _, _, tokens in done.encoder.ran)
     peaks = done.engine.peak_buffer_tokens
     assert list(peaks) == [min(1, case.firing_layers[0]), *(layer + 1 for layer in case.firing_layers[:-1])]
-    assert all(peak < 2 * case.micro_batch_tokens for peak in list(peaks.values())[1:])
+    most = (1 + case.under_way) * case.micro_batch_tokens
+    assert all(peak < most for peak in list(peaks.values())[1:])
 
 
 @many
@@ -227,10 +235,15 @@ def test_no_micro_batch_and_no_buffer_outgrows_its_bound(case: Case) -> None:
 def test_answers_do_not_depend_on_order_budget_or_neighbours(case: Case, random: object, budget: int) -> None:
     shuffled = list(case.order)
     random.shuffle(shuffled)  # type: ignore[attr-defined]
-    other = Case(
-        **{**vars(case), "order": tuple(shuffled), "micro_batch_tokens": budget, "pieces": (), "steps": ()}
+    other = replace(
+        case,
+        order=tuple(shuffled),
+        micro_batch_tokens=budget,
+        under_way=3 - case.under_way % 3,
+        pieces=(),
+        steps=(),
     )
-    half = Case(**{**vars(case), "order": case.order[::2], "pieces": (), "steps": ()})
+    half = replace(case, order=case.order[::2], pieces=(), steps=())
 
     answers = run(case).answers
 
@@ -241,7 +254,7 @@ def test_answers_do_not_depend_on_order_budget_or_neighbours(case: Case, random:
 @many
 @given(cases())
 def test_a_sample_is_emitted_in_the_step_in_which_its_layer_runs(case: Case) -> None:
-    done = run(case)
+    done = run(replace(case, under_way=1))
 
     for exits, ran in zip(done.exits, done.ran, strict=True):
         layers = [layer for layer, _, _ in ran]
@@ -282,9 +295,10 @@ def engine_of(
     policy: EntropyThreshold = HALF_A_NAT,
     micro_batch_tokens: int = 8,
     off_ramp_layers: tuple[int, ...] = (1, 2),
+    under_way: int = 1,
 ) -> tuple[Engine, ScriptedEncoder]:
     encoder = ScriptedEncoder(3, off_ramp_layers)
-    config = EngineConfig(micro_batch_tokens=micro_batch_tokens)
+    config = EngineConfig(micro_batch_tokens=micro_batch_tokens, under_way=under_way)
     return Engine(encoder, policy, config), encoder  # type: ignore[arg-type]
 
 
@@ -338,6 +352,32 @@ class TestRegroupingInNumbers:
         assert [(e.exit_layer, len(e)) for e in engine.drain()] == [(2, 4)]
         assert encoder.off_ramps_computed == [2]
         assert list(engine.peak_buffer_tokens) == [1, 3]
+
+    def test_while_one_is_waited_for_the_next_is_under_way(self) -> None:
+        engine, encoder = engine_of(under_way=2)
+        submit(engine, 1, 3, 1, 3, 3, 1, 3, 1, 1, 1, 1, 1)
+
+        first = engine.step()
+
+        # The second micro-batch has run, though nobody knows yet who leaves it.
+        assert first is not None
+        assert (first.exit_layer, first.sample_ids.tolist()) == (1, [0, 2])
+        assert [sorted(samples) for layer, samples, _ in encoder.ran if layer] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+        assert engine.in_flight == 10
+        # The third, admitted before the second's survivors were known; then those of the first two, together.
+        assert [(e.exit_layer, e.sample_ids.tolist()) for e in engine.drain()] == [
+            (1, [5, 7]),
+            (1, [8, 9, 10, 11]),
+            (2, []),
+            (3, [1, 3, 4, 6]),
+        ]
+
+    def test_nothing_is_drained_that_survivors_under_way_may_join(self) -> None:
+        engine, encoder = engine_of(under_way=2)
+        submit(engine, 1, 3, 1, 3, 3, 1, 3)
+
+        assert [(e.exit_layer, e.sample_ids.tolist()) for e in engine.drain()][-1] == (3, [1, 3, 4, 6])
+        assert [tokens for layer, _, tokens in encoder.ran if layer == 2] == [8]
 
     def test_a_partly_filled_micro_batch_waits_for_input_until_drained(self) -> None:
         engine, _ = engine_of()
@@ -408,7 +448,7 @@ class TestErrors:
 
         engine._buffers[0].take()  # behind the engine's back
 
-        with pytest.raises(InvariantError, match="4 samples are in flight but 0 wait in buffers"):
+        with pytest.raises(InvariantError, match="4 samples are in flight but 0 wait or are under way"):
             engine.step()
 
 
@@ -430,8 +470,7 @@ class SmallEncoder(ScriptedEncoder):
 def test_micro_batches_that_do_not_fit_are_halved_for_good(case: Case, capacity: int) -> None:
     encoder = SmallEncoder(case.num_layers, case.off_ramp_layers)
     encoder.capacity = max(capacity, *case.lengths, 1)
-    config = EngineConfig(micro_batch_tokens=case.micro_batch_tokens)
-    engine = Engine(encoder, case.policy, config)  # type: ignore[arg-type]
+    engine = Engine(encoder, case.policy, case.config)  # type: ignore[arg-type]
     engine.submit(np.array(case.order, dtype=np.int64), case.tokens(case.order))
     done = Run(engine=engine, encoder=encoder)
     while done.step(drain=True):
@@ -449,3 +488,20 @@ def test_a_sample_that_does_not_fit_alone_is_an_error() -> None:
     engine.submit(np.array([0]), PackedTokens.pack([[first_token(0, 1)] * 4]))
     with pytest.raises(torch.OutOfMemoryError):
         engine.step(drain=True)
+
+
+def test_memory_that_fails_while_survivors_are_gathered_costs_no_sample(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine, _ = engine_of(under_way=2)
+    submit(engine, 1, 3, 1, 3, 3, 1, 3, 1)
+    gather = SampleBatch.take
+
+    def with_little_memory(batch: SampleBatch, samples: IntArray) -> SampleBatch:
+        if batch.layout.total_tokens > 4:
+            raise torch.OutOfMemoryError
+        return gather(batch, samples)
+
+    monkeypatch.setattr(SampleBatch, "take", with_little_memory)
+    left = {int(i): exits.exit_layer for exits in engine.drain() for i in exits.sample_ids}
+    assert left == {0: 1, 1: 3, 2: 1, 3: 3, 4: 3, 5: 1, 6: 3, 7: 1}

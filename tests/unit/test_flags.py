@@ -196,7 +196,7 @@ class TestJobFile:
             "c",
         )
         assert (config.shard_rows, config.input, config.control) == (9, ("c",), 0.1)
-        assert config.micro_batch_tokens == 2048
+        assert config.micro_batch_tokens is None
 
     @pytest.mark.parametrize(
         ("line", "name", "value"),

@@ -1,0 +1,53 @@
+"""How many tokens a micro-batch takes when nobody says."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from deebert.encoder import PackedEncoder
+from deebert.exit_policy import EntropyThreshold
+from deebert.packing import PackedTokens
+from pipeline.engine import Engine
+from pipeline.engine.budget import ON_CPU, on_gpu
+from tests.conftest import LONGEST, make_model
+
+GIB = 1 << 30
+
+
+STATES = 40
+
+
+def chosen(hidden_size: int, free_gib: float, *, value_bytes: int = 2) -> int:
+    return on_gpu(
+        hidden_size=hidden_size,
+        intermediate_size=4 * hidden_size,
+        states=STATES,
+        value_bytes=value_bytes,
+        free_bytes=int(free_gib * GIB),
+    )
+
+
+def test_with_room_the_smaller_model_takes_more_tokens() -> None:
+    assert [chosen(width, 100) for width in (384, 768, 1024)] == [65536, 16384, 8192]
+
+
+@pytest.mark.parametrize("free_gib", [1, 2])
+def test_two_lanes_fit_into_the_free_memory(free_gib: float) -> None:
+    held = 2 * 768 * (STATES + 8) * chosen(768, free_gib)
+    assert 0.4 * free_gib * GIB < 2 * held < free_gib * GIB
+    assert chosen(768, free_gib, value_bytes=4) == chosen(768, free_gib) // 2
+
+
+def test_hardly_any_memory_still_runs() -> None:
+    assert chosen(1024, 0.001) == 2048
+
+
+@pytest.mark.parametrize(("family", "positions"), [("bert", LONGEST), ("roberta", LONGEST)])
+def test_on_a_cpu_an_engine_chooses_by_itself_and_takes_any_input(family: str, positions: int) -> None:
+    encoder = PackedEncoder.of(make_model(family))
+    assert encoder.longest_input == positions
+    engine = Engine(encoder, EntropyThreshold(0.3))
+    assert engine.micro_batch_tokens == ON_CPU
+    engine.submit(np.arange(1), PackedTokens.pack([[7] * positions]))
+    assert sum(map(len, engine.drain())) == 1
