@@ -96,6 +96,23 @@ def load_checkpoint(name_or_path: str, *, allow_pickle: bool = False) -> Checkpo
     return Checkpoint(path=name_or_path, model=model.train(False), tokenizer=tokenizer)
 
 
+def store_int8_agreement(folder: Path, agreement: float) -> None:
+    """Note in a model's configuration what was measured; its weights and their digest stay as they are.
+
+    Raises:
+        CheckpointError: not a model's folder, or not writable.
+    """
+    _check_folder(folder, allow_pickle=True)
+    config = folder / "config.json"
+    document = {**json.loads(config.read_text()), "int8_agreement": agreement}
+    unfinished = config.with_name("config.json.unfinished")
+    try:
+        unfinished.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n")
+        unfinished.replace(config)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {str(config)!r}: {error.strerror or error}") from error
+
+
 def read_tokenizer(name_or_path: str, kind: Any, **options: Any) -> PreTrainedTokenizerBase:
     """A tokenizer of a class, or of whatever class an Auto class finds.
 

@@ -37,6 +37,8 @@ class DeeBertConfig(PreTrainedConfig):
             the final classifier keeps both.
         learns_to_exit: whether a head, shared by all off-ramps, tells how certain each of their answers is
             (learning to exit: Xin et al., BERxiT, EACL 2021).
+        int8_agreement: share of labels at full depth that int8 leaves as float32 has them, where `deebert evaluate`
+            has measured it.
         kwargs: those of every configuration; `problem_type` is Hugging Face's, single-label classification
             when None.
     """
@@ -54,6 +56,7 @@ class DeeBertConfig(PreTrainedConfig):
         off_ramp_activation: str = "tanh",
         shares_off_ramp_pooler: bool = False,
         learns_to_exit: bool = False,
+        int8_agreement: float | None = None,
         **kwargs: Any,
     ) -> None:
         self.backbone_config = _as_config(backbone_config)
@@ -65,6 +68,7 @@ class DeeBertConfig(PreTrainedConfig):
         self.max_seq_length = max_seq_length
         self.shares_off_ramp_pooler = shares_off_ramp_pooler
         self.learns_to_exit = learns_to_exit
+        self.int8_agreement = int8_agreement
         if off_ramp_pooling not in POOLINGS:
             raise ValueError(f"off_ramp_pooling is {off_ramp_pooling!r}: choose one of {', '.join(POOLINGS)}")
         if off_ramp_activation not in ACTIVATIONS:

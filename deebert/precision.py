@@ -26,14 +26,23 @@ DTYPES: Mapping[Precision, torch.dtype] = MappingProxyType(
 TRAINING_PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16", "float16")
 
 
-def resolve_precision(asked: str, *, has_gpu: bool | None = None) -> Precision:
-    """``auto`` is bfloat16 on GPUs and on CPUs that multiply it natively, else float32.
+LEAST_INT8_AGREEMENT = 0.995
+"""Share of labels that int8 must leave as float32 has them to be chosen unasked."""
 
-    int8 is never chosen unasked: how many labels it changes depends on the model, which `deebert bench` measures.
+
+def resolve_precision(
+    asked: str, *, has_gpu: bool | None = None, int8_agreement: float | None = None
+) -> Precision:
+    """``auto`` is the fastest that keeps the labels.
+
+    On GPUs that is bfloat16; on CPUs int8 where they have VNNI and the model was found to keep its labels, else
+    bfloat16 where they multiply it natively, else float32.
 
     Args:
         asked: ``auto`` or a precision.
         has_gpu: whether the work runs on GPUs, perhaps of other machines; None asks this one.
+        int8_agreement: `DeeBertConfig.int8_agreement`. How many labels int8 changes depends on the model: it is not
+            chosen where nobody has measured.
 
     Raises:
         ValueError: neither ``auto`` nor a precision.
@@ -43,16 +52,23 @@ def resolve_precision(asked: str, *, has_gpu: bool | None = None) -> Precision:
     if asked == "int8":
         if on_gpu:
             raise PrecisionError("int8 is for CPUs and this runs on GPUs: give bfloat16")
-        if not torch.cpu._is_vnni_supported():
+        if not _cpu_multiplies_int8():
             raise PrecisionError(
                 "int8 needs a CPU with VNNI, which this one has not: give bfloat16 or float32"
             )
     if asked == "auto":
+        keeps_labels = int8_agreement is not None and int8_agreement >= LEAST_INT8_AGREEMENT
+        if keeps_labels and not on_gpu and _cpu_multiplies_int8():
+            return "int8"
         return "bfloat16" if on_gpu or _cpu_multiplies_bfloat16() else "float32"
     for precision in DTYPES:
         if asked == precision:
             return precision
     raise ValueError(f"unknown precision {asked!r}: choose auto, {', '.join(DTYPES)}")
+
+
+def _cpu_multiplies_int8() -> bool:
+    return bool(torch.cpu._is_vnni_supported())
 
 
 def _cpu_multiplies_bfloat16() -> bool:

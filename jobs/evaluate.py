@@ -72,6 +72,11 @@ class EvaluateJob:
         default="float32",
         choices=PRECISIONS,
     )
+    store_agreement: bool = flag(
+        "with --precision int8: note in the model's folder the share of labels that are float32's; from 99.5 % on, "
+        "auto chooses int8",
+        default=False,
+    )
     timing_rows: int = flag(
         "samples to measure time on, one at a time; 0 measures nothing", default=100, parse=whole
     )
@@ -139,6 +144,7 @@ def show(found: Evaluation, output: str | None) -> None:
     from pipeline.report.evaluated import state_evaluation, to_markdown
     from pipeline.report.evaluation import evaluation_files
 
+    print(f"{found.origin}\n")
     for one in found.sets:
         for table in state_evaluation(one).values():
             print(f"{table.title}\n\n{to_markdown(table)}", end="\n\n")
@@ -161,6 +167,10 @@ def _check(job: EvaluateJob) -> None:
         raise UsageError("give --model, or a --trace that is there already")
     if job.data is None and job.glue_dir is None and not has_trace:
         raise UsageError("give the labelled texts as --data, or as --glue-dir with --task")
+    if job.store_agreement and (job.precision != "int8" or job.model is None or not Path(job.model).is_dir()):
+        raise UsageError("--store-agreement needs --precision int8 and a folder as --model")
+    if job.store_agreement and job.data is None and job.glue_dir is None:
+        raise UsageError("--store-agreement needs texts, as --data or --glue-dir")
     if job.static_depths and (job.model is None or job.backbone is None):
         raise UsageError("--static-depths needs --model and the --backbone that it was trained from")
     if job.static_depths and job.data is None and job.glue_dir is None:

@@ -12,11 +12,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from deebert.baselines import StaticStyle, kept_layers
+from deebert.checkpoint import store_int8_agreement
 from deebert.evaluation import LabelledSequences, predictions, trace
 from deebert.exit_policy import FULL_DEPTH, EntropyThreshold, LearningToExit, StoredPolicy
-from deebert.precision import resolve_precision
-from deebert.problem import problem_of
+from deebert.precision import LEAST_INT8_AGREEMENT, resolve_precision
+from deebert.problem import REGRESSION, problem_of
 from deebert.training import BackboneStage, Recipe
 from jobs.labelled import LabelledSource, sample
 from jobs.scoring import evaluated
@@ -54,8 +57,12 @@ class Evaluation:
 
 
 def run(job: EvaluateJob) -> Evaluation:
-    """The whole evaluation; writes the trace and nothing else."""
+    """The whole evaluation; writes the trace, and what it is asked to store with the model."""
     subject = None if job.model is None else load_subject(job, job.model)
+    if job.store_agreement and subject is not None and subject.encoder.problem is REGRESSION:
+        raise UsageError(
+            f"the model {job.model!r} is a regression, which has no labels to keep: leave --store-agreement out"
+        )
     file = _traced(job, subject)
     statics = file.statics
     if subject is not None and subject.data:
@@ -64,10 +71,17 @@ def run(job: EvaluateJob) -> Evaluation:
             statics, fresh = _static_baselines(job, subject, file)
             file = _with_answers(job, subject, file, fresh)
         file = _timed(job, subject, file, fresh)
+    origin = f"{file.origin.precision}, {_lengths(file.origin)}"
+    if subject is not None and subject.data and subject.precision != "float32":
+        agreement = _agreement(subject, file)
+        if agreement is not None:
+            origin += f"; {100 * agreement:.2f} % of the labels at full depth are float32's"
+            if job.store_agreement:
+                _store(Path(subject.checkpoint.path), agreement)
     return Evaluation(
         model=file.origin.model,
         task=file.origin.task,
-        origin=f"{file.origin.precision}, {_lengths(file.origin)}",
+        origin=origin,
         sets=tuple(evaluated(name, file, policies_of(job, file), statics) for name in file.sets),
     )
 
@@ -91,6 +105,27 @@ def _traced(job: EvaluateJob, subject: Subject | None) -> TraceFile:
         for name, data in subject.data.items()
     }
     return _kept(job, TraceFile(origin=origin_of(subject), sets=sets))
+
+
+def _agreement(subject: Subject, file: TraceFile) -> float | None:
+    """Share of all texts that the traced precision labels at full depth as float32 does; None where answers are
+    numbers."""
+    if subject.encoder.problem is REGRESSION:
+        return None
+    encoder = packed_encoder(subject.checkpoint.model, "float32")
+    same = [
+        predictions(trace(encoder, data.tokens, windows=data.windows), FULL_DEPTH)
+        == predictions(file.sets[name].trace, FULL_DEPTH)
+        for name, data in subject.data.items()
+    ]
+    # Of many labels, all must agree.
+    return float(torch.cat([one.reshape(len(one), -1).all(dim=1) for one in same]).float().mean())
+
+
+def _store(model: Path, agreement: float) -> None:
+    store_int8_agreement(model, agreement)
+    chosen = "is" if agreement >= LEAST_INT8_AGREEMENT else "is not"
+    log.info("%s: --precision auto %s int8 on CPUs with VNNI", model, chosen)
 
 
 def _kept(job: EvaluateJob, file: TraceFile) -> TraceFile:

@@ -57,7 +57,7 @@ def load_subject(job: EvaluateJob, model: str) -> Subject:
         max_length=job.max_length or checkpoint.default_max_length,
         window_stride=job.window_stride,
     )
-    precision = resolve_precision(job.precision)
+    precision = resolve_precision(job.precision, int8_agreement=checkpoint.model.config.int8_agreement)
     source = _labelled_source(job, checkpoint.model.config.problem)
     texts = {} if source is None else source.evaluation_texts(labels)
     task = None if source is None else source.glue_task

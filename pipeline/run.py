@@ -140,11 +140,12 @@ class _Attempt:
         self._totals = reduce(add, (r.totals for r in known.values()), self._totals)
         self._write("running", None)
         log.info(
-            "%d files, %d shards: %d committed already, %d to do",
+            "%d files, %d shards: %d committed already, %d to do, in %s",
             len(self._run.files),
             len(self._run.shards),
             len(done),
             len(remaining),
+            self._run.identity.precision,
         )
         self._failures = [_flawed(name, shard) for name, shard in remaining.items() if shard.flaw is not None]
         for failure in self._failures:

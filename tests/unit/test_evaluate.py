@@ -20,7 +20,7 @@ from sklearn.metrics import f1_score
 from transformers import BertModel, PreTrainedTokenizerFast
 
 from deebert import reference
-from deebert.checkpoint import load_checkpoint
+from deebert.checkpoint import load_checkpoint, store_int8_agreement, weights_digest
 from deebert.cost import ModelShape
 from deebert.encoder import PackedEncoder
 from deebert.evaluation import flop_saving, static_flop_saving, trace
@@ -28,7 +28,9 @@ from deebert.exit_policy import FULL_DEPTH, EntropyThreshold
 from deebert.packing import PackedTokens
 from jobs import cli, evaluation
 from jobs.traces import read_traces
-from tests.conftest import WORDS, ModelFactory, make_model
+from pipeline import ClassifyConfig
+from pipeline.planning import make_plan
+from tests.conftest import WORDS, ModelFactory, make_model, make_tokenizer
 
 THRESHOLDS = (0.3, 0.6, 0.68)
 TOKENIZED: dict[str, Any] = {"truncation": True, "max_length": 64, "return_token_type_ids": True}
@@ -546,3 +548,61 @@ def test_a_moved_model_folder_is_the_same_model(
     run("--model", tmp_path / "moved", *kept)
 
     assert read_traces(tmp_path / "t.parquet").origin.model == str(pair_model)
+
+
+class TestInt8:
+    """A model says of itself how many labels int8 leaves as they are."""
+
+    @pytest.fixture
+    def model(self, pair_model: Path, tmp_path: Path) -> Path:
+        return Path(shutil.copytree(pair_model, tmp_path / "model"))
+
+    @pytest.fixture
+    def with_vnni(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
+
+    @pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="needs a CPU with VNNI")
+    def test_what_is_measured_is_said_and_stored(self, model: Path, glue: Path, run: Run) -> None:
+        before = weights_digest(load_checkpoint(str(model)).model)
+        words = ("--model", model, "--glue-dir", glue, "--task", "mrpc", "--timing-rows", 0)
+
+        out = run(*words, "--precision", "int8", "--store-agreement")
+
+        checkpoint = load_checkpoint(str(model))
+        share = checkpoint.model.config.int8_agreement
+        assert share is not None
+        assert 0.8 < share <= 1.0
+        assert out.startswith(
+            f"int8, texts cut to 64 tokens; {100 * share:.2f} % of the labels at full depth "
+        )
+        assert weights_digest(checkpoint.model) == before
+        assert "float32's" not in run(*words, "--precision", "float32").splitlines()[0]
+
+    @pytest.mark.usefixtures("with_vnni")
+    @pytest.mark.parametrize(("share", "is_int8"), [(0.9951, True), (0.9949, False)])
+    def test_a_run_left_to_choose_goes_by_it(
+        self, model: Path, tmp_path: Path, share: float, is_int8: bool
+    ) -> None:
+        (tmp_path / "in.txt").write_text("a good film\n")
+        store_int8_agreement(model, share)
+        config = ClassifyConfig(
+            model=str(model), input=(str(tmp_path / "in.txt"),), output=str(tmp_path / "out")
+        )
+
+        assert (make_plan(config, has_gpu=False).identity.precision == "int8") is is_int8
+        assert make_plan(config, has_gpu=True).identity.precision == "bfloat16"
+
+    def test_it_is_stored_of_int8_and_with_a_folder_only(self, model: Path, refusal: Run) -> None:
+        says = "--store-agreement needs --precision int8 and a folder as --model"
+        words = ("--data", "d.csv", "--store-agreement")
+        assert refusal("--model", model, *words) == says
+        assert refusal("--model", "hub/id", *words, "--precision", "int8") == says
+
+    @pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="needs a CPU with VNNI")
+    def test_a_regression_has_no_labels_to_keep(self, tmp_path: Path, refusal: Run) -> None:
+        model = tmp_path / "model"
+        make_model(num_labels=1, problem_type="regression", learns_to_exit=True).save_pretrained(model)
+        make_tokenizer().save_pretrained(model)
+        (tmp_path / "data.csv").write_text("text,label\ngood,1.5\n")
+        words = ("--data", tmp_path / "data.csv", "--precision", "int8", "--store-agreement")
+        assert "is a regression, which has no labels to keep" in refusal("--model", model, *words)

@@ -19,6 +19,15 @@ def test_auto_on_a_cpu_is_what_it_multiplies() -> None:
     assert resolve_precision("auto", has_gpu=False) == ("bfloat16" if native else "float32")
 
 
+def test_auto_is_int8_for_a_model_that_was_found_to_keep_its_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
+    assert resolve_precision("auto", has_gpu=False, int8_agreement=0.995) == "int8"
+    assert resolve_precision("auto", has_gpu=False, int8_agreement=0.9949) != "int8"
+    assert resolve_precision("auto", has_gpu=True, int8_agreement=1.0) == "bfloat16"
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    assert resolve_precision("auto", has_gpu=False, int8_agreement=1.0) != "int8"
+
+
 @pytest.mark.parametrize("asked", list(DTYPES))
 def test_a_precision_is_taken_at_its_word(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
