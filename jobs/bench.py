@@ -236,7 +236,9 @@ def _settings(job: BenchJob, checkpoint: Checkpoint) -> BenchSettings:
     threads = job.threads or machine.available_cores()
     return BenchSettings(
         device="cuda" if on_gpu else "cpu",
-        precision=resolve_precision(job.precision, has_gpu=on_gpu),
+        precision=resolve_precision(
+            job.precision, has_gpu=on_gpu, int8_agreement=checkpoint.model.config.int8_agreement
+        ),
         threads=threads,
         replicas=job.replicas or (1 if on_gpu else threads),
         repetitions=job.repetitions,
