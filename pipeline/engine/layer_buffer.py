@@ -12,6 +12,9 @@ import numpy as np
 from pipeline.engine.batch import SampleBatch
 
 
+_FULL_SHARE = 15 / 16
+
+
 class LayerBuffer:
     """Samples waiting before one layer.
 
@@ -32,8 +35,11 @@ class LayerBuffer:
 
     @property
     def is_full(self) -> bool:
-        """Whether a whole micro-batch waits."""
-        return self.tokens >= self._micro_batch_tokens
+        """Whether a micro-batch waits that is worth running: whole, but for what a last sample may leave free.
+
+        Waiting for the rest would cut every micro-batch anew that nobody has left, and copy its states at each layer.
+        """
+        return self.tokens >= _FULL_SHARE * self._micro_batch_tokens
 
     def put(self, batch: SampleBatch) -> None:
         """Append samples."""
