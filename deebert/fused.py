@@ -291,6 +291,11 @@ def beside_int8() -> torch.dtype:
     return torch.bfloat16 if _onednn_multiplies(torch.device("cpu"), torch.bfloat16) else torch.float32
 
 
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What tokens' states are in where the layers' products are in `dtype`."""
+    return torch.float32 if dtype == torch.int8 else dtype
+
+
 def _prepacked(linear: Linear) -> Linear:
     """On CPUs oneDNN reorders a weight for each product unless it is done once, here."""
     weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight, _TYPICAL_TOKENS)

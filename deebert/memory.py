@@ -9,7 +9,8 @@ import ctypes
 
 # Parameters of glibc's `mallopt`, from malloc.h.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-_LARGEST_KEPT_BYTES = 32 << 20
+LARGEST_KEPT_BYTES = 32 << 20
+"""The most that glibc allows: a tensor as large, or larger, still comes as new pages each time."""
 _MOST_KEPT_BYTES = 512 << 20
 
 
@@ -28,7 +29,7 @@ def keep_freed_memory() -> bool:
         return False
     # Every call: both must be set, and each says 1 where it was understood.
     understood = (
-        mallopt(_MMAP_THRESHOLD, _LARGEST_KEPT_BYTES),
+        mallopt(_MMAP_THRESHOLD, LARGEST_KEPT_BYTES),
         mallopt(_TRIM_THRESHOLD, _MOST_KEPT_BYTES),
     )
     return understood == (1, 1)

@@ -80,8 +80,8 @@ class BenchJob:
         metavar="M,M",
     )
     micro_batch_tokens: tuple[int, ...] = flag(
-        "most tokens in a micro-batch; several are compared",
-        default=(2048,),
+        "most tokens in a micro-batch; several are compared; left out, what classify chooses",
+        default=(),
         parse=_whole_numbers,
         metavar="N,N",
     )
@@ -227,23 +227,31 @@ def _workload(job: BenchJob) -> Workload:
 def _settings(job: BenchJob, checkpoint: Checkpoint) -> BenchSettings:
     import torch
 
-    from deebert.precision import resolve_precision
+    from deebert.precision import DTYPES, resolve_precision
     from jobs.benchmarks import machine
     from jobs.benchmarks.settings import BenchSettings
+    from pipeline.engine.budget import micro_batch_tokens
     from pipeline.planning import resolve_policy
 
     on_gpu = job.device == "cuda" or (job.device == "auto" and torch.cuda.is_available())
     threads = job.threads or machine.available_cores()
+    config = checkpoint.model.config
+    precision = resolve_precision(job.precision, has_gpu=on_gpu, int8_agreement=config.int8_agreement)
+    suitable = micro_batch_tokens(
+        torch.device("cuda" if on_gpu else "cpu"),
+        DTYPES[precision],
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        segments=config.num_hidden_layers,
+    )
     return BenchSettings(
         device="cuda" if on_gpu else "cpu",
-        precision=resolve_precision(
-            job.precision, has_gpu=on_gpu, int8_agreement=checkpoint.model.config.int8_agreement
-        ),
+        precision=precision,
         threads=threads,
         replicas=job.replicas or (1 if on_gpu else threads),
         repetitions=job.repetitions,
         batch_size=job.batch_size,
-        micro_batch_tokens=job.micro_batch_tokens,
+        micro_batch_tokens=job.micro_batch_tokens or (suitable,),
         mean_exit_layers=job.mean_exit_layers,
         policy=resolve_policy(job.entropy_threshold, None, checkpoint),
         rivals=job.rivals,

@@ -19,7 +19,7 @@ from deebert.cost import mean_exit_layer
 from deebert.encoder import PackedEncoder
 from deebert.exit_policy import ExitPolicy
 from deebert.packing import IntArray, PackedTokens
-from pipeline.engine import Engine, EngineConfig
+from pipeline.engine import Engine
 
 WARM_UP_SAMPLES = 16
 
@@ -69,7 +69,6 @@ def measure(
     engine: PackedTokens,
     *,
     rounds: int,
-    micro_batch_tokens: int = 2048,
 ) -> tuple[Timing, ...]:
     """Run every contender `rounds` times, in turn, after a short warm-up.
 
@@ -78,12 +77,10 @@ def measure(
         alone: samples to run one by one, on the host.
         engine: samples for the engine: many micro-batches of them, or it has nobody to regroup.
         rounds: at least 1.
-        micro_batch_tokens: of the engine; raised to the longest sample.
     """
-    budget = max(micro_batch_tokens, engine.max_seqlen)
     for c in contenders:
         _alone((c,), alone.slice(0, min(WARM_UP_SAMPLES, len(alone))))
-        _through_engine(c, engine.slice(0, min(WARM_UP_SAMPLES, len(engine))), budget)
+        _through_engine(c, engine.slice(0, min(WARM_UP_SAMPLES, len(engine))))
     one_by_one: dict[str, list[_Run]] = {c.name: [] for c in contenders}
     together: dict[str, list[_Run]] = {c.name: [] for c in contenders}
     for number in range(rounds):
@@ -91,7 +88,7 @@ def measure(
         for name, run in _alone(order, alone).items():
             one_by_one[name].append(run)
         for c in order:
-            together[c.name].append(_through_engine(c, engine, budget))
+            together[c.name].append(_through_engine(c, engine))
     return tuple(
         Timing(
             name=c.name,
@@ -149,8 +146,8 @@ def _exit_layer(encoder: PackedEncoder, policy: ExitPolicy, sample: PackedTokens
     return last
 
 
-def _through_engine(contender: Contender, tokens: PackedTokens, micro_batch_tokens: int) -> _Run:
-    engine = Engine(contender.encoder, contender.policy, EngineConfig(micro_batch_tokens=micro_batch_tokens))
+def _through_engine(contender: Contender, tokens: PackedTokens) -> _Run:
+    engine = Engine(contender.encoder, contender.policy)
     layers = np.zeros(len(tokens), np.int64)
     started = time.perf_counter()
     engine.submit(np.arange(len(tokens)), tokens)

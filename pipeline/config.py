@@ -20,7 +20,9 @@ PRECISION_HELP = (
     "found to keep 99.5 % (`deebert evaluate --store-agreement`), else bfloat16 where the hardware multiplies it "
     "natively, else float32"
 )
-MICRO_BATCH_HELP = "most tokens in a micro-batch; left out, 2048 on CPUs, on GPUs by model and free memory"
+MICRO_BATCH_HELP = (
+    "most tokens in a micro-batch; left out, as many as suit the model, the device and its memory"
+)
 WINDOW_STRIDE_HELP = (
     "do not cut longer texts but classify them in windows of --max-length, of which neighbours share so many "
     "tokens (0: none), and average the windows' probabilities"

@@ -1,17 +1,17 @@
 """How many tokens a micro-batch takes when nobody says.
 
-Enough that the device computes longer than the host takes to queue it, few enough that what waits between
-the layers fits into memory. Knows nothing of samples.
+Enough that what a step costs beside its products hardly counts, few enough that the device's memory serves
+them well. Knows nothing of samples.
 """
 
 from __future__ import annotations
 
 import torch
 
-from deebert.encoder import PackedEncoder
+from deebert.fused import state_dtype
+from deebert.memory import LARGEST_KEPT_BYTES
 
-ON_CPU = 2048
-"""1,024 to 4,096 are level: a core is busy with far less."""
+_MOST_ON_CPU, _LEAST = 4096, 512
 _LEAST_ON_GPU = 2048
 # FLOPs of a layer that take a GPU of 600 TFLOP/s 0.4 ms, where queueing it takes the host 0.1 to 0.2.
 _LAYER_FLOPS = 2.4e11
@@ -21,32 +21,51 @@ _MEMORY_SHARE = 0.4
 _STATES_OF_A_LAYER = 6
 
 
-def micro_batch_tokens(encoder: PackedEncoder, *, segments: int, under_way: int) -> int:
-    """Most tokens in a micro-batch on the encoder's device, at least its longest input.
+def micro_batch_tokens(
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    hidden_size: int,
+    intermediate_size: int,
+    segments: int,
+    under_way: int = 1,
+) -> int:
+    """Most tokens in a micro-batch on `device`: a power of two.
 
     Args:
-        encoder: on the device that it will run on.
+        device: as it is now, with the model's weights on it.
+        dtype: of the layers' products.
+        hidden_size: width of a token's state.
+        intermediate_size: of the feed-forward block.
         segments: between which samples wait.
         under_way: micro-batches started before the oldest is waited for.
     """
-    budget = ON_CPU
-    if encoder.device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(encoder.device)
-        waiting = segments * (1 + under_way) + 2 * under_way
-        budget = on_gpu(
-            hidden_size=encoder.hidden_size,
-            intermediate_size=encoder.intermediate_size,
-            states=waiting + _STATES_OF_A_LAYER,
-            value_bytes=encoder.dtype.itemsize,
-            free_bytes=free,
-        )
-    return max(budget, encoder.longest_input)
+    value_bytes = state_dtype(dtype).itemsize
+    if device.type != "cuda":
+        return on_cpu(intermediate_size=intermediate_size, value_bytes=value_bytes)
+    free, _ = torch.cuda.mem_get_info(device)
+    return on_gpu(
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        states=segments * (1 + under_way) + 2 * under_way + _STATES_OF_A_LAYER,
+        value_bytes=value_bytes,
+        free_bytes=free,
+    )
+
+
+def on_cpu(*, intermediate_size: int, value_bytes: int) -> int:
+    """As many as the C library still keeps the feed-forward block's activations for, its largest tensor.
+
+    Arguments as of `on_gpu`.
+    """
+    kept = (LARGEST_KEPT_BYTES - 1) // (intermediate_size * value_bytes)
+    return max(_LEAST, min(_MOST_ON_CPU, _power_of_two(kept)))
 
 
 def on_gpu(
     *, hidden_size: int, intermediate_size: int, states: int, value_bytes: int, free_bytes: int
 ) -> int:
-    """A power of two.
+    """As many as keep the device busy for longer than it takes to queue them, or as fit.
 
     Args:
         hidden_size: width of a token's state.
@@ -58,4 +77,8 @@ def on_gpu(
     token_bytes = value_bytes * (states * hidden_size + 2 * intermediate_size)
     layer_flops = 2 * (4 * hidden_size * hidden_size + 2 * hidden_size * intermediate_size)
     budget = min(_MEMORY_SHARE * free_bytes / token_bytes, _LAYER_FLOPS / layer_flops)
-    return max(_LEAST_ON_GPU, 1 << (int(budget).bit_length() - 1))
+    return max(_LEAST_ON_GPU, _power_of_two(int(budget)))
+
+
+def _power_of_two(most: int) -> int:
+    return 1 << max(0, most.bit_length() - 1)

@@ -55,9 +55,7 @@ class Engine:
         config = config or EngineConfig()
         self._runner = Runner(encoder, policy)
         self._most_under_way = config.under_way or (2 if encoder.device.type == "cuda" else 1)
-        self.micro_batch_tokens = config.micro_batch_tokens or micro_batch_tokens(
-            encoder, segments=len(self._runner.segments), under_way=self._most_under_way
-        )
+        self.micro_batch_tokens = config.micro_batch_tokens or self._suitable_tokens(encoder)
         """Most tokens in one micro-batch, as configured or chosen."""
         self._buffers = {first: LayerBuffer(self.micro_batch_tokens) for first in self._runner.segments}
         self._admission = self._buffers[self._runner.admission]
@@ -138,6 +136,17 @@ class Engine:
         """Step until every sample has left."""
         while (exits := self.step(drain=True)) is not None:
             yield exits
+
+    def _suitable_tokens(self, encoder: PackedEncoder) -> int:
+        suitable = micro_batch_tokens(
+            encoder.device,
+            encoder.dtype,
+            hidden_size=encoder.hidden_size,
+            intermediate_size=encoder.intermediate_size,
+            segments=len(self._runner.segments),
+            under_way=self._most_under_way,
+        )
+        return max(suitable, encoder.longest_input)
 
     def _start(self, *, drain: bool) -> None:
         while len(self._under_way) < self._most_under_way:

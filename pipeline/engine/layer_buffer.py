@@ -11,7 +11,6 @@ import numpy as np
 
 from pipeline.engine.batch import SampleBatch
 
-
 _FULL_SHARE = 15 / 16
 
 

@@ -7,9 +7,10 @@ import pytest
 
 from deebert.encoder import PackedEncoder
 from deebert.exit_policy import EntropyThreshold
+from deebert.memory import LARGEST_KEPT_BYTES
 from deebert.packing import PackedTokens
 from pipeline.engine import Engine
-from pipeline.engine.budget import ON_CPU, on_gpu
+from pipeline.engine.budget import on_cpu, on_gpu
 from tests.conftest import LONGEST, make_model
 
 GIB = 1 << 30
@@ -39,6 +40,17 @@ def test_two_lanes_fit_into_the_free_memory(free_gib: float) -> None:
     assert chosen(768, free_gib, value_bytes=4) == chosen(768, free_gib) // 2
 
 
+@pytest.mark.parametrize(
+    ("intermediate_size", "value_bytes", "tokens"),
+    [(1536, 2, 4096), (1536, 4, 4096), (3072, 2, 4096), (3072, 4, 2048), (4096, 2, 2048), (65536, 4, 512)],
+)
+def test_on_a_cpu_the_largest_activations_stay_below_what_is_kept(
+    intermediate_size: int, value_bytes: int, tokens: int
+) -> None:
+    assert on_cpu(intermediate_size=intermediate_size, value_bytes=value_bytes) == tokens
+    assert tokens * intermediate_size * value_bytes < LARGEST_KEPT_BYTES or tokens == 512
+
+
 def test_hardly_any_memory_still_runs() -> None:
     assert chosen(1024, 0.001) == 2048
 
@@ -48,6 +60,6 @@ def test_on_a_cpu_an_engine_chooses_by_itself_and_takes_any_input(family: str, p
     encoder = PackedEncoder.of(make_model(family))
     assert encoder.longest_input == positions
     engine = Engine(encoder, EntropyThreshold(0.3))
-    assert engine.micro_batch_tokens == ON_CPU
+    assert engine.micro_batch_tokens == 4096
     engine.submit(np.arange(1), PackedTokens.pack([[7] * positions]))
     assert sum(map(len, engine.drain())) == 1

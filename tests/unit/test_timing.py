@@ -26,7 +26,7 @@ def test_both_ways_leave_where_the_trace_says(
 
     assert len(set(expected)) > 1 or threshold is None
     assert _alone((contender,), TOKENS)["x"].exit_layers.tolist() == expected
-    assert _through_engine(contender, TOKENS, 32).exit_layers.tolist() == expected
+    assert _through_engine(contender, TOKENS).exit_layers.tolist() == expected
 
 
 def test_every_contender_is_timed_on_the_same_samples(tiny_model: ModelFactory) -> None:
