@@ -21,6 +21,14 @@ _MEMORY_SHARE = 0.4
 _STATES_OF_A_LAYER = 6
 
 
+def under_way(device: torch.device) -> int:
+    """How many micro-batches to start before the oldest is waited for.
+
+    A GPU works on one while the host learns who leaves the other; on a CPU nothing would overlap.
+    """
+    return 2 if device.type == "cuda" else 1
+
+
 def micro_batch_tokens(
     device: torch.device,
     dtype: torch.dtype,
@@ -28,7 +36,6 @@ def micro_batch_tokens(
     hidden_size: int,
     intermediate_size: int,
     segments: int,
-    under_way: int = 1,
 ) -> int:
     """Most tokens in a micro-batch on `device`: a power of two.
 
@@ -38,16 +45,16 @@ def micro_batch_tokens(
         hidden_size: width of a token's state.
         intermediate_size: of the feed-forward block.
         segments: between which samples wait.
-        under_way: micro-batches started before the oldest is waited for.
     """
     value_bytes = state_dtype(dtype).itemsize
     if device.type != "cuda":
         return on_cpu(intermediate_size=intermediate_size, value_bytes=value_bytes)
     free, _ = torch.cuda.mem_get_info(device)
+    at_once = under_way(device)
     return on_gpu(
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
-        states=segments * (1 + under_way) + 2 * under_way + _STATES_OF_A_LAYER,
+        states=segments * (1 + at_once) + 2 * at_once + _STATES_OF_A_LAYER,
         value_bytes=value_bytes,
         free_bytes=free,
     )

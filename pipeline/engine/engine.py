@@ -21,7 +21,7 @@ from deebert.encoder import PackedEncoder
 from deebert.exit_policy import ExitPolicy
 from deebert.packing import PackedTokens
 from pipeline.engine.batch import SampleBatch
-from pipeline.engine.budget import micro_batch_tokens
+from pipeline.engine.budget import micro_batch_tokens, under_way
 from pipeline.engine.layer_buffer import LayerBuffer
 from pipeline.engine.runner import Exits, Runner, Step
 from pipeline.engine.scheduler import next_layer
@@ -39,8 +39,7 @@ class EngineConfig:
     """Most tokens in one micro-batch; no sample may be longer. None: as many as suit the device and its free memory.
     Halved when the device runs out of memory."""
     under_way: int | None = None
-    """Micro-batches started before the oldest is waited for. None: 2 on a GPU, which works on one while the host learns
-    who leaves the other; 1 on a CPU, where nothing would overlap."""
+    """Micro-batches started before the oldest is waited for. None: 2 on a GPU, 1 on a CPU."""
 
 
 class Engine:
@@ -54,7 +53,7 @@ class Engine:
     ) -> None:
         config = config or EngineConfig()
         self._runner = Runner(encoder, policy)
-        self._most_under_way = config.under_way or (2 if encoder.device.type == "cuda" else 1)
+        self._most_under_way = config.under_way or under_way(encoder.device)
         self.micro_batch_tokens = config.micro_batch_tokens or self._suitable_tokens(encoder)
         """Most tokens in one micro-batch, as configured or chosen."""
         self._buffers = {first: LayerBuffer(self.micro_batch_tokens) for first in self._runner.segments}
@@ -144,7 +143,6 @@ class Engine:
             hidden_size=encoder.hidden_size,
             intermediate_size=encoder.intermediate_size,
             segments=len(self._runner.segments),
-            under_way=self._most_under_way,
         )
         return max(suitable, encoder.longest_input)
 

@@ -16,28 +16,32 @@ class Span:
     """Times what is asked of a device between entering and leaving it."""
 
     def __init__(self, device: torch.device) -> None:
-        on_gpu = device.type == "cuda"
-        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if on_gpu else []
-        self._times: list[float] = []
+        self._on_gpu = device.type == "cuda"
+        self._first: float | torch.cuda.Event = 0.0
+        self._last: float | torch.cuda.Event = 0.0
 
     def __enter__(self) -> Self:
-        self._mark()
+        self._first = self._now()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._mark()
+        self._last = self._now()
 
     def seconds(self) -> float:
         """From first to last; waits until the device has come to the end of it."""
-        if not self._events:
-            return self._times[1] - self._times[0]
-        first, last = self._events
+        first, last = self._first, self._last
+        if isinstance(first, float):
+            assert isinstance(last, float)
+            return last - first
+        assert not isinstance(last, float)
         last.synchronize()
         return float(first.elapsed_time(last)) / 1000
 
-    def _mark(self) -> None:
-        if self._events:
-            self._events[len(self._times)].record()
-        self._times.append(time.perf_counter())
+    def _now(self) -> float | torch.cuda.Event:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -47,15 +48,49 @@ def test_half_precision_agrees_with_float32(dtype: torch.dtype, pooling: str) ->
     assert (exact == half).float().mean() > 0.97
 
 
+@pytest.mark.parametrize("under_way", [1, 2, None])
 @pytest.mark.parametrize("layers", [None, [0, 2, 4]])
-def test_the_engine_conserves_and_regroups_on_the_device(layers: list[int] | None) -> None:
+def test_the_engine_conserves_and_regroups_on_the_device(
+    layers: list[int] | None, under_way: int | None
+) -> None:
     model, tokens = make_model("bert", "mean", off_ramp_layers=layers), samples(1000)
     encoder = PackedEncoder.of(model, device="cuda", dtype=torch.bfloat16)
-    engine = Engine(encoder, EntropyThreshold(0.7), EngineConfig(micro_batch_tokens=1024))
+    config = EngineConfig(micro_batch_tokens=1024, under_way=under_way)
+    engine = Engine(encoder, EntropyThreshold(0.7), config)
+    started = time.perf_counter()
     engine.submit(np.arange(1000), tokens)
     left = [(int(i), exits.exit_layer) for exits in engine.drain() for i in exits.sample_ids]
     assert sorted(i for i, _ in left) == list(range(1000))
     assert len({layer for _, layer in left}) > 2
+    # By the device's clock, on which steps that overlap on the host come one after the other.
+    assert 0.0 < engine.stats.total_seconds < time.perf_counter() - started
+
+
+def test_two_micro_batches_under_way_change_no_answer() -> None:
+    tokens = samples(1000)
+    encoder = PackedEncoder.of(make_model("bert", "mean"), device="cuda")
+    found = []
+    for under_way in (1, 2):
+        config = EngineConfig(micro_batch_tokens=1024, under_way=under_way)
+        engine = Engine(encoder, EntropyThreshold(0.7), config)
+        engine.submit(np.arange(1000), tokens)
+        logits = np.empty((1000, encoder.num_labels), np.float32)
+        layers = np.empty(1000, np.int64)
+        for exits in engine.drain():
+            logits[exits.sample_ids], layers[exits.sample_ids] = exits.logits, exits.exit_layer
+        found.append((logits, layers))
+    (one, layers_of_one), (two, layers_of_two) = found
+    same = layers_of_one == layers_of_two
+    assert same.mean() > 0.99  # the others' entropies lie at the threshold
+    np.testing.assert_allclose(two[same], one[same], atol=1e-3)
+
+
+def test_a_budget_by_itself_fits_the_device() -> None:
+    encoder = PackedEncoder.of(make_model("bert", "mean"), device="cuda", dtype=torch.bfloat16)
+    engine = Engine(encoder, FULL_DEPTH)
+    assert engine.micro_batch_tokens >= 2048
+    engine.submit(np.arange(200), samples(200))
+    assert sum(map(len, engine.drain())) == 200
 
 
 @pytest.fixture

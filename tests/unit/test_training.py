@@ -244,6 +244,13 @@ class TestStage2:
         assert all(a > b for a, b in zip(after[:-1], before[:-1], strict=True))
         assert max(after[:-1]) > 0.8
 
+    def test_forgets_what_was_measured_of_other_weights(
+        self, recipe: Recipe, tiny_model: ModelFactory, run: Run
+    ) -> None:
+        model = tiny_model(int8_agreement=0.999)
+        run(model, recipe)
+        assert model.config.int8_agreement is None
+
     def test_is_deterministic(self, recipe: Recipe, tiny_model: ModelFactory, run: Run) -> None:
         first, second = tiny_model(), tiny_model()
 
