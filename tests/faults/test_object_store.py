@@ -134,14 +134,14 @@ def test_a_killed_run_on_a_store_resumes(store: Store, saved_model: Path) -> Non
 
 
 def test_parts_are_listed_not_visited(store: Store, saved_model: Path) -> None:
-    put_corpus(store, files=2, rows=300)
+    put_corpus(store, files=2, rows=150)
     finish(saved_model, shard_rows=2, replicas=1)
-    assert len(store.files.glob("bucket/out/part-*.parquet")) == 300
+    assert len(store.files.glob("bucket/out/part-*.parquet")) == 150
 
     before = len(store.requests())
     said = finish(saved_model, shard_rows=2, replicas=1)
 
     made = store.requests()[before:]
-    assert "nothing to do: all 300 shards of 2 files are committed" in said
+    assert "nothing to do: all 150 shards of 2 files are committed" in said
     assert not [path for _, path in made if "/part-" in path]
     assert len(made) < 60
