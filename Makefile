@@ -24,10 +24,9 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# Three at a time, for two cores, a file's tests together: many of them wait for processes to start. Fault tests, the
-# longest, come first, in the order of the folders.
+# Three at a time, for two cores, a file's tests together: many of them wait for processes to start.
 test: setup
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations 15
+	$(BIN)/python -m pytest -n 3 --dist loadfile --durations 15
 
 # 45 seeds of 5 random kills, of which about 200 find something to kill (an hour); FAULTS.jsonl gets a line per seed.
 test-faults: setup

@@ -1,6 +1,6 @@
 """Kills drawn at random, at every point of a run: nothing lost, nothing doubled, nothing corrupt, nothing hung.
 
-`make test-faults` runs 45 seeds, about 200 kills; every test run takes a sample of them.
+`make test-faults` runs 45 seeds, about 200 kills; every test run takes the first.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tests.faults.harness import (
     write_corpus,
 )
 
-SEEDS = range(int(os.environ.get("DEEBERT_FAULT_SEEDS", "2")))
+SEEDS = range(int(os.environ.get("DEEBERT_FAULT_SEEDS", "1")))
 KILLS_PER_SEED = 5
 FILES, ROWS_PER_FILE, NULL_EVERY = 3, 8_000, 997
 
