@@ -12,6 +12,7 @@ import signal
 import socket
 import tempfile
 import threading
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from typing import Any, Self
 
 import ray
 from ray._private import ray_constants
+from ray._private.node import Node
 
 from pipeline.config import Replicas
 from pipeline.errors import UsageError
@@ -33,6 +35,7 @@ _TEMP_PREFIX = "deebert-ray-"
 _CLUSTER_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 _LOGS_PREFIX = "deebert-logs-"
 _KNOCK_SECONDS = 10.0
+_STARTS, _GAVE_UP = 4, "timed out during startup"
 # A replica's process before its model: Python, Ray and torch, and room for micro-batches.
 _PROCESS_BYTES = 1 << 30
 _MEMORY_SHARE = 0.5
@@ -131,7 +134,7 @@ class RaySession:
         # A local Ray is nobody else's: loopback only, no dashboard, and no token left in the home folder.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         with _loopback_only():
-            _init(address="local", include_dashboard=False, _temp_dir=self._temp_dir)
+            _init_patiently(address="local", include_dashboard=False, _temp_dir=self._temp_dir)
         self._mine = True
 
     def uses_gpus(self, device: str) -> bool:
@@ -182,6 +185,36 @@ def _init(**options: Any) -> None:
     ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)
+
+
+def _init_patiently(**options: Any) -> None:
+    """`_init`, again where Ray gave itself up: half a minute is all it waits for its own processes to start.
+
+    Raises:
+        UsageError: they never started in time.
+    """
+    for start in range(1, _STARTS + 1):
+        try:
+            _init(**options)
+            return
+        except Exception as error:  # Ray has no type for it
+            if _GAVE_UP not in str(error):
+                raise
+            _end_half_started(error)
+            if start == _STARTS:
+                raise UsageError(
+                    f"Ray did not start on this machine in {_STARTS} times half a minute: start again when less "
+                    "else runs here, or give --ray-address"
+                ) from error
+            log.warning("Ray did not start within half a minute on this busy machine: trying again")
+
+
+def _end_half_started(error: Exception) -> None:
+    """End what a start that failed has left running; Ray itself would leave it until this process ends."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        node = frame.f_locals.get("self")
+        if isinstance(node, Node):
+            node.kill_all_processes(check_alive=False, allow_graceful=False)
 
 
 @contextmanager

@@ -67,13 +67,30 @@ class Corpus:
         return record
 
 
+def submit(client: JobSubmissionClient, command: list[str]) -> str:
+    """Submit as soon as the cluster takes jobs: its agent starts after the address answers."""
+    submitted: list[str] = []
+
+    def is_taken() -> bool:
+        try:
+            job = client.submit_job(
+                entrypoint=shlex.join(command), runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}}
+            )
+        except RuntimeError as error:
+            if "No available agent" not in str(error):
+                raise
+            return False
+        submitted.append(job)
+        return True
+
+    wait_for(is_taken, JOB_SECONDS, "the cluster takes no jobs")
+    return submitted[0]
+
+
 def run_job(address: str, corpus: Corpus) -> tuple[str, str]:
     """Submit and wait: the final status and the log."""
     client = JobSubmissionClient(address)
-    job = client.submit_job(
-        entrypoint=shlex.join([sys.executable, "-m", "jobs.classify", "--config", str(corpus.config)]),
-        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
-    )
+    job = submit(client, [sys.executable, "-m", "jobs.classify", "--config", str(corpus.config)])
     wait_for(lambda: client.get_job_status(job).is_terminal(), JOB_SECONDS, "the job does not end")
     return client.get_job_status(job), client.get_job_logs(job)
 
