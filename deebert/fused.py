@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deebert.precision import cpu_multiplies_bfloat16
+
 if TYPE_CHECKING:
     from deebert.config import OffRampPooling
     from deebert.problem import Problem
@@ -288,7 +290,8 @@ def _float(product: Product) -> Linear:
 
 def beside_int8() -> torch.dtype:
     """What attention and off-ramps compute in where the layers' products are int8: bfloat16 on CPUs that have it."""
-    return torch.bfloat16 if _onednn_multiplies(torch.device("cpu"), torch.bfloat16) else torch.float32
+    has_it = cpu_multiplies_bfloat16() and _onednn_multiplies(torch.device("cpu"), torch.bfloat16)
+    return torch.bfloat16 if has_it else torch.float32
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:

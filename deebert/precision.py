@@ -5,6 +5,7 @@ Knows nothing of models: only what the hardware multiplies fast.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Literal
@@ -12,6 +13,8 @@ from typing import Literal
 import torch
 
 from deebert.errors import PrecisionError
+
+log = logging.getLogger(__name__)
 
 Precision = Literal["float32", "bfloat16", "float16", "int8"]
 DTYPES: Mapping[Precision, torch.dtype] = MappingProxyType(
@@ -60,7 +63,9 @@ def resolve_precision(
         keeps_labels = int8_agreement is not None and int8_agreement >= LEAST_INT8_AGREEMENT
         if keeps_labels and not on_gpu and _cpu_multiplies_int8():
             return "int8"
-        return "bfloat16" if on_gpu or _cpu_multiplies_bfloat16() else "float32"
+        return "bfloat16" if on_gpu or cpu_multiplies_bfloat16() else "float32"
+    if asked == "bfloat16" and not on_gpu and not cpu_multiplies_bfloat16():
+        log.warning("this CPU emulates bfloat16, which takes longer than float32: give auto")
     for precision in DTYPES:
         if asked == precision:
             return precision
@@ -71,5 +76,6 @@ def _cpu_multiplies_int8() -> bool:
     return bool(torch.cpu._is_vnni_supported())
 
 
-def _cpu_multiplies_bfloat16() -> bool:
+def cpu_multiplies_bfloat16() -> bool:
+    """Natively: oneDNN takes bfloat16 on any CPU with AVX-512, but elsewhere it is slower than float32."""
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from deebert.errors import PrecisionError
+from deebert.fused import beside_int8
 from deebert.precision import DTYPES, resolve_precision
 from pipeline.config import PRECISIONS
 
@@ -40,6 +41,31 @@ def test_int8_is_for_cpus_that_sum_whole_numbers_exactly(monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
     with pytest.raises(PrecisionError, match=r"^int8 needs a CPU with VNNI, which this one has not: give "):
         resolve_precision("int8", has_gpu=False)
+
+
+def without_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU like Intel's before Cooper Lake and AMD's before Zen 4."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+
+
+def test_emulated_bfloat16_is_named(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    without_bfloat16(monkeypatch)
+
+    assert resolve_precision("bfloat16", has_gpu=True) == "bfloat16"
+    assert resolve_precision("auto", has_gpu=False) == "float32"
+    assert not caplog.records
+
+    assert resolve_precision("bfloat16", has_gpu=False) == "bfloat16"
+    assert caplog.messages == ["this CPU emulates bfloat16, which takes longer than float32: give auto"]
+
+
+def test_beside_int8_nothing_is_emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_bfloat16(monkeypatch)
+
+    assert beside_int8() == torch.float32
 
 
 def test_the_flag_offers_what_there_is() -> None:
