@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
@@ -15,10 +14,12 @@ _POLL_SECONDS = 0.2
 
 
 class PeakMemory:
-    """The most resident memory that this process, and the largest replica below it, had in the block."""
+    """The most resident memory that a driver, and the largest replica below it, had in the block."""
 
-    def __init__(self) -> None:
-        self.own = 0
+    def __init__(self, driver: int) -> None:
+        """Watch the process `driver`, which may end meanwhile."""
+        self._pid = driver
+        self.driver = 0
         """Bytes."""
         self.largest_replica = 0
         """Bytes."""
@@ -36,10 +37,10 @@ class PeakMemory:
         self._thread.join()
 
     def _watch(self) -> None:
-        me = os.getpid()
         while not self._ended.wait(_POLL_SECONDS):
-            self.own = max(self.own, psutil.Process(me).memory_info().rss)
-            self.largest_replica = max(self.largest_replica, *replica_bytes(me), 0)
+            with suppress(psutil.Error):
+                self.driver = max(self.driver, psutil.Process(self._pid).memory_info().rss)
+            self.largest_replica = max(self.largest_replica, *replica_bytes(self._pid), 0)
 
 
 def replica_bytes(driver: int) -> Iterator[int]:

@@ -44,26 +44,27 @@ class ClassifyJob:
 
     def __call__(self) -> int:
         """Run the job; returns the rows written."""
+        return classify(self.config()).record.totals.rows
+
+    def config(self) -> ClassifyConfig:
+        """Of a run into the next fresh output."""
         output = self.corpus.with_name(f"{self.corpus.stem}-{id(self)}-{next(self._count)}")
         policy = FULL_DEPTH if self.full_depth else self.settings.policy
         # Below 0 never fires, whatever operating point the model was saved with.
         thresholds = -1.0 if policy.thresholds is None else policy.thresholds
-        done = classify(
-            ClassifyConfig(
-                model=self.model,
-                input=(str(self.corpus),),
-                output=str(output),
-                entropy_threshold=None if policy.reads_certainty else thresholds,
-                certainty_threshold=thresholds if policy.reads_certainty else None,
-                replicas=self.replicas,
-                device=self.settings.device,
-                micro_batch_tokens=max(self.settings.micro_batch_tokens[0], self.max_length),
-                max_length=self.max_length,
-                precision=self.settings.precision,
-                shard_rows=self.shard_rows,
-            )
+        return ClassifyConfig(
+            model=self.model,
+            input=(str(self.corpus),),
+            output=str(output),
+            entropy_threshold=None if policy.reads_certainty else thresholds,
+            certainty_threshold=thresholds if policy.reads_certainty else None,
+            replicas=self.replicas,
+            device=self.settings.device,
+            micro_batch_tokens=max(self.settings.micro_batch_tokens[0], self.max_length),
+            max_length=self.max_length,
+            precision=self.settings.precision,
+            shard_rows=self.shard_rows,
         )
-        return done.record.totals.rows
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

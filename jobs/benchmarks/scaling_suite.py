@@ -6,6 +6,9 @@ with rows, where it should not.
 
 from __future__ import annotations
 
+import pickle
+import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from itertools import cycle, islice
@@ -20,10 +23,11 @@ from jobs.benchmarks.settings import BenchSettings
 from jobs.benchmarks.timing import take_turns
 from jobs.benchmarks.workload import Workload
 from pipeline.cluster import RaySession
-from pipeline.config import Replicas
+from pipeline.config import ClassifyConfig, Replicas
 
 _REPLICAS = (1, 2, 4)
 _SHARDS_PER_REPLICA = 8
+_DRIVER = "import pickle, sys; from pipeline.run import classify; classify(pickle.load(sys.stdin.buffer))"
 
 
 def run(workload: Workload, settings: BenchSettings) -> dict[str, Any]:
@@ -117,17 +121,29 @@ def _memory(workload: Workload, settings: BenchSettings, folder: Path, model: st
             settings=settings,
             max_length=workload.max_length,
         )
-        with PeakMemory() as peak:
-            done = job()
-        assert done == rows
+        peak = peak_memory(job.config())
         measured.append(
             {
                 "rows": rows,
                 "largest_replica_mib": round(peak.largest_replica / 2**20),
-                "driver_mib": round(peak.own / 2**20),
+                "driver_mib": round(peak.driver / 2**20),
             }
         )
     return measured
+
+
+def peak_memory(config: ClassifyConfig) -> PeakMemory:
+    """Of a run whose driver is a fresh process: this one holds the corpus that it made, and more."""
+    with (
+        subprocess.Popen(
+            [sys.executable, "-c", _DRIVER], stdin=subprocess.PIPE, stderr=subprocess.PIPE
+        ) as driver,
+        PeakMemory(driver.pid) as peak,
+    ):
+        _, said = driver.communicate(pickle.dumps(config))
+    if driver.returncode:
+        raise RuntimeError(f"the run over {config.input[0]!r} failed: {said.decode(errors='replace')}")
+    return peak
 
 
 def _repeated(workload: Workload, rows: int, folder: Path) -> Path:

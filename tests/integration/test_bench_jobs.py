@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from jobs.bench import BenchJob, _quick, _settings, _workload
 from jobs.benchmarks import ray_jobs
-from jobs.benchmarks.memory import PeakMemory
 from jobs.benchmarks.ray_jobs import ClassifyJob, RayDataJob
+from jobs.benchmarks.scaling_suite import peak_memory
 from jobs.benchmarks.workload import Workload
 from pipeline.config import Replicas
 
@@ -32,17 +33,17 @@ def shared(work: Workload, tmp_path: Path) -> dict[str, Any]:
     }
 
 
-def test_classify_answers_every_row_and_its_memory_is_seen(
+def test_classify_answers_every_row_and_its_memory_is_seen_from_outside(
     work: Workload, shared: dict[str, Any], tmp_path: Path
 ) -> None:
     model = ray_jobs.save_one_layer(work.checkpoint, tmp_path / "model")
     job = ClassifyJob(model=model, replicas=Replicas(1, 1), shard_rows=20, **shared)
 
-    with PeakMemory() as peak:
-        assert job() == 60
+    peak = peak_memory(config := job.config())
 
+    assert pq.read_table(config.output).num_rows == 60
     assert peak.largest_replica > 100 * 2**20  # Python and torch alone
-    assert peak.own > 100 * 2**20
+    assert peak.driver > 100 * 2**20
 
 
 def test_ray_data_answers_every_row(work: Workload, shared: dict[str, Any], tmp_path: Path) -> None:
