@@ -38,6 +38,8 @@ class ClassifyJob:
     settings: BenchSettings
     max_length: int
     replicas: Replicas | None = None
+    threads: int | None = None
+    """CPU threads of one replica; None: as `classify` has it, the cores shared out among them."""
     shard_rows: int = 4096
     full_depth: bool = True
     _count: Any = field(default_factory=itertools.count)
@@ -59,6 +61,7 @@ class ClassifyJob:
             entropy_threshold=None if policy.reads_certainty else thresholds,
             certainty_threshold=thresholds if policy.reads_certainty else None,
             replicas=self.replicas,
+            threads=self.threads,
             device=self.settings.device,
             micro_batch_tokens=max(self.settings.micro_batch_tokens[0], self.max_length),
             max_length=self.max_length,

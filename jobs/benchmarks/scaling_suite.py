@@ -60,6 +60,8 @@ def _replicas(
             settings=settings,
             max_length=workload.max_length,
             replicas=Replicas(n, n),
+            # On CPUs one replica alone would have all cores.
+            threads=None if settings.device == "cuda" else settings.threads_each,
             shard_rows=shard_rows,
         )
         for n in counts
