@@ -24,9 +24,9 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# Three at a time, for two cores, a file's tests together: many of them wait for processes to start.
+# One at a time for each of two cores, a file's tests together: each start of Ray is eight processes by itself.
 test: setup
-	$(BIN)/python -m pytest -n 3 --dist loadfile --durations 15
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 15
 
 # 45 seeds of 5 random kills, of which about 200 find something to kill (an hour); FAULTS.jsonl gets a line per seed.
 test-faults: setup

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import requests
 
-START_SECONDS = 120.0
+START_SECONDS = 300.0
 STOP_SECONDS = 5.0
 POLL_SECONDS = 0.2
 

@@ -29,7 +29,7 @@ from jobs.cli import main
 
 GOOD = 10
 DONE, FAILED, MISUSE = 0, 1, 2
-DEADLINE_SECONDS = 120
+DEADLINE_SECONDS = 300
 
 
 @dataclass(frozen=True, kw_only=True)

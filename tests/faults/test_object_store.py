@@ -21,7 +21,7 @@ from tests.clusters import free_ports, wait_for
 from tests.faults.harness import DEADLINE_SECONDS, wait_until
 from tests.integration.conftest import sentences
 
-START_SECONDS = 60.0
+START_SECONDS = 180.0
 _REQUEST = re.compile(r'"(GET|HEAD|PUT|POST|DELETE) (\S+) HTTP')
 
 

@@ -63,7 +63,7 @@ def start(job: list[str], output: Path, *words: str) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str]) -> None:
-    _, errors = process.communicate(timeout=240)
+    _, errors = process.communicate(timeout=540)
     assert process.returncode == 0, errors
 
 

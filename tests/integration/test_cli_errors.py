@@ -390,7 +390,7 @@ class TestProcesses:
 def run_python(*words: object) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     return subprocess.run(
-        [sys.executable, *map(str, words)], capture_output=True, text=True, env=environment, timeout=120
+        [sys.executable, *map(str, words)], capture_output=True, text=True, env=environment, timeout=300
     )
 
 

@@ -17,7 +17,7 @@ import pytest
 
 from tests.integration.conftest import sentences, write_parquet
 
-DEADLINE_SECONDS = 120
+DEADLINE_SECONDS = 300
 SHARDS = 20
 OURS = re.compile(
     r"(\d{4}-\d\d-\d\d [\d:,]+ INFO (\d+ files, \d+ shards: .*|\d+ rows in \d+ parts, 0 bad rows: .*))"

@@ -18,7 +18,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from tests.clusters import Head, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
-JOB_SECONDS = 180.0
+JOB_SECONDS = 300.0
 
 
 @pytest.fixture(scope="module")

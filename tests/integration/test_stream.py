@@ -25,7 +25,7 @@ from pipeline.stream import StreamConfig, stream
 
 THRESHOLD = 0.6
 WORDS = ["film", "story", "plot", "end", "bad", "good", "great", "dull", "very", "not"]
-SECONDS = 120.0
+SECONDS = 300.0
 """How long a test waits for an answer before it fails; nothing sleeps."""
 
 Start = Callable[..., "Process"]

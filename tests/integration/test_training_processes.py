@@ -81,7 +81,7 @@ def run(world: int, *words: Path | str) -> None:
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=540,
     )
     assert ended.returncode == 0, ended.stderr
 
