@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from deebert.backbones import family_of
 from deebert.config import DeeBertConfig
@@ -126,6 +126,37 @@ def read_tokenizer(name_or_path: str, kind: Any, **options: Any) -> PreTrainedTo
             f"cannot read the tokenizer in {name_or_path!r} ({reason(error)}): save it again"
         ) from error
     return tokenizer
+
+
+def pretrained_tokenizer(name_or_path: str, backbone: PreTrainedConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer that a backbone or classifier came with.
+
+    Raises:
+        CheckpointError: there is none, it cannot be read, or it is of another model.
+    """
+    tokenizer = read_tokenizer(name_or_path, AutoTokenizer, trust_remote_code=False)
+    # Where there is none, transformers makes one up that knows the special tokens alone.
+    if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
+        raise CheckpointError(
+            f"{name_or_path!r} has no tokenizer: put the one that it was trained with into the folder"
+        )
+    check_vocabulary(name_or_path, tokenizer, backbone)
+    return tokenizer
+
+
+def check_vocabulary(
+    name_or_path: str, tokenizer: PreTrainedTokenizerBase, backbone: PreTrainedConfig
+) -> None:
+    """Refuse a tokenizer with tokens that the model has no embeddings for.
+
+    Raises:
+        CheckpointError: it is one.
+    """
+    if len(tokenizer) > backbone.vocab_size:
+        raise CheckpointError(
+            f"the tokenizer in {name_or_path!r} knows {len(tokenizer)} tokens, the model {backbone.vocab_size}: put "
+            "the one that the model was trained with into the folder"
+        )
 
 
 def weights_digest(model: DeeBertForSequenceClassification) -> str:

@@ -25,7 +25,7 @@ from transformers import (
     RobertaTokenizer,
 )
 
-from deebert.checkpoint import Checkpoint, longest_input, read_tokenizer
+from deebert.checkpoint import Checkpoint, check_vocabulary, longest_input, read_tokenizer
 from deebert.config import DeeBertConfig
 from deebert.errors import CheckpointError
 from deebert.exit_policy import policy_from_dict
@@ -282,10 +282,5 @@ def _tokenizer(folder: Path, kind: _Kind, model: DeeBertForSequenceClassificatio
             f"{' and '.join(kind.vocabulary)}): put the one that it was trained with into it"
         )
     tokenizer = read_tokenizer(str(folder), kind.tokenizer, model_max_length=longest_input(model.config))
-    known = model.config.backbone_config.vocab_size
-    if len(tokenizer) > known:
-        raise CheckpointError(
-            f"the tokenizer in {str(folder)!r} knows {len(tokenizer)} tokens, the model {known}: put the one that "
-            "the model was trained with into the folder"
-        )
+    check_vocabulary(str(folder), tokenizer, model.config.backbone_config)
     return tokenizer

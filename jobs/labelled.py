@@ -16,7 +16,7 @@ import numpy as np
 
 from deebert.errors import DataError
 from deebert.evaluation import LabelledSequences
-from deebert.problem import REGRESSION, SINGLE_LABEL, Problem, problem_of
+from deebert.problem import MULTI_LABEL, REGRESSION, SINGLE_LABEL, Problem, problem_of
 from jobs.glue import Columns, GlueTask, find_task, task_of_hub_id, tsv_path
 from jobs.label_ids import found_problem, label_places, labels_of
 from jobs.labelled_rows import LabelledRows, read_rows
@@ -125,7 +125,9 @@ class LabelledSource:
         task = self.glue_task
         if task is None:
             assert self.data is not None  # without --glue-dir, as checked above
-            rows = read_rows(self.data, (self.columns,), split=split)
+            # In multi-label data an empty cell says that no label applies.
+            no_label = (None,) if self.problem is MULTI_LABEL else (None, "")
+            rows = read_rows(self.data, (self.columns,), split=split, no_label=no_label)
             return _texts_of(rows, names, self.problem, self.label_separator)
         if self.problem not in (None, problem_of(task.problem_type)):
             raise UsageError(

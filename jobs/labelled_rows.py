@@ -46,7 +46,12 @@ class _Row:
 
 
 def read_rows(
-    source: str, columns: Sequence[Columns], *, split: str, is_label: IsLabel = lambda label: True
+    source: str,
+    columns: Sequence[Columns],
+    *,
+    split: str,
+    is_label: IsLabel = lambda label: True,
+    no_label: Sequence[Any] = (None, ""),
 ) -> LabelledRows:
     """Read every usable row.
 
@@ -56,6 +61,7 @@ def read_rows(
         columns: alternatives; the first that the source has is taken.
         split: of a hub data set or of a folder with several.
         is_label: a row with a label of which it is not true is broken.
+        no_label: cells of rows that have no label and are left out.
 
     Raises:
         DataError: no such source or columns, no usable row, or too many broken ones.
@@ -76,7 +82,7 @@ def read_rows(
         values = [data[column][:] for column in chosen.all()]
         values[-1] = [_named(label, class_names) for label in values[-1]]
         rows = [_Row(place=f"row {i}", cells=cells) for i, cells in enumerate(zip(*values, strict=True))]
-    usable = _usable(source, rows, is_label)
+    usable = _usable(source, rows, is_label, no_label)
     *texts, labels = zip(*usable, strict=True)
     return LabelledRows(
         source=source,
@@ -87,9 +93,11 @@ def read_rows(
     )
 
 
-def _usable(source: str, rows: list[_Row], is_label: IsLabel) -> list[tuple[Any, ...]]:
+def _usable(
+    source: str, rows: list[_Row], is_label: IsLabel, no_label: Sequence[Any]
+) -> list[tuple[Any, ...]]:
     """The cells of rows that have every text and a label."""
-    labelled = [row for row in rows if row.cells is None or row.cells[-1] not in (None, "")]
+    labelled = [row for row in rows if row.cells is None or row.cells[-1] not in no_label]
     if unlabelled := len(rows) - len(labelled):
         log.info("%s: left out %d of %d rows, which have no label", source, unlabelled, len(rows))
     broken = [row for row in labelled if not _is_whole(row, is_label)]

@@ -2,7 +2,8 @@
 
 Trains each variant on the same rows with the same budget and reads its score off the threshold sweep at full
 depth and at given layer speed-ups. What is there already is not trained again: run it in parts, add variants, run
-seeds beside each other in one folder.
+seeds beside each other in one folder. What all of them share is in the folder's `study.json`; other settings are
+refused.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from deebert.problem import SINGLE_LABEL
 from jobs.flags import comma_list, flag, parse_job
 from jobs.glue import TASK_NAMES, Columns
 from jobs.recipe_scores import ModelScore, judge, tables
@@ -52,6 +54,8 @@ class Variant:
 _BASE = "two-stage"
 # Folders say nothing of the results that are shared.
 _PLACES = ("backbone", "data", "evaluation_data", "glue_dir", "output")
+# These may differ from call to call in one folder.
+_FREE = ("variants", "seeds", "speed_ups", "checkpoint_steps", "output")
 _JOINT = {"recipe": "joint", "self_distillation": 0.5}
 _JOINT_FAST = {**_JOINT, "off_ramp_learning_rate": 5e-4}
 _ALTERNATING = {"recipe": "alternating", "self_distillation": 0.5, "off_ramp_learning_rate": 5e-4}
@@ -181,13 +185,20 @@ class _Study:
 
     def __init__(self, job: RecipesJob) -> None:
         self._job, self._folder = job, Path(job.output)
-        self._folder.mkdir(parents=True, exist_ok=True)
         ours, theirs = job.sources
         everything = ours.training_texts(job.labels)
+        if everything.problem is not SINGLE_LABEL:
+            raise UsageError(
+                f"the labels are of a {everything.problem.name}, and recipes are compared by the entropy over classes: "
+                "give a task or data with one class for each text"
+            )
         self._kept, self._held_out = self._split(everything)
-        self._train = self._file_of(self._kept)
         self._names, self._task = everything.names, ours.glue_task
         self._judged = next(iter(theirs.evaluation_texts(everything.names).values()))
+        # After what can be wrong with the data: a folder is not bound to settings that never worked.
+        settings = {name: value for name, value in asdict(job).items() if name not in _FREE}
+        check_study(self._folder, settings, flag="--output")
+        self._train = self._file_of(self._kept)
 
     def score(self, name: str, seed: int) -> ModelScore:
         """One variant's score; trained first, with all that it builds on, where it is not there yet."""
@@ -322,6 +333,41 @@ def _tokenized(checkpoint: Checkpoint, texts: LabelledTexts) -> LabelledSequence
     from pipeline.tokenization import TextTokenizer
 
     return texts.tokenized(TextTokenizer(checkpoint.tokenizer, max_length=checkpoint.default_max_length))
+
+
+def check_study(folder: Path, settings: Mapping[str, Any], *, flag: str) -> None:
+    """Write the settings of a new folder to its `study.json`; refuse a folder that other settings filled.
+
+    A folder without that file, by an earlier version, is taken to be of these settings.
+
+    Args:
+        folder: made where it is not there.
+        settings: JSON values that decide what is in it.
+        flag: names the folder.
+
+    Raises:
+        UsageError: a setting differs.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "study.json"
+    partial = path.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps(settings, indent=1) + "\n")
+    # A link is there whole at once and, unlike a renaming, never replaces what another process has just written.
+    try:
+        path.hardlink_to(partial)
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without links
+        if not path.exists():
+            partial.replace(path)
+    partial.unlink(missing_ok=True)
+    theirs, ours = json.loads(path.read_text()), json.loads(json.dumps(settings))
+    for name, value in ours.items():
+        if theirs.get(name) != value:
+            raise UsageError(
+                f"the folder {str(folder)!r} is of other settings ({name.replace('_', ' ')} {theirs.get(name)}, not "
+                f"{value}): go on with its own, or choose another {flag}"
+            )
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 For each task and each pooling: two-stage training, the sweep, measured time, a static baseline of the same
 budget, the paper's figures; then one table over all. Models and traces stay in a work folder and are not made
-twice; tables and figures go to the results.
+twice; tables and figures go to the results. A model that was trained with other settings is refused, not used.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from deebert.config import POOLINGS
 from jobs.benchmarks import machine
 from jobs.evaluate import EvaluateJob, evaluate, show
 from jobs.flags import comma_list, flag, parse_job
+from jobs.recipes import check_study
 from jobs.terminal import quiet_libraries
 from jobs.train import TrainJob, train
 from pipeline.config import positive
@@ -121,6 +122,8 @@ def _replicate(
         max_rows=job.rows,
         seed=_SEED,
     )
+    settings = _shareable(asdict(training), job)
+    check_study(work, {name: value for name, value in settings.items() if name != "output"}, flag="--work")
     started = time.monotonic()
     if (work / "model" / "config.json").exists():
         log.info("%s is there already", work / "model")
@@ -131,7 +134,7 @@ def _replicate(
     found = evaluate(evaluation)
     show(found, str(output))
     document = {
-        "training": _shareable(asdict(training), job),
+        "training": settings,
         "evaluation": _shareable(asdict(evaluation), job),
         "training_seconds": trained - started,
         "evaluation_seconds": time.monotonic() - trained,

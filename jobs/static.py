@@ -11,7 +11,7 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import AutoTokenizer, set_seed
+from transformers import PreTrainedConfig, set_seed
 
 from deebert.baselines import cut, kept_layers
 from deebert.checkpoint import Checkpoint
@@ -20,6 +20,8 @@ from deebert.modeling import DeeBertForSequenceClassification
 from deebert.training import Recipe, check_labels, train
 from jobs.traces import StaticRecord
 from pipeline.errors import UsageError
+
+_SAME_KIND = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -42,7 +44,7 @@ def train_static(
         recipe: its stage 1 is the budget; without off-ramps there is no other.
 
     Raises:
-        UsageError: the backbone cannot be loaded.
+        UsageError: the backbone cannot be loaded, or is not that of `like`.
         BackboneError: it does not have so many layers.
         DataError: labels that the model does not have.
     """
@@ -58,12 +60,24 @@ def train_static(
             max_seq_length=config.max_seq_length,
             problem_type=config.problem.name,
         )
-        tokenizer = AutoTokenizer.from_pretrained(backbone)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UsageError(f"cannot load the backbone {backbone!r}: {reason}") from error
+    _check_same_kind(backbone, whole.config.backbone_config, like)
     model = cut(whole, kept_layers(whole.config.num_hidden_layers, record.depth, record.style))
     # The Trainer prints its summary on stdout, which belongs to the tables.
     with tempfile.TemporaryDirectory() as work, redirect_stdout(sys.stderr):
-        train(model, tokenizer, data, recipe, Path(work))
+        train(model, like.tokenizer, data, recipe, Path(work))
     return StaticBaseline(record=record, model=model)
+
+
+def _check_same_kind(backbone: str, theirs: PreTrainedConfig, like: Checkpoint) -> None:
+    """Another backbone would read token ids that mean nothing to it, and be charged with the model's cost."""
+    ours = like.model.config.backbone_config
+    for field in _SAME_KIND:
+        its, the_models = getattr(theirs, field), getattr(ours, field)
+        if its != the_models:
+            raise UsageError(
+                f"the backbone {backbone!r} is not the one of {like.path!r}: its {field} is {its!r}, the model's is "
+                f"{the_models!r}; give the --backbone that the model was trained from"
+            )

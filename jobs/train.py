@@ -18,7 +18,7 @@ from jobs.flags import comma_list, flag, parse_job
 from jobs.glue import TASK_NAMES, Columns
 from jobs.terminal import quiet_libraries
 from jobs.train_recipe import recipe_of
-from pipeline.config import positive
+from pipeline.config import positive, random_seed
 from pipeline.errors import UsageError
 
 if TYPE_CHECKING:
@@ -176,7 +176,7 @@ class TrainJob:
         default="auto",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
-    seed: int = flag("random seed", default=42, parse=int)
+    seed: int = flag("random seed", default=42, parse=random_seed)
     allow_pickle: bool = flag(
         "read weights that are there as a pickle only, by torch's safe reader", default=False
     )
@@ -187,7 +187,7 @@ class TrainJob:
     @property
     def work_dir(self) -> Path:
         """Where checkpoints lie until the model is written."""
-        output = Path(self.output)
+        output = Path(self.output).resolve()  # "." has no name
         return output.with_name(output.name + ".training")
 
 
@@ -247,6 +247,11 @@ def _check(job: TrainJob) -> None:
     if job.from_classifier is not None and job.off_ramp_pooling != TrainJob.off_ramp_pooling:
         raise UsageError(
             "--from-classifier reads what its classifier was trained on: leave --off-ramp-pooling out"
+        )
+    if job.backbone is not None and job.recipe == "off-ramps":
+        raise UsageError(
+            "--recipe off-ramps leaves the final classifier as it is, and that of a bare --backbone is random: give "
+            "--from-classifier or --from-model, or leave --recipe out"
         )
     says_pooling = job.off_ramp_pooling != TrainJob.off_ramp_pooling
     if job.from_model is not None and (says_pooling or job.off_ramp_layers is not None or job.shared_pooler):

@@ -91,11 +91,9 @@ def _off_ramp_config(job: TrainJob) -> dict[str, Any]:
 
 
 def _with_tokenizer(name: str, model: DeeBertForSequenceClassification) -> Checkpoint:
-    from transformers import AutoTokenizer
+    from deebert.checkpoint import Checkpoint, pretrained_tokenizer
 
-    from deebert.checkpoint import Checkpoint
-
-    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    tokenizer = pretrained_tokenizer(name, model.config.backbone_config)
     return Checkpoint(path=name, model=model, tokenizer=tokenizer)
 
 

@@ -58,7 +58,7 @@ def train_cached_off_ramps(
     best = None if judged is None else _BestOffRamps(stack, judged, stage, context.recipe.early_stopping)
     for step, batch in training.steps():
         training.step(step, rows.batch(batch))
-        if best is not None and (step + 1) % training.steps_per_epoch == 0:
+        if best is not None and training.is_to_be_judged:
             training.log_held_out(best.judge())
             if not best.may_improve:
                 break
@@ -170,8 +170,8 @@ class _Training:
         self._stack, self._stage, self._context, self._clock = stack, stage, context, clock
         self._layers = model.config.off_ramp_layers
         self._num_rows = num_rows
-        self.steps_per_epoch = -(-num_rows // stage.batch_size)
-        self._num_steps = max(1, round(stage.epochs * self.steps_per_epoch))
+        self._steps_per_epoch = -(-num_rows // stage.batch_size)
+        self._num_steps = max(1, round(stage.epochs * self._steps_per_epoch))
         self._optimizer, self._schedule = scheduled_adamw(
             stack.parameters(), stage, stage.learning_rate, self._num_steps
         )
@@ -195,6 +195,11 @@ class _Training:
                 order, position = torch.randperm(self._num_rows, generator=generator), 0
             yield step, order[position : position + self._stage.batch_size]
             position += self._stage.batch_size
+
+    @property
+    def is_to_be_judged(self) -> bool:
+        """After an epoch, and at the end: the best weights may be the last ones."""
+        return self._done % self._steps_per_epoch == 0 or self._done == self._num_steps
 
     def step(self, step: int, batch: _Batch) -> None:
         """One optimizer step."""
@@ -220,7 +225,7 @@ class _Training:
         self._loss, by_ramp = self._meter.drain()
         self._context.write(
             step=self._done,
-            epoch=round(self._done / self.steps_per_epoch, 4),
+            epoch=round(self._done / self._steps_per_epoch, 4),
             loss=self._loss,
             losses=dict(zip(map(str, self._layers), by_ramp, strict=True)),
             **({} if self._exit_head is None else {"certainty_loss": self._exit_head.drain()}),
@@ -232,7 +237,7 @@ class _Training:
         """Write what the off-ramps lose on held-out rows."""
         self._context.write(
             step=self._done,
-            epoch=round(self._done / self.steps_per_epoch, 4),
+            epoch=round(self._done / self._steps_per_epoch, 4),
             held_out_loss=sum(losses),
             held_out_losses=dict(zip(map(str, self._layers), losses, strict=True)),
         )

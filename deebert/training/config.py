@@ -188,7 +188,8 @@ class EarlyStopping:
     patience: int = 3
     """Evaluations in a row without a better loss."""
     every_steps: int = 500
-    """Steps of stage 1, and of an exact stage 2, between evaluations; a fast stage 2 is evaluated each epoch."""
+    """Steps of stage 1, and of an exact stage 2, between evaluations; a fast stage 2 is evaluated each epoch and
+    at its end."""
 
     def __post_init__(self) -> None:
         _require(0 < self.held_out < 1, "held_out", self.held_out, "a share between 0 and 1")

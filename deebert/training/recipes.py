@@ -94,7 +94,8 @@ def train(
     """
     check_labels(data, model.final_classifier.classifier.out_features, model.config.problem)
     _check_fast(model, recipe)
-    model.config.int8_agreement = None  # was measured of other weights
+    # Both were measured of other weights.
+    model.config.int8_agreement = model.config.exit_policy = None
     training = _Training(model, tokenizer, data, recipe, work_dir, show_progress=show_progress)
     training.claim(resume=resume)
     try:

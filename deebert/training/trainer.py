@@ -260,6 +260,13 @@ class _StageTrainer(Trainer):
             _split_groups(optimizer, _ids(model.exit_head), self._exit_head_learning_rate)
         return optimizer
 
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor:
+        """Samples of a step, over its pieces and all processes: a scalar."""
+        # The Trainer's own count is of labels but -100: a multi-label sample has many, and a number may be -100.
+        samples = torch.tensor(sum(len(piece["labels"]) for piece in batch_samples), device=device)
+        summed([samples])
+        return samples
+
     def compute_loss(  # type: ignore[override]
         self,
         model: nn.Module,

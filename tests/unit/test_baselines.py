@@ -17,7 +17,8 @@ from deebert.packing import PackedTokens
 from deebert.training import BackboneStage, Recipe
 from jobs.static import train_static
 from jobs.traces import StaticRecord
-from tests.conftest import ModelFactory
+from pipeline.errors import UsageError
+from tests.conftest import ModelFactory, make_backbone_config
 
 TOKENS = PackedTokens.pack([[2, 45, 46, 3], [2, 47, 3], [2, 48, 49, 50, 51, 3]])
 
@@ -100,6 +101,24 @@ class TestTraining:
         assert (predictions == data.labels).float().mean() > 0.9
         assert static.record.name == "static 2 (every-other)"
         assert not static.model.training
+
+    @pytest.mark.parametrize(
+        ("field", "value"), [("num_hidden_layers", 3), ("vocab_size", 200), ("hidden_size", 64)]
+    )
+    def test_another_backbone_is_no_baseline_of_the_model(
+        self, field: str, value: int, saved_model: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    ) -> None:
+        config = make_backbone_config("bert")
+        setattr(config, field, value)
+        BertModel(config).save_pretrained(tmp_path / "other")
+        tokenizer.save_pretrained(tmp_path / "other")
+        like = load_checkpoint(str(saved_model))
+        record = StaticRecord(depth=2, style="first", recipe={"backbone": str(tmp_path / "other")})
+
+        with pytest.raises(
+            UsageError, match=f"other' is not the one of .*: its {field} is {value}, the model's is"
+        ):
+            train_static(record, like=like, data=self.data([0, 1]), recipe=self.RECIPE)
 
     def test_labels_that_the_model_does_not_have_are_refused(self, backbone: str, saved_model: Path) -> None:
         like = load_checkpoint(str(saved_model))

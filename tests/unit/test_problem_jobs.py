@@ -98,6 +98,23 @@ class TestData:
         found = load(tmp_path / "a.tsv", problem=MULTI_LABEL, label_separator="|")
         assert found.labels == ((0, 1), (2,))
 
+    def test_an_empty_cell_says_that_no_label_applies(self, tmp_path: Path) -> None:
+        (tmp_path / "a.csv").write_text('text,label\nx,good\ny,\nz,"dull,good"\n')
+        (tmp_path / "a.tsv").write_text("text\tlabel\nx\tgood\ny\t\nz\tdull,good\n")
+
+        for name in ("a.csv", "a.tsv"):
+            assert load(tmp_path / name, problem=MULTI_LABEL).labels == ((1,), (), (0, 1))
+            assert load(tmp_path / name).texts == ("x", "z")
+
+    def test_one_label_in_every_row_is_a_wrong_column(self, tmp_path: Path) -> None:
+        (tmp_path / "a.csv").write_text("text,label\nx,film\ny,film\n")
+
+        with pytest.raises(
+            DataError, match=r"a\.csv' has the label 'film' in every row, .*: check the label column"
+        ):
+            load(tmp_path / "a.csv")
+        assert load(tmp_path / "a.csv", ("film", "book")).labels == (0, 0)
+
     def test_numbers_are_a_regression_when_asked(self, tmp_path: Path) -> None:
         (tmp_path / "a.csv").write_text("text,label\nx,3.8\ny,1\n")
 
@@ -170,6 +187,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
     """A command that succeeds; returns stdout."""
 
     def run_(*words: object) -> str:
+        capsys.readouterr()
         status = cli.main([*map(str, words)])
         out, err = capsys.readouterr()
         assert status == 0, err
@@ -183,6 +201,7 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Run:
     """A command that is refused in one sentence; returns it."""
 
     def run_(*words: object) -> str:
+        capsys.readouterr()  # what the test itself has said so far
         assert cli.main([*map(str, words)]) == 2
         _, err = capsys.readouterr()
         assert err.count("\n") == 1

@@ -11,6 +11,8 @@ import torch
 from transformers import BertModel, PreTrainedTokenizerFast
 
 from jobs import cli, evaluation, replicate
+from jobs.train import TrainJob
+from pipeline.errors import UsageError
 from pipeline.report.evaluated import EvaluatedPoint, EvaluatedSet
 from tests.conftest import make_model
 
@@ -90,6 +92,39 @@ def test_a_second_run_trains_nothing(
 
     assert run(assets_in_small, tmp_path, *words) == 0
     assert thresholds.read_bytes() == before
+
+
+def test_a_model_of_other_settings_is_not_used(
+    assets_in_small: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def train(job: TrainJob) -> None:
+        Path(job.output).mkdir(parents=True)
+        (Path(job.output) / "config.json").write_text("{}")
+
+    def evaluate(job: object) -> None:
+        raise UsageError("the model was taken")
+
+    def said(*words: str) -> str:
+        assert run(assets_in_small, tmp_path, "--tasks", "sst-2", "--poolings", "cls", *words) == 2
+        return capsys.readouterr().err.splitlines()[-1].removeprefix("deebert replicate: ")
+
+    monkeypatch.setattr(replicate, "train", train)
+    monkeypatch.setattr(replicate, "evaluate", evaluate)
+    folder = tmp_path / "work" / "sst-2-cls"
+    starts = f"the folder {str(folder)!r} is of other settings"
+    ends = "go on with its own, or choose another --work"
+
+    for _ in range(2):
+        assert said() == "the model was taken"
+    assert said("--rows", "8") == f"{starts} (max rows 16, not 8): {ends}"
+    assert said("--backbone", "b") == f"{starts} (backbone ASSETS/e5-small, not b): {ends}"
+
+    (folder / "study.json").unlink()  # as an earlier version left it
+    assert said("--rows", "8") == "the model was taken"
+    assert said() == f"{starts} (max rows 8, not 16): {ends}"
 
 
 def test_held_out_news_are_not_trained_on(assets_in_small: Path, tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 
 from deebert.backbones import FAMILIES
 from deebert.checkpoint import load_checkpoint
+from deebert.exit_policy import FULL_DEPTH, EntropyThreshold
 from deebert.training import (
     ALTERNATING,
     BEST,
@@ -249,6 +252,19 @@ class TestRefusals:
                 "--stage-2 exact",
             ),
             ("--backbone a --batch-size 0", "batch_size is 0: give at least 1"),
+            (
+                "--backbone a --recipe off-ramps",
+                "--recipe off-ramps leaves the final classifier as it is, and that of a bare --backbone is random: "
+                "give --from-classifier or --from-model, or leave --recipe out",
+            ),
+            (
+                "--backbone a --seed -1",
+                "argument --seed: '-1' is not a whole number from 0; see `deebert train --help`",
+            ),
+            (
+                "--backbone a --seed 4294967296",
+                "argument --seed: '4294967296' is not a whole number below 2^32; see `deebert train --help`",
+            ),
             ("--backbone a --held-out 1.5", "held_out is 1.5: give a share between 0 and 1"),
         ],
     )
@@ -311,6 +327,32 @@ class TestModelFolder:
             n for n in before if n.startswith("off_ramps.")
         }
 
+    def test_new_weights_have_no_operating_point_yet(
+        self, words: list[str], saved_model: Path, tmp_path: Path
+    ) -> None:
+        calibrated = Path(shutil.copytree(saved_model, tmp_path / "calibrated"))
+        config = json.loads((calibrated / "config.json").read_text())
+        config["exit_policy"] = {"type": "entropy", "thresholds": 0.5}
+        (calibrated / "config.json").write_text(json.dumps(config))
+
+        words[words.index("--from-model") + 1] = str(calibrated)
+        assert main(["train", *words]) == 0
+
+        assert load_checkpoint(str(calibrated)).exit_policy == EntropyThreshold(0.5)
+        assert load_checkpoint(str(tmp_path / "model")).exit_policy == FULL_DEPTH
+
+    def test_the_folder_may_be_the_one_that_one_is_in(
+        self, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "here").mkdir()
+        monkeypatch.chdir(tmp_path / "here")
+        words[words.index("--output") + 1] = "."
+
+        assert main(["train", *words]) == 0
+
+        assert (tmp_path / "here" / "model.safetensors").exists()
+        assert not (tmp_path / "here.training").exists()
+
     def test_from_a_classifier_the_weights_are_kept(
         self, words: list[str], tokenizer: Any, tmp_path: Path
     ) -> None:
@@ -352,6 +394,41 @@ def backbone_words(words: list[str], tokenizer: Any, tmp_path: Path) -> list[str
     tokenizer.save_pretrained(tmp_path / "backbone")
     place = words.index("--from-model")
     return [*words[:place], "--backbone", str(tmp_path / "backbone"), *words[place + 2 :]]
+
+
+class TestTokenizersOfBackbones:
+    """Texts that become other ids than the backbone was pretrained on train, and mean nothing."""
+
+    def test_none(
+        self, backbone_words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        for file in (tmp_path / "backbone").glob("*token*"):
+            file.unlink()
+
+        assert refusal(capsys, *backbone_words) == (
+            f"'{tmp_path / 'backbone'}' has no tokenizer: put the one that it was trained with into the folder"
+        )
+
+    def test_one_that_knows_more_than_the_model(
+        self, backbone_words: list[str], tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        larger = copy.deepcopy(tokenizer)
+        larger.add_tokens(["cinema"])
+        larger.save_pretrained(tmp_path / "backbone")
+
+        assert refusal(capsys, *backbone_words) == (
+            f"the tokenizer in '{tmp_path / 'backbone'}' knows {len(larger)} tokens, the model {len(tokenizer)}: put "
+            "the one that the model was trained with into the folder"
+        )
+
+    def test_one_that_cannot_be_read(
+        self, backbone_words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (tmp_path / "backbone" / "tokenizer.json").write_text('{"broken": 1}')
+
+        said = refusal(capsys, *backbone_words)
+
+        assert said.startswith(f"cannot read the tokenizer in '{tmp_path / 'backbone'}'")
 
 
 class TestKindsOfOffRamps:

@@ -607,6 +607,12 @@ def timeless(work_dir: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in r.items() if k != "seconds"} for r in read_log(work_dir / LOG_NAME)]
 
 
+def off_ramp_losses(model: DeeBertForSequenceClassification, data: LabelledSequences) -> list[float]:
+    with torch.no_grad():
+        logits = model(*padded(data.tokens)).off_ramp_logits
+    return [torch.nn.functional.cross_entropy(one, data.labels).item() for one in logits]
+
+
 class TestEarlyStopping:
     def test_stops_once_the_held_out_loss_rises_and_keeps_the_best_weights(
         self, tiny_model: ModelFactory, run: Run, tmp_path: Path
@@ -645,18 +651,34 @@ class TestEarlyStopping:
 
         report = run(stopped, replace(OFF_RAMPS, stage_2=stage, early_stopping=stopping), noise)
 
-        def held_out_losses(model: DeeBertForSequenceClassification) -> list[float]:
-            with torch.no_grad():
-                logits = model(*padded(held.tokens)).off_ramp_logits
-            return [torch.nn.functional.cross_entropy(one, held.labels).item() for one in logits]
-
         assert report.stages[0].steps < 60 * math.ceil(42 / 16)
         judged = [
             list(r["held_out_losses"].values()) for r in read_log(tmp_path / LOG_NAME) if "held_out_loss" in r
         ]
         lowest = [min(ramp) for ramp in zip(*judged, strict=True)]
         assert len({[j[i] for j in judged].index(low) for i, low in enumerate(lowest)}) > 1  # not all at once
-        assert held_out_losses(stopped) == pytest.approx(lowest, abs=1e-4)
+        assert off_ramp_losses(stopped, held) == pytest.approx(lowest, abs=1e-4)
+
+    @pytest.mark.parametrize(
+        ("epochs", "judged_after"),
+        [(0.7, [2]), (1, [3]), (1.7, [3, 5])],  # of 3 steps each
+    )
+    def test_a_fast_stage_2_is_judged_at_its_last_step_too(
+        self, epochs: float, judged_after: list[int], tiny_model: ModelFactory, run: Run, tmp_path: Path
+    ) -> None:
+        data, model = toy(60, seed=1), tiny_model(num_layers=3)
+        _, held = hold_out(data, 0.3, seed=42)
+        stage, stopping = replace(QUICK_2, epochs=epochs), EarlyStopping(held_out=0.3)
+        before = off_ramp_losses(model, held)
+
+        run(model, replace(OFF_RAMPS, stage_2=stage, early_stopping=stopping), data)
+
+        judged = [r for r in read_log(tmp_path / LOG_NAME) if "held_out_loss" in r]
+        assert [r["step"] for r in judged] == judged_after
+        # There is much to learn: every step makes every off-ramp better, and the last ones count.
+        last = list(judged[-1]["held_out_losses"].values())
+        assert all(now < then for now, then in zip(last, before, strict=True))
+        assert off_ramp_losses(model, held) == pytest.approx(last, abs=1e-4)
 
     def test_rows_held_out_are_a_share_that_nobody_trains_on(self) -> None:
         data = toy(50, seed=1)

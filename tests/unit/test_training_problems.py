@@ -125,6 +125,42 @@ class TestProblems:
         errors = (traced.logits[..., 0] - held_out.labels).square().mean(1)
         assert (errors < 0.5 * held_out.labels.var()).all()
 
+    @pytest.mark.parametrize("pieces", [1, 4])
+    def test_a_multi_label_step_is_a_mean_over_samples(
+        self, pieces: int, tiny_model: ModelFactory, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    ) -> None:
+        model = tiny_model(num_layers=3, problem_type="multi_label_classification")
+        stage = replace(QUICK_1, objective=Joint(), batch_size=32, epochs=1, accumulation_steps=pieces)
+
+        run(model, tokenizer, marked_sets(32, seed=1), Recipe(stage_1=stage, stage_2=None), tmp_path)
+
+        first = read_log(tmp_path / LOG_NAME)[0]
+        weighted = [w * first["losses"][layer] for layer, w in (("1", 1 / 3), ("2", 2 / 3), ("3", 1.0))]
+        assert first["loss"] == pytest.approx(sum(weighted), rel=1e-5)
+
+    @pytest.mark.parametrize("share", [0.5, 1.0])
+    def test_a_number_that_the_trainer_would_ignore_counts_like_any_other(
+        self, share: float, tiny_model: ModelFactory, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    ) -> None:
+        data = numbers(40, seed=1)
+        chosen = torch.rand(40, generator=torch.Generator().manual_seed(2)) < share
+        labels = data.labels.masked_fill(chosen, -100.0)
+        stage = replace(QUICK_1, objective=Joint(), accumulation_steps=2, epochs=2)
+        losses = {}
+
+        # The same problem with all numbers one higher: what the model says is one higher to begin with.
+        for more in (0.0, 1.0):
+            model = tiny_model(num_layers=3, num_labels=1, problem_type="regression", learns_to_exit=True)
+            with torch.no_grad():
+                for ramp in (*model.off_ramps, model.final_classifier):
+                    ramp.classifier.bias += more
+            rows, work_dir = replace(data, labels=labels + more), tmp_path / str(more)
+            run(model, tokenizer, rows, Recipe(stage_1=stage, stage_2=None), work_dir)
+            assert all(p.isfinite().all() for p in model.parameters())
+            losses[more] = [r["loss"] for r in read_log(work_dir / LOG_NAME)]
+
+        assert losses[0.0] == pytest.approx(losses[1.0], rel=1e-3)
+
     def test_a_teacher_of_another_problem_is_refused(
         self, tiny_model: ModelFactory, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
     ) -> None:
