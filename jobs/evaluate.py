@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from jobs.flags import comma_list, flag, parse_job
 from jobs.glue import TASK_NAMES, Columns
 from jobs.terminal import quiet_libraries
-from pipeline.config import PRECISION_HELP, PRECISIONS, WINDOW_STRIDE_HELP, positive, whole
+from pipeline.config import PRECISION_HELP, PRECISIONS, WINDOW_STRIDE_HELP, positive, random_seed, whole
 from pipeline.errors import UsageError
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class EvaluateJob:
     epochs: float = flag("their epochs", default=3.0, parse=float)
     batch_size: int = flag("their samples per step", default=8, parse=positive)
     learning_rate: float = flag("their peak learning rate", default=2e-5, parse=float)
-    seed: int = flag("their random seed", default=42, parse=int)
+    seed: int = flag("their random seed", default=42, parse=random_seed)
     output: str | None = flag("folder for report.html, pictures and tables", default=None)
 
     @property
@@ -167,6 +167,10 @@ def _check(job: EvaluateJob) -> None:
         raise UsageError("give --model, or a --trace that is there already")
     if job.data is None and job.glue_dir is None and not has_trace:
         raise UsageError("give the labelled texts as --data, or as --glue-dir with --task")
+    if job.model is None and (job.data is not None or job.glue_dir is not None):
+        raise UsageError(
+            "a --trace is of its own texts: leave --data and --glue-dir out, or give the --model to trace them with"
+        )
     if job.store_agreement and (job.precision != "int8" or job.model is None or not Path(job.model).is_dir()):
         raise UsageError("--store-agreement needs --precision int8 and a folder as --model")
     if job.store_agreement and job.data is None and job.glue_dir is None:

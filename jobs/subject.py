@@ -21,6 +21,7 @@ from deebert.problem import Problem
 from jobs.labelled import LabelledSource
 from jobs.traces import TraceOrigin, data_digest
 from pipeline.errors import UsageError
+from pipeline.planning import resolve_max_length
 from pipeline.tokenization import TextTokenizer
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def load_subject(job: EvaluateJob, model: str) -> Subject:
         raise UsageError(f"--labels names {len(labels)} labels but the model has {len(checkpoint.labels)}")
     tokenizer = TextTokenizer(
         checkpoint.tokenizer,
-        max_length=job.max_length or checkpoint.default_max_length,
+        max_length=resolve_max_length(job.max_length, None, checkpoint),
         window_stride=job.window_stride,
     )
     precision = resolve_precision(job.precision, int8_agreement=checkpoint.model.config.int8_agreement)

@@ -139,12 +139,15 @@ def read_traces(path: Path) -> TraceFile:
         DataError: the file is not a trace.
     """
     try:
-        table = pq.read_table(path)
-        document = json.loads((table.schema.metadata or {})[_KEY])
-    except (OSError, pa.ArrowInvalid, KeyError) as error:
+        return _parse(pq.read_table(path))
+    except (OSError, pa.ArrowInvalid, KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(
             f"{str(path)!r} is not a trace of `deebert evaluate`: remove it or name another"
         ) from error
+
+
+def _parse(table: pa.Table) -> TraceFile:
+    document = json.loads((table.schema.metadata or {})[_KEY])
     names = np.asarray(table["set"].cast(pa.string()).to_pylist(), dtype=object)
     statics = tuple(StaticRecord(**record) for record in document["statics"])
     origin = _origin(document["origin"])

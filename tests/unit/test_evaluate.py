@@ -477,6 +477,24 @@ class TestFlags:
             "give the labelled texts as --data, or as --glue-dir with --task"
         )
 
+    def test_a_trace_alone_is_of_its_own_texts(self, refusal: Run, tmp_path: Path) -> None:
+        (tmp_path / "t.parquet").touch()
+
+        for words in (("--data", "d.csv"), ("--glue-dir", "glue", "--task", "mrpc")):
+            assert refusal("--trace", tmp_path / "t.parquet", *words) == (
+                "a --trace is of its own texts: leave --data and --glue-dir out, or give the --model to trace them with"
+            )
+
+    def test_a_length_that_the_model_has_no_positions_for(
+        self, refusal: Run, pair_model: Path, glue: Path
+    ) -> None:
+        data = ("--model", pair_model, "--glue-dir", glue, "--task", "mrpc")
+
+        assert refusal(*data, "--max-length", 200).startswith("--max-length 200 is more than the 64 tokens")
+        assert refusal(*data, "--max-length", 2) == (
+            "--max-length 2 is less than the 3 special tokens of a pair of texts: give more"
+        )
+
     def test_labels_are_as_many_as_the_models(self, refusal: Run, pair_model: Path) -> None:
         words = ("--model", pair_model, "--data", "d.csv", "--labels", "a,b,c")
         assert refusal(*words) == "--labels names 3 labels but the model has 2"

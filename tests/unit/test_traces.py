@@ -8,6 +8,7 @@ from pathlib import Path
 
 import duckdb
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -18,6 +19,7 @@ from deebert.evaluation import LabelledSequences, Trace
 from deebert.packing import PackedTokens
 from jobs.timing import Measure, Timing
 from jobs.traces import (
+    _KEY,
     StaticRecord,
     TracedSet,
     TraceFile,
@@ -148,6 +150,15 @@ def test_another_parquet_file_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(DataError, match="is not a trace"):
         read_traces(tmp_path / "t.parquet")
+
+
+@pytest.mark.parametrize("content", [b"{}", b"[]", b"no JSON", b'{"statics": [{"depth": 1}], "origin": {}}'])
+def test_a_table_that_says_it_is_a_trace_and_is_none(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "t.parquet"
+    pq.write_table(pa.table({"a": [1]}).replace_schema_metadata({_KEY: content}), path)
+
+    with pytest.raises(DataError, match="is not a trace"):
+        read_traces(path)
 
 
 def test_a_path_that_cannot_be_written(tmp_path: Path) -> None:
