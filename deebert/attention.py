@@ -1,6 +1,6 @@
 """Self-attention over packed sequences: one signature, the fastest backend that the device has.
 
-Sequences never see each other. CUDA in half precision uses PyTorch's variable-length kernel; CPUs that
+Sequences never see each other. CUDA in half precision uses PyTorch's variable-length kernel where that runs; CPUs that
 multiply bfloat16 run plain batched products over sequences of about equal length; everything else runs
 `scaled_dot_product_attention` once for every run of neighbours of equal length. That is why the engine keeps
 micro-batches sorted by length. Knows nothing of layers or weights.
@@ -33,13 +33,19 @@ def varlen_attention(qkv: Tensor, layout: SequenceLayout) -> Tensor:
     Returns:
         (total_tokens, num_heads, head_size), in the dtype of `qkv`.
     """
-    if qkv.is_cuda and qkv.dtype in (torch.float16, torch.bfloat16):
+    if qkv.is_cuda and _has_varlen_kernel(qkv):
         return _cuda_varlen(qkv, layout)
     if qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16 and _onednn_multiplies_bfloat16():
         attended = _products_by_run(qkv, layout.padded)
         if attended is not None:
             return attended
     return _sdpa_by_run(qkv, layout)
+
+
+def _has_varlen_kernel(qkv: Tensor) -> bool:
+    """What the kernel itself asks for: half precision, heads of a multiple of 8, Ampere or newer."""
+    is_half = qkv.dtype in (torch.float16, torch.bfloat16)
+    return is_half and qkv.shape[-1] % 8 == 0 and torch.cuda.get_device_capability(qkv.device) >= (8, 0)
 
 
 def _cuda_varlen(qkv: Tensor, layout: SequenceLayout) -> Tensor:

@@ -38,8 +38,8 @@ def resolve_precision(
 ) -> Precision:
     """``auto`` is the fastest that keeps the labels.
 
-    On GPUs that is bfloat16; on CPUs int8 where they have VNNI and the model was found to keep its labels, else
-    bfloat16 where they multiply it natively, else float32.
+    On GPUs that is bfloat16, or float16 where those of this machine emulate it (before Ampere); on CPUs int8 where they
+    have VNNI and the model was found to keep its labels, else bfloat16 where they multiply it natively, else float32.
 
     Args:
         asked: ``auto`` or a precision.
@@ -63,13 +63,19 @@ def resolve_precision(
         keeps_labels = int8_agreement is not None and int8_agreement >= LEAST_INT8_AGREEMENT
         if keeps_labels and not on_gpu and _cpu_multiplies_int8():
             return "int8"
-        return "bfloat16" if on_gpu or cpu_multiplies_bfloat16() else "float32"
+        if on_gpu:
+            return "float16" if _gpu_emulates_bfloat16() else "bfloat16"
+        return "bfloat16" if cpu_multiplies_bfloat16() else "float32"
     if asked == "bfloat16" and not on_gpu and not cpu_multiplies_bfloat16():
         log.warning("this CPU emulates bfloat16, which takes longer than float32: give auto")
     for precision in DTYPES:
         if asked == precision:
             return precision
     raise ValueError(f"unknown precision {asked!r}: choose auto, {', '.join(DTYPES)}")
+
+
+def _gpu_emulates_bfloat16() -> bool:
+    return torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def _cpu_multiplies_int8() -> bool:

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from deebert.attention import varlen_attention
 from deebert.config import POOLINGS
 from deebert.encoder import PackedEncoder
 from deebert.evaluation import trace
 from deebert.exit_policy import FULL_DEPTH, EntropyThreshold
-from deebert.packing import PackedTokens
+from deebert.packing import PackedTokens, SequenceLayout
 from pipeline.engine import Engine, EngineConfig
 from tests.conftest import LONGEST, VOCABULARY, make_model
 
@@ -46,6 +47,16 @@ def test_half_precision_agrees_with_float32(dtype: torch.dtype, pooling: str) ->
     exact = trace(PackedEncoder.of(model), tokens).logits.argmax(-1)
     half = trace(PackedEncoder.of(model, device="cuda", dtype=dtype), tokens).logits.argmax(-1)
     assert (exact == half).float().mean() > 0.97
+
+
+@pytest.mark.parametrize("size", [26, 32])
+def test_heads_that_the_variable_length_kernel_does_not_take(size: int) -> None:
+    layout = SequenceLayout.of(np.array([1, 3, 3, 40]))
+    qkv = torch.randn(layout.total_tokens, 3, 3, size, generator=torch.Generator().manual_seed(0))
+    exact = varlen_attention(qkv, layout)
+    there = SequenceLayout(lengths=layout.lengths, cu_seqlens=layout.cu_seqlens.cuda())
+    on_gpu = varlen_attention(qkv.to("cuda", torch.bfloat16), there)
+    torch.testing.assert_close(on_gpu.float().cpu(), exact, atol=0.03, rtol=0)
 
 
 @pytest.mark.parametrize("under_way", [1, 2, None])

@@ -15,6 +15,13 @@ def test_auto_is_bfloat16_on_gpus() -> None:
     assert resolve_precision("auto", has_gpu=True) == "bfloat16"
 
 
+def test_auto_is_float16_on_gpus_that_emulate_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for native, auto in ((True, "bfloat16"), (False, "float16")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *, including_emulation, n=native: n)
+        assert resolve_precision("auto") == resolve_precision("auto", has_gpu=True) == auto
+
+
 def test_auto_on_a_cpu_is_what_it_multiplies() -> None:
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     assert resolve_precision("auto", has_gpu=False) == ("bfloat16" if native else "float32")
