@@ -40,7 +40,9 @@ class StreamJob:
         metavar="C",
     )
     text_column: str = flag("field of the text in JSON lines", default="text")
-    text_pair_column: str | None = flag("field of the second text of a pair", default=None)
+    text_pair_column: str | None = flag(
+        "field of the second text of a pair; every line has to be JSON then", default=None
+    )
     id_column: str = flag("field that names the sample", default="id")
     max_length: int | None = flag(
         "tokens a text is cut to; left out, what the model was trained with", default=None, parse=positive
@@ -55,7 +57,7 @@ class StreamJob:
 
 
 def execute(argv: Sequence[str], *, prog: str) -> int:
-    """Parse and stream until stdin ends or stdout closes."""
+    """Parse and stream until stdin ends or breaks off, or stdout closes."""
     job = parse_job(
         StreamJob,
         argv,

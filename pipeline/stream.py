@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import math
-import queue
 import threading
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TextIO
@@ -24,6 +24,7 @@ from deebert.packing import IntArray
 from deebert.precision import DTYPES, Precision
 from deebert.windows import text_sums
 from pipeline.engine import Engine, EngineConfig, Exits
+from pipeline.errors import ReadError
 from pipeline.tokenization import TextTokenizer
 from pipeline.windows import Answered, TextsInFlight
 
@@ -31,8 +32,10 @@ from pipeline.windows import Answered, TextsInFlight
 _LINES = 256
 # And bytes: long lines become many windows.
 _LINE_BYTES = 1 << 20
+# What the reader may be ahead of the engine.
 _QUEUED_LINES = 4096
-_END = None
+_QUEUED_BYTES = 8 << 20
+_BOM = "\ufeff"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +45,7 @@ class StreamConfig:
     text_column: str = "text"
     """Field of the text in JSON lines; any other line is a text itself."""
     text_pair_column: str | None = None
+    """Field of the second text of a pair; every line has to be JSON then."""
     id_column: str = "id"
     """Field that names the sample in the answer, where a JSON line has it."""
     max_length: int | None = None
@@ -60,7 +64,8 @@ class _Sample:
 
     index: int
     text: str
-    pair: str | None = None
+    pair: str = ""
+    """Empty where no pairs are asked for."""
     names: dict[str, Any] = field(default_factory=dict)
     """The sample's own id, if it has one."""
 
@@ -82,6 +87,9 @@ def stream(
         config: see there.
 
     A line that cannot be read gives an object with its ``index`` and an ``error``: each line is answered.
+
+    Raises:
+        ReadError: `lines` broke off; those that came before are answered.
     """
     _Stream(checkpoint, policy, out, config).run(lines)
 
@@ -104,17 +112,19 @@ class _Stream:
         self._waiting: dict[int, dict[str, Any]] = {}  # what the answer repeats of the sample, by index
 
     def run(self, lines: Iterable[bytes]) -> None:
-        arriving: queue.Queue[tuple[int, bytes] | None] = queue.Queue(_QUEUED_LINES)
-        threading.Thread(target=_read, args=(lines, arriving), daemon=True).start()
+        arriving = _Arriving()
+        # A daemon: where it waits, for a line or for room, it must not hold the process.
+        threading.Thread(target=arriving.read, args=(lines,), daemon=True).start()
         ended = False
         while not ended or self._engine.in_flight:
             if not ended and self._engine.wants_input:
-                taken, ended = _take(arriving, wait=not self._engine.in_flight)
+                taken, ended = arriving.take(wait=not self._engine.in_flight)
                 self._submit(taken)
-            exits = self._engine.step(drain=ended or arriving.empty())
+            exits = self._engine.step(drain=ended or arriving.is_empty)
             if exits is not None and len(exits):
                 for indices, answers in self._answered(exits):
                     self._write(self._spelled(indices, answers))
+        arriving.check()
 
     def _submit(self, lines: list[tuple[int, bytes]]) -> None:
         samples: list[_Sample] = []
@@ -125,7 +135,7 @@ class _Stream:
                 self._write([{"index": index, "error": str(error)}])
         if not samples:
             return
-        pairs = None if self._config.text_pair_column is None else [s.pair or "" for s in samples]
+        pairs = None if self._config.text_pair_column is None else [s.pair for s in samples]
         batch = self._tokenizer([s.text for s in samples], pairs)
         facts = {
             "num_tokens": text_sums(batch.tokens.layout.lengths, batch.windows),
@@ -185,30 +195,75 @@ class _Stream:
         self._out.flush()
 
 
-def _read(lines: Iterable[bytes], arriving: queue.Queue[tuple[int, bytes] | None]) -> None:
-    try:
-        for index, line in enumerate(lines):
-            arriving.put((index, line))
-    finally:
-        arriving.put(_END)
+class _Arriving:
+    """Lines on their way from the reader thread to the engine: bounded in number and in bytes."""
 
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._lines: deque[tuple[int, bytes]] = deque()
+        self._bytes = 0
+        self._num_read = 0
+        self._ended = False
+        self._error: BaseException | None = None
 
-def _take(
-    arriving: queue.Queue[tuple[int, bytes] | None], *, wait: bool
-) -> tuple[list[tuple[int, bytes]], bool]:
-    """The lines that are there, and whether they were the last; sleeps for the first one if `wait`."""
-    taken: list[tuple[int, bytes]] = []
-    size = 0
-    while len(taken) < _LINES and size < _LINE_BYTES:
+    def read(self, lines: Iterable[bytes]) -> None:
+        """Put each line as soon as there is room for it; what stops that is kept for `check`."""
+        error: BaseException | None = None
         try:
-            line = arriving.get(block=wait and not taken)
-        except queue.Empty:
-            return taken, False
-        if line is _END:
-            return taken, True
-        taken.append(line)
-        size += len(line[1])
-    return taken, False
+            for line in lines:
+                self._put(line)
+        except BaseException as stopped:  # else an input that broke off would look like one that ended
+            error = stopped
+        with self._changed:
+            self._error, self._ended = error, True
+            self._changed.notify()
+
+    def _put(self, line: bytes) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._has_room(len(line)))
+            self._lines.append((self._num_read, line))
+            self._num_read += 1
+            self._bytes += len(line)
+            self._changed.notify()
+
+    def _has_room(self, size: int) -> bool:
+        if not self._lines:
+            return True  # a line longer than the bound has to pass too
+        return len(self._lines) < _QUEUED_LINES and self._bytes + size <= _QUEUED_BYTES
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no line waits."""
+        return not self._lines
+
+    def take(self, *, wait: bool) -> tuple[list[tuple[int, bytes]], bool]:
+        """The lines that are there, and whether they were the last; sleeps for the first one if `wait`."""
+        taken: list[tuple[int, bytes]] = []
+        size = 0
+        with self._changed:
+            if wait:
+                self._changed.wait_for(lambda: self._lines or self._ended)
+            while self._lines and len(taken) < _LINES and size < _LINE_BYTES:
+                taken.append(self._lines.popleft())
+                size += len(taken[-1][1])
+            self._bytes -= size
+            self._changed.notify()
+            return taken, self._ended and not self._lines
+
+    def check(self) -> None:
+        """Say so if the input, which is over, did not end but broke off.
+
+        Raises:
+            ReadError: it did; names how many lines came before, and why.
+        """
+        if self._error is None:
+            return
+        said = str(getattr(self._error, "strerror", None) or self._error)
+        reason = (said.splitlines() or [type(self._error).__name__])[0]
+        lines = "1 line" if self._num_read == 1 else f"{self._num_read} lines"
+        raise ReadError(
+            f"the input broke off after {lines}: {reason}; what was read is answered, send the rest again"
+        ) from self._error
 
 
 def _parse(index: int, line: bytes, config: StreamConfig) -> _Sample:
@@ -216,7 +271,13 @@ def _parse(index: int, line: bytes, config: StreamConfig) -> _Sample:
         text = line.decode().rstrip("\r\n")
     except UnicodeDecodeError as error:
         raise _BadLineError(f"not UTF-8: {error.reason} at byte {error.start}") from error
-    if not text.startswith("{"):
+    if index == 0:
+        text = text.removeprefix(_BOM)
+    if not text.lstrip().startswith("{"):
+        if config.text_pair_column is not None:
+            raise _BadLineError(
+                f"a plain line has no field {config.text_pair_column!r}: pairs come as JSON objects"
+            )
         return _Sample(index, text)
     try:
         value = json.loads(text)
@@ -225,7 +286,7 @@ def _parse(index: int, line: bytes, config: StreamConfig) -> _Sample:
     except (ValueError, RecursionError) as error:
         raise _BadLineError(f"not a JSON object: {error}") from error
     names = {"id": value[config.id_column]} if config.id_column in value else {}
-    pair = None if config.text_pair_column is None else _text(value, config.text_pair_column)
+    pair = "" if config.text_pair_column is None else _text(value, config.text_pair_column)
     return _Sample(index, _text(value, config.text_column), pair, names)
 
 

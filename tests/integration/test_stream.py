@@ -8,6 +8,8 @@ import json
 import os
 import select
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -21,6 +23,7 @@ import torch
 from deebert.checkpoint import Checkpoint, load_checkpoint
 from deebert.exit_policy import EntropyThreshold, OffRampAnswer
 from deebert.reference import ReferenceResult, classify_one, classify_windows
+from pipeline.errors import ReadError
 from pipeline.stream import StreamConfig, stream
 
 THRESHOLD = 0.6
@@ -34,7 +37,7 @@ Start = Callable[..., "Process"]
 class Process:
     """A running `python -m jobs.stream`."""
 
-    def __init__(self, model: Path, *flags: str) -> None:
+    def __init__(self, model: Path, *flags: str, stdin: int = subprocess.PIPE) -> None:
         words = [
             "--model",
             str(model),
@@ -46,7 +49,7 @@ class Process:
         ]
         self.popen = subprocess.Popen(
             [sys.executable, "-m", "jobs.stream", *words],
-            stdin=subprocess.PIPE,
+            stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -78,8 +81,8 @@ def start(saved_model: Path) -> Iterator[Start]:
     """Starts a stream; ends it whatever the test does."""
     started: list[Process] = []
 
-    def make(*flags: str) -> Process:
-        started.append(Process(saved_model, *flags))
+    def make(*flags: str, stdin: int = subprocess.PIPE) -> Process:
+        started.append(Process(saved_model, *flags, stdin=stdin))
         return started[-1]
 
     yield make
@@ -126,6 +129,15 @@ def jsonl(texts: list[str]) -> bytes:
     return b"".join(
         json.dumps({"id": f"s{i}", "text": text}).encode() + b"\n" for i, text in enumerate(texts)
     )
+
+
+def streamed(
+    checkpoint: Checkpoint, lines: list[bytes], config: StreamConfig | None = None
+) -> dict[int, dict[str, Any]]:
+    """In this process: the answers by index."""
+    out = io.StringIO()
+    stream(checkpoint, EntropyThreshold(THRESHOLD), lines, out, config or StreamConfig())
+    return {answer["index"]: answer for answer in map(json.loads, out.getvalue().splitlines())}
 
 
 class TestAnswers:
@@ -213,8 +225,105 @@ class TestAnswers:
         assert (by_index[0]["id"], by_index[0]["num_tokens"]) == (7, 7)
         assert by_index[1]["error"] == "no text in the field 'a'"
 
+    def test_a_plain_line_is_not_half_a_pair(self, checkpoint: Checkpoint) -> None:
+        """An empty second text, made up, would be answered as if it had been asked for."""
+        lines = [b"good film", b"", b'{"text": "good film", "b": ""}']
+        answers = streamed(checkpoint, lines, StreamConfig(text_pair_column="b"))
+        error = "a plain line has no field 'b': pairs come as JSON objects"
+        assert [answers[index].get("error") for index in range(3)] == [error, error, None]
+        assert answers[2]["num_tokens"] == 5
+
+    @pytest.mark.parametrize("before", [b"\xef\xbb\xbf", b" ", b"\t ", b"\xef\xbb\xbf  "])
+    @pytest.mark.parametrize("line", [b'{"id": 7, "text": "good film"}', b"good film"])
+    def test_what_comes_before_the_first_line_changes_nothing(
+        self, checkpoint: Checkpoint, before: bytes, line: bytes
+    ) -> None:
+        assert streamed(checkpoint, [before + line]) == streamed(checkpoint, [line])
+
+    def test_json_may_be_indented_on_any_line(self, checkpoint: Checkpoint) -> None:
+        answers = streamed(
+            checkpoint, [b"good film\n", b' {"id": 7, "text": "good film"}\n', b" {good film}\n"]
+        )
+        assert answers[1] == {**answers[0], "index": 1, "id": 7}
+        assert answers[2]["error"].startswith("not a JSON object: ")
+
     def test_no_lines_no_answers(self, start: Start) -> None:
         assert start().finish() == ([], "", 0)
+
+
+class TestInput:
+    @pytest.mark.parametrize("num_lines", [0, 1, 700])
+    def test_one_that_breaks_off_is_answered_so_far_and_then_an_error(
+        self, checkpoint: Checkpoint, num_lines: int
+    ) -> None:
+        def arriving() -> Iterator[bytes]:
+            yield from [b"good film\n"] * num_lines
+            raise OSError(5, "Input/output error")
+
+        out = io.StringIO()
+        with pytest.raises(ReadError) as caught:
+            stream(checkpoint, EntropyThreshold(THRESHOLD), arriving(), out, StreamConfig())
+        lines = "1 line" if num_lines == 1 else f"{num_lines} lines"
+        assert str(caught.value) == (
+            f"the input broke off after {lines}: Input/output error; what was read is answered, send the rest again"
+        )
+        answers = [json.loads(line) for line in out.getvalue().splitlines()]
+        assert sorted(answer["index"] for answer in answers) == list(range(num_lines))
+
+    def test_one_whose_reader_is_told_to_exit_has_not_ended_either(self, checkpoint: Checkpoint) -> None:
+        def arriving() -> Iterator[bytes]:
+            yield b"good film"
+            sys.exit()
+
+        with pytest.raises(ReadError, match="broke off after 1 line: SystemExit; "):
+            stream(checkpoint, EntropyThreshold(THRESHOLD), arriving(), io.StringIO(), StreamConfig())
+
+    def test_a_connection_that_is_reset_ends_it_with_one_sentence(self, start: Start) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            ours = socket.create_connection(server.getsockname())
+            theirs, _ = server.accept()
+        with ours:
+            with theirs:
+                process = start(stdin=theirs.fileno())
+            ours.sendall(b"good film\nbad film\n")
+            assert {process.answer()["index"] for _ in range(2)} == {0, 1}
+            # Closed without lingering: the peer is sent a reset, no end.
+            ours.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        assert process.finish() == (
+            [],
+            "deebert stream: the input broke off after 2 lines: Connection reset by peer; "
+            "what was read is answered, send the rest again\n",
+            1,
+        )
+
+    def test_no_more_than_some_bytes_are_read_ahead_of_a_slow_engine(self, checkpoint: Checkpoint) -> None:
+        """300 lines of 100 kB, then one that is longer than all that may wait; none is text, to save time."""
+        lines = [b"\xff" * 100_000] * 300 + [b"\xff" * (20 << 20), b"good film"]
+        some_read, too_many_read = threading.Event(), threading.Event()
+
+        def arriving() -> Iterator[bytes]:
+            for index, line in enumerate(lines):
+                if index == 50:
+                    some_read.set()
+                if index == 150:
+                    too_many_read.set()
+                yield line
+
+        class Slow(io.StringIO):
+            flushed = False
+
+            def flush(self) -> None:
+                """The first answer takes until the reader has gone as far as it will."""
+                if not self.flushed:
+                    self.flushed = True
+                    assert some_read.wait(SECONDS)
+                    assert not too_many_read.wait(1.0)
+
+        out = Slow()
+        stream(checkpoint, EntropyThreshold(THRESHOLD), arriving(), out, StreamConfig())
+        answers = [json.loads(line) for line in out.getvalue().splitlines()]
+        assert sorted(answer["index"] for answer in answers) == list(range(len(lines)))
+        assert ["error" in answer for answer in answers].count(False) == 1
 
 
 class TestOrder:
