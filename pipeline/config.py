@@ -127,6 +127,14 @@ def whole(text: str) -> int:
     return value
 
 
+def random_seed(text: str) -> int:
+    """A whole number that seeds every generator there is: numpy's take 32 bits."""
+    value = whole(text)
+    if value >= 2**32:
+        raise ValueError(f"{text!r} is not a whole number below 2^32")
+    return value
+
+
 def positive_number(text: str) -> float:
     """A number above 0."""
     value = float(text)
@@ -149,7 +157,7 @@ class ClassifyConfig:
 
     model: str = flag("folder or hub id of a DeeBERT model")
     input: tuple[str, ...] = flag(
-        "files, folders, globs or URLs: Parquet, JSONL, CSV, text (gzip, zstd), saved data sets",
+        "files, folders, globs or URLs: Parquet, JSONL, CSV, text (gzip, zstd) by suffix; saved data sets",
         several=True,
         metavar="PATH",
     )
@@ -202,7 +210,11 @@ class ClassifyConfig:
         default="auto",
         choices=PRECISIONS,
     )
-    shard_rows: int = flag("rows per shard: the unit of work, commit and retry", default=4096, parse=positive)
+    shard_rows: int = flag(
+        "rows per shard: the unit of work, commit and retry; CSV and compressed files are one shard each",
+        default=4096,
+        parse=positive,
+    )
     control: float = flag(
         "share of rows that also run at full depth, to measure the saving", default=0.0, parse=share
     )

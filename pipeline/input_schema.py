@@ -49,7 +49,7 @@ def check_columns(
 
     Raises InputError, also when no file at all can be read.
     """
-    first_jsonl = next((file for file in files if file.format == "jsonl" and file.size_bytes), None)
+    first_jsonl = next((file for file in files if file.format == "jsonl" and file.size_bytes != 0), None)
 
     def probe(file: InputFile) -> Columns | BrokenFileError | None:
         try:
@@ -206,7 +206,7 @@ def _whole_lines(file: InputFile, block_bytes: int) -> bytes:
     """The first block, cut after its last whole line, however long the first line is."""
     while True:
         block, stored_bytes = head(file, block_bytes)
-        if stored_bytes >= file.size_bytes:
+        if stored_bytes < block_bytes if file.size_bytes is None else stored_bytes >= file.size_bytes:
             return block
         if b"\n" in block or block_bytes >= _MAX_BLOCK_BYTES:
             return block[: block.rfind(b"\n") + 1]

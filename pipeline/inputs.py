@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from typing import Any, Literal
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, PipelineError
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,19 @@ KNOWN_SUFFIXES = f"{', '.join(FORMATS)}; all but Parquet and Arrow also with {' 
 _HIDDEN = ("_", ".")
 
 # What stores call the mark that changes with a file's content, most trustworthy first.
-_VERSION_KEYS = ("mtime_ns", "ETag", "etag", "md5Hash", "LastModified", "last_modified", "mtime", "created")
+_VERSION_KEYS = (
+    "mtime_ns",
+    "ETag",
+    "etag",
+    "md5Hash",
+    "Content-MD5",
+    "LastModified",
+    "last_modified",
+    "Last-Modified",
+    "mtime",
+    "modificationTime",
+    "created",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,13 +64,13 @@ class InputFile:
     """One file of the input, as it was when it was discovered."""
 
     path: str
-    """Absolute local path, or URL."""
+    """Absolute local path without ``..`` and the like, or URL."""
     format: Format
     """How the content is written, by suffix."""
     compression: Compression | None
     """How the whole file is compressed; None for Parquet and Arrow, which compress inside."""
-    size_bytes: int
-    """Size as stored (compressed)."""
+    size_bytes: int | None
+    """Size as stored (compressed); None where a server does not tell."""
     fingerprint: str
     """Size and modification time or etag: another fingerprint means that the content may have changed."""
 
@@ -68,11 +80,31 @@ def discover(paths: Sequence[str]) -> tuple[InputFile, ...]:
 
     Folders are searched recursively; names that begin with ``_`` or ``.`` are ignored, as Spark and
     pyarrow do. Folders saved by `datasets` (one data set or a dict of splits) give their Arrow files.
+    A file with several names keeps its own one, else the first that was given; only links of one folder
+    to a file elsewhere are all kept.
     """
     if not all(paths) or not paths:
         raise InputError("an input path is missing; give a file, folder, glob or URL")
-    found = {file.path: file for path in paths for file in _expand(path)}
-    return tuple(found[path] for path in sorted(found))
+    found: dict[str, tuple[InputFile, int]] = {}
+    for index, path in enumerate(paths):
+        for file in _expand(path):
+            found.setdefault(file.path, (file, index))
+    files = _without_second_names(found.values())
+    if len(files) < len(found):
+        logger.info("left out %d links to files that the input holds already", len(found) - len(files))
+    return tuple(sorted(files, key=lambda file: file.path))
+
+
+def _without_second_names(found: Iterable[tuple[InputFile, int]]) -> list[InputFile]:
+    """The files without links to those that stay; each comes with the number of the path it was found by."""
+    real_paths = [(file, index, real_path(file.path)) for file, index in found]
+    own_names = {file.path for file, _, real in real_paths if file.path == real}
+    first_index: dict[str, int] = {}
+    return [
+        file
+        for file, index, real in real_paths
+        if file.path == real or (real not in own_names and first_index.setdefault(real, index) == index)
+    ]
 
 
 def current_fingerprint(file: InputFile) -> str:
@@ -83,14 +115,13 @@ def current_fingerprint(file: InputFile) -> str:
 
 def locate(path: str) -> tuple[Any, str]:
     """The fsspec file system that holds `path`, and the path as that file system spells it."""
-    if "://" not in path:
-        filesystem = LocalFileSystem()
-        return filesystem, filesystem._strip_protocol(path)
+    if is_local(path):
+        return LocalFileSystem(), _normal(LocalFileSystem._strip_protocol(path))
     try:
         filesystem, inner_path = fsspec.core.url_to_fs(path, use_listings_cache=False)
     except (ValueError, ImportError) as error:
-        raise InputError(f"input {path} cannot be opened: {error}") from error
-    return filesystem, inner_path
+        raise InputError(f"input {path} cannot be opened: {first_line(error)}") from error
+    return filesystem, _normal(inner_path) if isinstance(filesystem, LocalFileSystem) else inner_path
 
 
 def is_local(path: str) -> bool:
@@ -98,17 +129,38 @@ def is_local(path: str) -> bool:
     return "://" not in path
 
 
+def real_path(path: str) -> str:
+    """A local path without links; a URL as it is."""
+    return os.path.realpath(path) if is_local(path) else path
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, without the lines that follow."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _normal(path: str) -> str:
+    """One spelling for each absolute local path; links keep their names."""
+    normal = os.path.normpath(path)
+    if os.path.realpath(normal) != os.path.realpath(path):  # `link/..` is not the folder that holds the link
+        normal = os.path.realpath(path)
+    return "/" + normal.lstrip("/")  # POSIX lets two slashes mean something else
+
+
 def _expand(path: str) -> list[InputFile]:
-    filesystem, place = locate(path)
     try:
+        filesystem, place = locate(path)
         if filesystem.isdir(place):
             return _input_files(filesystem, _visible(_walk(filesystem, place), place), place, path)
         if filesystem.exists(place):
             return [_explicit_file(filesystem, place)]
         if glob.has_magic(place):
             return _matching(filesystem, place, path)
-    except OSError as error:
-        raise InputError(f"input {path} cannot be listed: {error}") from error
+    except PipelineError:
+        raise
+    except Exception as error:  # not only OSError: each store has errors of its own
+        advice = "" if is_local(path) else "; check the credentials and the address"
+        raise InputError(f"input {path} cannot be listed: {first_line(error)}{advice}") from error
     raise InputError(f"no such input: {path}; give an existing file, folder, glob or URL")
 
 
@@ -153,11 +205,20 @@ def _input_files(
     """Those of the files found in a folder or by a glob that hold data in a known format."""
     data = _without_bookkeeping(filesystem, files)
     known = [file for path, info in data.items() if (file := _input_file(filesystem, path, info))]
-    if len(known) < len(data):
-        logger.info("skipped %d files of unknown format in %s", len(data) - len(known), root)
     if not known:
         raise InputError(f"{as_given} holds no file with a known suffix; known are {KNOWN_SUFFIXES}")
+    names = [path.removeprefix(root).lstrip("/") for path in data if _format_of(_name(path))[0] is None]
+    if skipped := [name for name in names if not _name(name).startswith(_HIDDEN)]:
+        logger.warning(
+            "skipped %d files of unknown format, first %r: give them a suffix such as .jsonl, .csv, .parquet or .txt",
+            len(skipped),
+            min(skipped),
+        )
     return known
+
+
+def _name(path: str) -> str:
+    return path.rpartition("/")[2]
 
 
 def _without_bookkeeping(filesystem: Any, files: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -187,8 +248,12 @@ def _saved_data_files(filesystem: Any, state_path: str) -> set[str]:
 def _walk(filesystem: Any, folder: str) -> dict[str, dict[str, Any]]:
     if isinstance(filesystem, LocalFileSystem):
         return _walk_local(folder)
+    found = filesystem.find(folder, detail=True).items()
+    # HTTP lists names only; what else is known of a file takes a request of its own.
     return {
-        path: info for path, info in filesystem.find(folder, detail=True).items() if info["type"] == "file"
+        path: info if info["size"] is not None else _info(filesystem, path)
+        for path, info in found
+        if info["type"] == "file"
     }
 
 
@@ -228,14 +293,14 @@ def _local_info(path: Path) -> dict[str, Any]:
 
 
 def _input_file(filesystem: Any, path: str, info: dict[str, Any]) -> InputFile | None:
-    format_, compression = _format_of(PurePosixPath(path).name)
+    format_, compression = _format_of(_name(path))
     if format_ is None:
         return None
     return InputFile(
         path=path if isinstance(filesystem, LocalFileSystem) else filesystem.unstrip_protocol(path),
         format=format_,
         compression=compression,
-        size_bytes=int(info["size"] or 0),
+        size_bytes=None if info["size"] is None else int(info["size"]),
         fingerprint=_fingerprint(info),
     )
 

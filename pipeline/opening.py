@@ -5,6 +5,7 @@ Knows how to get at bytes and Arrow batches; not what the columns mean or which 
 
 from __future__ import annotations
 
+import csv
 import io
 import zlib
 from collections.abc import Iterator
@@ -15,13 +16,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
-from pipeline.errors import BrokenFileError
-from pipeline.inputs import InputFile, is_local, locate
+from pipeline.errors import BrokenFileError, PipelineError
+from pipeline.inputs import InputFile, first_line, is_local, locate
 
 PARQUET_BUFFER_BYTES = 4 << 20
 _MAX_HEAD_BYTES = 8 << 20  # of decompressed content, however well it is compressed
 
-READ_FAILURES = (pa.ArrowException, OSError, EOFError, zlib.error, zstandard.ZstdError)
+READ_FAILURES = (pa.ArrowException, OSError, EOFError, csv.Error, zlib.error, zstandard.ZstdError)
 """What the libraries below raise for a file that is missing, broken or not what its suffix says."""
 
 
@@ -69,10 +70,14 @@ def _arrow_reader(file: InputFile, only_field: int | None) -> Any:
 def head(file: InputFile, num_bytes: int) -> tuple[bytes, int]:
     """The beginning of the content, and how many stored bytes it came from.
 
-    At most `num_bytes` stored bytes are read. What they decompress to may end in mid-line.
+    At most `num_bytes` stored bytes are read, fewer only where the file ends. What they decompress to may
+    end in mid-line.
     """
     with refusing(file), open_file(file) as stored:
         raw = stored.read(num_bytes)
+        # A server's pieces may be short.
+        while len(raw) < num_bytes and (more := stored.read(num_bytes - len(raw))):
+            raw += more
         if file.compression == "gzip":
             return _gzip_head(raw)
         if file.compression == "zstd":
@@ -97,10 +102,12 @@ def refusing(file: InputFile) -> Iterator[None]:
     """Turn failures to read a file before the run starts into one sentence."""
     try:
         yield
-    except READ_FAILURES as error:
+    except Exception as error:
+        if not is_read_failure(file, error):
+            raise
         raise BrokenFileError(f"{file.path} cannot be read as {file.format}: {first_line(error)}") from error
 
 
-def first_line(error: BaseException) -> str:
-    """What an exception says, without the lines that follow."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def is_read_failure(file: InputFile, error: Exception) -> bool:
+    """Whether an exception says that the file cannot be read; stores have more kinds than can be listed."""
+    return isinstance(error, READ_FAILURES) or not (is_local(file.path) or isinstance(error, PipelineError))

@@ -19,7 +19,7 @@ from deebert.problem import REGRESSION
 from pipeline.config import ClassifyConfig, Thresholds
 from pipeline.errors import UsageError
 from pipeline.input_schema import InputSchema, check_columns
-from pipeline.inputs import InputFile, discover
+from pipeline.inputs import InputFile, discover, real_path
 from pipeline.records import Identity, ModelRecord, RunRecord
 from pipeline.schema import RESERVED_COLUMNS, Answers, part_table
 from pipeline.shards import Shard, parse_part_name, part_name, plan, source_key
@@ -104,7 +104,10 @@ def check_output(run: RunPlan, output: Output, earlier: RunRecord | None) -> set
     if stale:
         log.info("%d parts belong to inputs that changed: doing them again", len(stale))
         # Old answers go before new ones come: a kill in between leaves rows missing, never twice.
-        output.remove([SUCCESS, *sorted(stale)])
+        output.remove([SUCCESS])
+        for part in sorted(stale):
+            output.write_dead_letters(part, ())  # before its part: without that, nobody would look for them
+            output.remove([part])
     return existing & run.shards.keys()
 
 
@@ -120,8 +123,12 @@ def can_go_on(run: RunPlan, earlier: RunRecord | None) -> bool:
 
 
 def _stale_parts(run: RunPlan, existing: set[str]) -> dict[str, str]:
-    """Parts of planned input files that are not planned any more, with the file's path."""
-    paths = {source_key(file): file.path for file in run.files}
+    """Parts of planned input files that are not planned any more, with the file's path.
+
+    Not those of files that cannot be read now: nobody knows whether these changed.
+    """
+    unknown = {shard.source.path for shard in run.shards.values() if shard.flaw is not None}
+    paths = {source_key(file): file.path for file in run.files if file.path not in unknown}
     named = {name: parse_part_name(name) for name in existing - run.shards.keys()}
     return {name: paths[p.source_key] for name, p in named.items() if p is not None and p.source_key in paths}
 
@@ -157,8 +164,8 @@ def _short(value: Any) -> str:
 
 def _inputs(config: ClassifyConfig, output: Output) -> tuple[InputFile, ...]:
     """The input files, without what earlier runs wrote into an output inside an input folder."""
-    inside = output.path("")
-    files = tuple(file for file in discover(config.input) if not file.path.startswith(inside))
+    inside = f"{real_path(output.path('')).rstrip('/')}/"
+    files = tuple(file for file in discover(config.input) if not real_path(file.path).startswith(inside))
     if not files:
         raise UsageError(
             f"the input {', '.join(config.input)} holds nothing but the output: give the texts' path"

@@ -25,6 +25,7 @@ SPLIT_ABOVE_BYTES = 8 << 20
 SCAN_BLOCK_BYTES = 8 << 20
 ESTIMATE_BYTES = 1 << 16
 _MAX_CONNECTIONS = 16
+_MAY_NOT_SEEK = ("http://", "https://")
 _NEWLINE = 10
 _PART_NAME = re.compile(r"part-([0-9a-f]{12})-(\d{12,})-([0-9a-f]{8})\.parquet")
 
@@ -65,8 +66,9 @@ def plan(
     """Cut files into shards of about `shard_rows` rows, in the order of the files and their rows.
 
     Parquet is cut at row groups (and inside those that are larger), Arrow at rows, uncompressed lines
-    at newlines once a file is larger than `split_above_bytes`. CSV (whose quoted values may contain
-    newlines), compressed files and remote Arrow files (which have no index) are one shard each.
+    at newlines. CSV (whose quoted values may contain newlines), compressed files and remote Arrow files
+    (which have no index) are one shard each, and so are lines from a server that may not seek: one that
+    tells no size, and any HTTP server up to `split_above_bytes`.
     Files without rows give none; files that cannot be read give one, with the `flaw`.
     """
     if shard_rows < 1:
@@ -117,12 +119,14 @@ def _cut(file: InputFile, shard_rows: int, split_above_bytes: int) -> list[Shard
         if file.format == "arrow" and is_local(file.path):
             num_rows = sum(batch.num_rows for batch in arrow_batches(file, only_field=0))
             return _exact_shards(file, _pieces(0, num_rows, shard_rows))
-        if file.size_bytes == 0:
-            head(file, 1)  # proves that it can be opened
+        if not file.size_bytes and head(file, 1)[1] == 0:  # proves too that it can be opened
             return []
-        splittable = file.format in ("jsonl", "text") and file.compression is None
-        if splittable and file.size_bytes > split_above_bytes:
-            return _line_shards(file, shard_rows)
+        if file.format in ("jsonl", "text") and file.compression is None and file.size_bytes:
+            is_large = file.size_bytes > split_above_bytes
+            if is_large or not file.path.startswith(_MAY_NOT_SEEK):
+                shards = _line_shards(file, shard_rows)
+                if is_large or len(shards) > 1:
+                    return shards
         return [_whole_file(file)]
 
 
@@ -164,9 +168,9 @@ def _parquet_ranges(file: InputFile, shard_rows: int) -> Iterator[tuple[int, int
 
 
 def _line_shards(file: InputFile, shard_rows: int) -> list[Shard]:
-    starts, num_lines = _scan_lines(file, shard_rows)
+    bounds, num_lines = _scan_lines(file, shard_rows)
     shards = []
-    for index, (start, end) in enumerate(itertools.pairwise([*starts, file.size_bytes])):
+    for index, (start, end) in enumerate(itertools.pairwise(bounds)):
         first = index * shard_rows
         lines = min(shard_rows, num_lines - first)
         shards.append(
@@ -182,7 +186,7 @@ def _line_shards(file: InputFile, shard_rows: int) -> list[Shard]:
 
 
 def _scan_lines(file: InputFile, shard_rows: int) -> tuple[list[int], int]:
-    """Where every `shard_rows`-th line starts, and the number of lines, in one pass over the bytes."""
+    """Where every `shard_rows`-th line starts and the last ends, and the number of lines, in one pass."""
     starts, num_newlines, offset, last_byte = [0], 0, 0, _NEWLINE
     with open_file(file) as stored:
         while block := stored.read(SCAN_BLOCK_BYTES):
@@ -193,14 +197,15 @@ def _scan_lines(file: InputFile, shard_rows: int) -> tuple[list[int], int]:
             num_newlines, offset, last_byte = num_newlines + len(newlines), offset + len(block), block[-1]
     if starts[-1] == offset:  # the last newline ends the file; no line follows it
         starts.pop()
-    return starts, num_newlines + (last_byte != _NEWLINE)
+    return [*starts, offset], num_newlines + (last_byte != _NEWLINE)
 
 
 def _estimate_rows(file: InputFile) -> int:
     if file.format == "arrow":
         batch = next(arrow_batches(file), None)
-        return round(file.size_bytes * batch.num_rows / max(1, batch.nbytes)) if batch else 0
+        return round((file.size_bytes or 0) * batch.num_rows / max(1, batch.nbytes)) if batch else 0
     content, stored_bytes = head(file, ESTIMATE_BYTES)
     lines = content.count(b"\n") + (not content.endswith(b"\n"))
     header_lines = 1 if file.format == "csv" else 0
-    return max(1, round(lines * file.size_bytes / max(1, stored_bytes)) - header_lines)
+    size_bytes = stored_bytes if file.size_bytes is None else file.size_bytes
+    return max(1, round(lines * size_bytes / max(1, stored_bytes)) - header_lines)

@@ -15,8 +15,8 @@ import pyarrow as pa
 
 from pipeline.errors import ReadError
 from pipeline.input_schema import InputSchema, plain_type
-from pipeline.inputs import current_fingerprint
-from pipeline.opening import READ_FAILURES, arrow_batches, first_line, open_parquet
+from pipeline.inputs import current_fingerprint, first_line
+from pipeline.opening import arrow_batches, is_read_failure, open_parquet
 from pipeline.raw_rows import BadRow, RawRows, Rows, excerpt
 from pipeline.shards import Shard
 from pipeline.source_csv import read_csv
@@ -89,7 +89,9 @@ def _reading(shard: Shard, parts: Iterator[RawRows]) -> Iterator[RawRows]:
         if current_fingerprint(shard.source) != shard.source.fingerprint:
             raise ReadError(f"{path} has changed since the run was planned; run again to plan it anew")
         yield from parts
-    except READ_FAILURES as error:
+    except Exception as error:
+        if not is_read_failure(shard.source, error):
+            raise
         raise ReadError(f"{path} could not be read as {shard.source.format}: {first_line(error)}") from error
 
 

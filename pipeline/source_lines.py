@@ -15,7 +15,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.json as pa_json
 
-from pipeline.opening import first_line, open_file, open_stream
+from pipeline.inputs import first_line
+from pipeline.opening import open_file, open_stream
 from pipeline.raw_rows import BadRow, RawRows, Rows, excerpt
 from pipeline.shards import Shard
 
@@ -70,7 +71,8 @@ def _chunks(shard: Shard) -> Iterator[bytes]:
         return
     offset, end = shard.byte_range
     with open_file(shard.source) as stored:
-        stored.seek(offset)
+        if offset:  # some servers give the beginning only
+            stored.seek(offset)
         while offset < end:
             chunk = stored.read(min(BLOCK_BYTES, end - offset))
             if not chunk:

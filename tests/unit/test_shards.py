@@ -74,7 +74,7 @@ class TestDiscover:
         with caplog.at_level(logging.INFO):
             files = discover([str(tmp_path / "_corpus")])
         assert names(files) == ["a.jsonl", "b.txt", "c.csv"]
-        assert "skipped 1 files of unknown format" in caplog.text
+        assert "skipped 1 files of unknown format, first 'README.md'" in caplog.text
 
     def test_overlapping_paths_give_each_file_once_in_order_of_path(self, tmp_path, monkeypatch):
         one, two = write(tmp_path / "1.txt", "x"), write(tmp_path / "2.txt", "x")
@@ -246,6 +246,16 @@ class TestCheckColumns:
             check_columns(files, ["text"], ["id"])
         assert "\n" not in str(caught.value)
 
+    def test_a_header_that_python_cannot_take_spoils_only_its_file(self, tmp_path):
+        write(tmp_path / "a.csv.gz", gzip.compress(b"x" * 200_000 + b"\n"))
+        write(tmp_path / "b.csv", "text\nhi\n")
+        files = discover([str(tmp_path)])
+        assert check_columns(files, ["text"], []).text_columns == ("text",)
+        with pytest.raises(
+            InputError, match=r"a\.csv\.gz cannot be read as csv: field larger than field limit"
+        ):
+            check_columns(files[:1], ["text"], [])
+
     @pytest.mark.parametrize("column", [pa.array([1]), pa.array([b"x"]), pa.array([1]).dictionary_encode()])
     def test_a_text_column_of_another_type_is_named(self, tmp_path, column):
         files = discover([write_parquet(tmp_path / "a.parquet", {"text": column})])
@@ -287,11 +297,29 @@ class TestPlan:
         assert [shard.byte_range for shard in shards] == [(0, 4), (4, 7)]
         assert ranges(shards) == [(0, None), (2, None)]
 
-    @pytest.mark.parametrize("name", ["a.csv", "a.txt", "a.jsonl", "a.txt.gz", "a.csv.zst"])
-    def test_small_and_unsplittable_files_are_one_shard_with_an_estimate(self, tmp_path, name):
+    @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+    def test_small_files_of_lines_are_cut_too_where_they_hold_more_rows_than_a_shard(self, tmp_path, name):
+        files = discover([write(tmp_path / name, b"{}\n" * 120_000)])
+        shards = plan(files, shard_rows=500)
+        assert len(shards) == 240
+        assert [shard.estimated_rows for shard in shards] == [500] * 240
+        assert shards[1].byte_range == (1500, 3000)
+        assert [shard.byte_range for shard in plan(files, shard_rows=120_000)] == [None]
+        assert len(plan(files, shard_rows=119_999)) == 2
+
+    def test_small_objects_are_cut_as_files_are(self):
+        fsspec.filesystem("memory").pipe("/cut/a.jsonl", b"{}\n" * 5)
+        shards = plan(discover(["memory://cut"]), shard_rows=2)
+        assert [shard.byte_range for shard in shards] == [(0, 6), (6, 12), (12, 15)]
+
+    @pytest.mark.parametrize(
+        ("name", "shard_rows"),
+        [("a.csv", 10), ("a.txt", 20_000), ("a.jsonl", 20_000), ("a.txt.gz", 10), ("a.csv.zst", 10)],
+    )
+    def test_small_and_unsplittable_files_are_one_shard_with_an_estimate(self, tmp_path, name, shard_rows):
         content = b"0123456789 abcdef\n" * 20_000
         pack = {".gz": gzip.compress, ".zst": zstandard.compress}.get(Path(name).suffix, bytes)
-        (shard,) = plan(discover([write(tmp_path / name, pack(content))]), shard_rows=10)
+        (shard,) = plan(discover([write(tmp_path / name, pack(content))]), shard_rows=shard_rows)
         assert (shard.first_row, shard.num_rows, shard.byte_range) == (0, None, None)
         assert 10_000 < shard.estimated_rows < 40_000
 

@@ -180,8 +180,8 @@ class TestText:
         expected_bad = {row for row, line in enumerate(lines) if b"\xff" in line}
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(source_lines, "BLOCK_BYTES", block_bytes)
-            for split in (0, 1000):
-                batches = read(path, shard_rows=shard_rows, batch_rows=batch_rows, split=split)
+            for split, shard_size in ((0, shard_rows), (1000, shard_rows), (1000, 1000)):
+                batches = read(path, shard_rows=shard_size, batch_rows=batch_rows, split=split)
                 expected = {i: x.decode() for i, x in enumerate(lines) if i not in expected_bad}
                 assert good(batches) == expected
                 assert set(bad(batches)) == expected_bad
@@ -275,8 +275,8 @@ class TestJsonLines:
         schema = check_columns([], ["text"], [])
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(source_lines, "BLOCK_BYTES", block_bytes)
-            for split in (0, 10_000):
-                batches = read(path, shard_rows=shard_rows, batch_rows=3, split=split, schema=schema)
+            for split, shard_size in ((0, shard_rows), (10_000, shard_rows), (10_000, 1000)):
+                batches = read(path, shard_rows=shard_size, batch_rows=3, split=split, schema=schema)
                 assert set(bad(batches)) == expected_bad | {0}
                 assert good(batches) == {
                     row: json.loads(lines[row - 1])["text"] for row in sorted(filled - expected_bad)

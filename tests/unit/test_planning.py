@@ -1,0 +1,123 @@
+"""Which parts of an output a plan keeps, redoes or leaves alone: on real files, without Ray."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline import shards
+from pipeline.config import ClassifyConfig
+from pipeline.errors import UsageError
+from pipeline.inputs import InputFile
+from pipeline.planning import RunPlan, check_output, make_plan
+from pipeline.sink import SUCCESS, Output
+
+DEAD_LETTERS = "_deebert/dead_letters"
+
+
+@pytest.fixture
+def config(saved_model: Path, tmp_path: Path) -> ClassifyConfig:
+    """A run on two files of one shard each."""
+    (tmp_path / "in").mkdir()
+    for name in ("a", "b"):
+        pq.write_table(pa.table({"text": [name, "good"]}), tmp_path / "in" / f"{name}.parquet")
+    return ClassifyConfig(
+        model=str(saved_model),
+        input=(str(tmp_path / "in"),),
+        output=str(tmp_path / "out"),
+        precision="float32",
+    )
+
+
+def planned(config: ClassifyConfig) -> RunPlan:
+    return make_plan(config, has_gpu=False)
+
+
+def record_of(run: RunPlan) -> SimpleNamespace:
+    """What `check_output` reads of the record of a run like this one."""
+    return SimpleNamespace(
+        identity=run.identity, shard_rows=run.config.shard_rows, columns=run.columns, status="succeeded"
+    )
+
+
+def commit(run: RunPlan, output: Output) -> set[str]:
+    """The parts that the run would commit, each with a dead letter."""
+    for part in run.shards:
+        output.write(part, b"committed")
+        output.write_dead_letters(part, [{"reason": "bad"}])
+    output.mark_success()
+    return set(run.shards)
+
+
+def names_of_letters(output: Output) -> set[str]:
+    return {path.stem for path in Path(output.path(DEAD_LETTERS)).iterdir()}
+
+
+class TestOutputInsideTheInput:
+    @pytest.mark.parametrize("output", ["in/out", "jobs/../in/out", "link/out", "./in//out/"])
+    @pytest.mark.parametrize("source", ["in", "jobs/../in", "link", "./in"])
+    def test_is_left_out_however_the_two_are_spelled(self, config, tmp_path, monkeypatch, source, output):
+        (tmp_path / "jobs").mkdir()
+        (tmp_path / "link").symlink_to(tmp_path / "in")
+        (tmp_path / "in" / "out").mkdir()
+        pq.write_table(pa.table({"text": ["an answer"]}), tmp_path / "in" / "out" / "part-0.parquet")
+        monkeypatch.chdir(tmp_path)
+        run = planned(replace(config, input=(source,), output=output))
+        assert [Path(file.path).name for file in run.files] == ["a.parquet", "b.parquet"]
+
+    def test_a_neighbour_whose_name_begins_alike_is_input(self, config, tmp_path):
+        (tmp_path / "in" / "output").mkdir()
+        pq.write_table(pa.table({"text": ["no answer"]}), tmp_path / "in" / "output" / "c.parquet")
+        run = planned(replace(config, output=str(tmp_path / "in" / "out")))
+        assert [Path(file.path).name for file in run.files] == ["a.parquet", "b.parquet", "c.parquet"]
+
+    def test_on_a_store(self, config):
+        content = b"one\n"
+        fsspec.filesystem("memory").pipe({"/inside/a.txt": content, "/inside/out/part-0.txt": content})
+        run = planned(replace(config, input=("memory://inside",), output="memory://inside/out"))
+        assert [file.path for file in run.files] == ["memory:///inside/a.txt"]
+
+
+class TestChangedInputs:
+    def test_parts_of_a_file_that_cannot_be_read_now_are_left_alone(self, config, monkeypatch):
+        output = Output(config.output)
+        parts = commit(planned(config), output)
+
+        def hiccup(file: InputFile) -> object:
+            if file.path.endswith("b.parquet"):
+                raise OSError(5, "Input/output error")
+            return opened(file)
+
+        opened = shards.open_parquet
+        monkeypatch.setattr(shards, "open_parquet", hiccup)
+        for on_changed in ("refuse", "redo"):
+            run = planned(replace(config, on_changed=on_changed))
+            assert [shard.flaw is None for shard in run.shards.values()] == [True, False]
+            assert len(check_output(run, output, record_of(run))) == 1
+            assert output.parts() == parts
+        assert output.read(SUCCESS) is not None
+
+        monkeypatch.undo()
+        run = planned(config)
+        assert check_output(run, output, record_of(run)) == parts
+
+    def test_a_file_that_changed_is_refused_or_its_parts_go_with_their_dead_letters(self, config, tmp_path):
+        output = Output(config.output)
+        parts = commit(planned(config), output)
+        os.utime(tmp_path / "in" / "b.parquet", ns=(1, 1))
+        run = planned(config)
+        with pytest.raises(UsageError, match=r"b\.parquet' changed since .* --on-changed redo"):
+            check_output(run, output, record_of(run))
+        assert output.parts() == parts
+
+        (kept,) = check_output(planned(replace(config, on_changed="redo")), output, record_of(run))
+        assert output.parts() == {kept}
+        assert output.read(SUCCESS) is None
+        assert names_of_letters(output) == {Path(kept).stem}
