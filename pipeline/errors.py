@@ -5,9 +5,11 @@ DeeBertError
     ├── UsageError         found before any actor starts; exit code 2
     │   └── InputError     an input that is missing, unreadable or lacks a column
     │       └── BrokenFileError   it is there and named, but cannot be read; the others can
-    ├── ReadError          a shard's file could not be read: names the file and why
+    ├── ReadError          an input could not be read: names it and why
     ├── OutputError        a file of the output could not be written: names the file and why
     │   └── OutputFullError   because there is no room
+    ├── BadRowsError       a shard has more rows that cannot be classified than the run allows
+    ├── NotFiniteError     the model answers with numbers that are none: names the layer and the precision
     ├── RunFailedError     the run ended with shards missing; exit code 1, the same command resumes
     └── InvariantError     a broken promise of ours (rows not conserved, a buffer over its bound)
 """
@@ -41,6 +43,14 @@ class OutputError(PipelineError):
 
 class OutputFullError(OutputError):
     """The output has no room left: no shard can be committed until it has."""
+
+
+class BadRowsError(PipelineError):
+    """A shard has more rows that cannot be classified than the whole run allows."""
+
+
+class NotFiniteError(PipelineError):
+    """The model's answers are not finite numbers: no label can be read from them, of no sample of the run."""
 
 
 class RunFailedError(PipelineError):

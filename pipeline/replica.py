@@ -11,8 +11,9 @@ import os
 import pickle
 import socket
 import time
+import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -29,12 +30,13 @@ from deebert.encoder import PackedEncoder
 from deebert.exit_policy import policy_from_dict
 from deebert.fused import FusedModel
 from deebert.packing import IntArray
-from deebert.precision import DTYPES, Precision
+from deebert.precision import DTYPES, resolve_precision
 from deebert.windows import text_sums
 from pipeline import sabotage
 from pipeline.board import History
 from pipeline.engine import EngineConfig
-from pipeline.errors import OutputError, OutputFullError, ReadError
+from pipeline.engine.budget import is_out_of_memory
+from pipeline.errors import BadRowsError, NotFiniteError, OutputError, OutputFullError, ReadError
 from pipeline.input_schema import InputSchema
 from pipeline.lanes import Lanes, Submission
 from pipeline.narrowing import PROOF, pieces, why_hopeless
@@ -85,6 +87,8 @@ class ReplicaSpec:
     control: float
     """Share of rows that also run at full depth."""
     probabilities: bool
+    max_bad_rows: int
+    """Rows of the run that may be bad: a shard that has more by itself ends the run, unfinished."""
     hang_seconds: float
     """What one read, micro-batch or commit may take."""
     output: Output
@@ -160,7 +164,8 @@ class Replica:
     def __init__(self, spec: ReplicaSpec) -> None:
         torch.set_num_threads(spec.threads)
         model: ServedModel = ray.get(spec.model)
-        precision: Precision = spec.identity.precision  # type: ignore[assignment]  # resolved by the driver
+        # Resolved by the driver, for its own machine: this one may lack what that takes.
+        precision = resolve_precision(spec.identity.precision, has_gpu=spec.device == "cuda")
         encoder = PackedEncoder(model.fused, device=spec.device, dtype=DTYPES[precision])
         self._spec = spec
         self._turns = Turns()
@@ -195,16 +200,16 @@ class Replica:
             _answer(board.begin.remote(name))
             try:
                 return self._run(shard, name, history)
-            except (torch.AcceleratorError, torch.OutOfMemoryError, MemoryError):
-                # Nothing works any more in a process whose device context is lost, and a sample that fits no
-                # memory is found as any other that ends its process.
-                log.exception("the device or the memory failed under %s: this process ends", name)
-                os._exit(1)
-            except OutputFullError as error:
+            except (OutputFullError, BadRowsError, NotFiniteError) as error:
                 return _failure(shard, name, str(error), is_fatal=True)
             except (ReadError, OutputError, OSError) as error:
                 return _failure(shard, name, str(error))
             except Exception as error:  # ours to report, not Ray's to wrap
+                if isinstance(error, torch.AcceleratorError) or is_out_of_memory(error):
+                    # Nothing works any more in a process whose device context is lost, and a sample that fits no
+                    # memory is found as any other that ends its process.
+                    log.exception("the device or the memory failed under %s: this process ends", name)
+                    os._exit(1)
                 log.exception("shard %s", name)
                 return _failure(shard, name, f"{type(error).__name__}: {error}", is_fatal=True)
             finally:
@@ -222,8 +227,15 @@ class Replica:
             for batch in self._batches(work):
                 self._try_pieces(work, batch, name, history)
         sabotage.reach("shard-classified")
-        with self._watchdog.limit(f"the commit of {name}"):
-            return self._commit(work)
+        try:
+            with self._watchdog.limit(f"the commit of {name}"):
+                return self._commit(work)
+        except Exception as error:
+            if isinstance(error, (OutputError, OSError)) or is_out_of_memory(error):
+                raise
+            # Something about this shard's rows, which were read and classified: no other shard's concern.
+            log.exception("the commit of %s", name)
+            raise OutputError(f"{name} cannot be written: {type(error).__name__}: {error}") from error
 
     def _batches(self, work: _Work) -> Iterator[SourceBatch]:
         """Read the shard; the bad rows are put aside on the way."""
@@ -242,7 +254,16 @@ class Replica:
                 return
             sabotage.reach("shard-read")
             work.bad.extend(batch.bad)
+            self._check_bad_rows(work)
             yield from batch.pieces(_PIECE_BYTES)
+
+    def _check_bad_rows(self, work: _Work) -> None:
+        """End the run when this shard alone has too many bad rows, before they fill the memory."""
+        spec, count = self._spec, len(work.bad)
+        if count > spec.max_bad_rows:
+            with self._watchdog.limit(f"the dead letters of {work.shard.source.path}"):
+                self._write_dead_letters(work)  # they show what to mend
+            raise BadRowsError(too_many_bad_rows(count, spec.max_bad_rows, spec.output))
 
     def _submit(self, work: _Work, batch: SourceBatch) -> Submission:
         """Tokenize a batch and hand it to the lanes."""
@@ -253,7 +274,7 @@ class Replica:
         windows, layout = tokenized.windows, tokenized.tokens.layout
         submission = self._lanes.submit(
             tokenized.tokens,
-            _control_sample(batch.rows, self._spec.control),
+            _control_sample(batch.rows, self._spec.control, work.shard.source.path),
             None if self._tokenizer.window_stride is None else windows,
         )
         work.rows.append(
@@ -285,19 +306,10 @@ class Replica:
         """Write the dead letters, then the part: its existence is the commit."""
         spec, shard = self._spec, work.shard
         started = time.perf_counter()
-        answers = Answers.concat([rows.answers() for rows in work.rows], self._problem, len(self._labels))
+        answered = [(rows.answers(), rows.kept) for rows in work.rows]
+        table = self._table(shard, answered)
+        answers = Answers.concat([said for said, _ in answered], self._problem, len(self._labels))
         name = part_name(shard, spec.identity.digest)
-        table = part_table(
-            answers,
-            source_file=shard.source.path,
-            kept=pa.concat_tables([spec.schema.kept.empty_table(), *(rows.kept for rows in work.rows)]),
-            id_column=spec.id_column,
-            keep_columns=spec.keep_columns,
-            labels=self._labels,
-            with_probabilities=spec.probabilities,
-            with_windows=spec.identity.window_stride is not None,
-            with_certainty=self._with_certainty,
-        )
         record = ShardRecord(
             part=name,
             source_file=shard.source.path,
@@ -306,11 +318,35 @@ class Replica:
             finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
             totals=self._totals(work, answers),
         )
-        bad = sorted(work.bad, key=lambda row: row.source_row)
-        spec.output.write_dead_letters(name, (_letter(shard, row) for row in bad))
+        self._write_dead_letters(work)
         spec.output.commit_part(name, table, footer(spec.identity, record, self._labels))
         # Only the driver's record can know how long the commit itself took.
         return replace(record, totals=replace(record.totals, write_seconds=time.perf_counter() - started))
+
+    def _table(self, shard: Shard, answered: Sequence[tuple[Answers, pa.Table]]) -> pa.Table:
+        """The part's rows, a chunk for each piece: an Arrow array of strings ends at 2 GiB, a file need not."""
+        spec = self._spec
+        no_rows = (Answers.empty(self._problem, len(self._labels)), spec.schema.kept.empty_table())
+        return pa.concat_tables(
+            part_table(
+                answers,
+                source_file=shard.source.path,
+                kept=kept,
+                id_column=spec.id_column,
+                keep_columns=spec.keep_columns,
+                labels=self._labels,
+                with_probabilities=spec.probabilities,
+                with_windows=spec.identity.window_stride is not None,
+                with_certainty=self._with_certainty,
+            )
+            for answers, kept in answered or [no_rows]
+        )
+
+    def _write_dead_letters(self, work: _Work) -> None:
+        """Those of an earlier try are replaced."""
+        name = part_name(work.shard, self._spec.identity.digest)
+        bad = sorted(work.bad, key=lambda row: row.source_row)
+        self._spec.output.write_dead_letters(name, (_letter(work.shard, row) for row in bad))
 
     def _totals(self, work: _Work, answers: Answers) -> Totals:
         compute, control = self._lanes.take_stats()
@@ -336,6 +372,14 @@ class Replica:
             tokenize_seconds=work.tokenize_seconds,
             write_seconds=0.0,
         )
+
+
+def too_many_bad_rows(count: int, limit: int, output: Output) -> str:
+    """What ends a run that has more bad rows than it allows."""
+    return (
+        f"{count} rows cannot be classified, more than --max-bad-rows {limit}: see "
+        f"{output.path('_deebert/dead_letters')}, mend the input or raise the limit"
+    )
 
 
 def _answer(asked: Any) -> Any:
@@ -369,7 +413,9 @@ def _letter(shard: Shard, row: BadRow) -> dict[str, Any]:
     return {"source_file": shard.source.path, **asdict(row)}
 
 
-def _control_sample(rows: npt.NDArray[np.int64], share: float) -> npt.NDArray[np.bool_]:
+def _control_sample(rows: npt.NDArray[np.int64], share: float, source_file: str) -> npt.NDArray[np.bool_]:
     """Which rows also run at full depth: the same ones in every attempt, scattered over the file."""
-    # Knuth's multiplicative hash of the row number, as a fraction of its range.
-    return (rows.astype(np.uint64) * 2654435761 % 2**32) < share * 2**32
+    # Knuth's multiplicative hash of the row number, as a fraction of its range. Each file begins elsewhere in it:
+    # row 0 of every one would be too many of a corpus of small files, and all of them first rows.
+    start = np.uint64(zlib.crc32(source_file.encode()))
+    return ((rows.astype(np.uint64) + start) * 2654435761 % 2**32) < share * 2**32

@@ -64,8 +64,8 @@ class TextTokenizer:
                 each, and neighbours share so many tokens of the text; None cuts it.
 
         Raises:
-            CheckpointError: the tokenizer has no Rust backend.
-            UsageError: windows that would share more than half of their tokens.
+            CheckpointError: the tokenizer has no Rust backend, or turns an empty text into no tokens.
+            UsageError: no room beside the special tokens, or windows that would share more than half of their tokens.
         """
         if not getattr(tokenizer, "is_fast", False):
             raise CheckpointError(
@@ -73,8 +73,19 @@ class TextTokenizer:
             )
         self._backend = RustTokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self._backend.no_padding()
+        if not len(self._backend.encode("")):
+            raise CheckpointError(
+                f"the tokenizer {type(tokenizer).__name__} adds no special tokens, so that an empty text has no token "
+                "to read an answer from: save one with a post-processor ([CLS] … [SEP])"
+            )
         self._truncation_side = tokenizer.truncation_side
         check_windows(tokenizer, max_length=max_length, window_stride=window_stride, of_pairs=False)
+        # The backend cuts nothing where the special tokens alone are too many.
+        least = tokenizer.num_special_tokens_to_add(pair=True)
+        if max_length < least:
+            raise UsageError(
+                f"--max-length {max_length} is less than the {least} special tokens of a pair of texts: give more"
+            )
         self._backend.enable_truncation(
             max_length,
             stride=window_stride or 0,

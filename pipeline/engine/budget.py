@@ -1,4 +1,4 @@
-"""How many tokens a micro-batch takes when nobody says.
+"""How many tokens a micro-batch takes when nobody says, and how to tell that they were too many.
 
 Enough that what a step costs beside its products hardly counts, few enough that the device's memory serves
 them well. Knows nothing of samples.
@@ -85,6 +85,16 @@ def on_gpu(
     layer_flops = 2 * (4 * hidden_size * hidden_size + 2 * hidden_size * intermediate_size)
     budget = min(_MEMORY_SHARE * free_bytes / token_bytes, _LAYER_FLOPS / layer_flops)
     return max(_LEAST_ON_GPU, _power_of_two(int(budget)))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether it says that memory ran out: a GPU's, or the process's.
+
+    torch's allocator on CPUs has no type of its own for that: it raises a plain RuntimeError.
+    """
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def _power_of_two(most: int) -> int:

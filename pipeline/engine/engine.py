@@ -21,7 +21,7 @@ from deebert.encoder import PackedEncoder
 from deebert.exit_policy import ExitPolicy
 from deebert.packing import PackedTokens
 from pipeline.engine.batch import SampleBatch
-from pipeline.engine.budget import micro_batch_tokens, under_way
+from pipeline.engine.budget import is_out_of_memory, micro_batch_tokens, under_way
 from pipeline.engine.layer_buffer import LayerBuffer
 from pipeline.engine.runner import Exits, Runner, Step
 from pipeline.engine.scheduler import next_layer
@@ -74,7 +74,10 @@ class Engine:
 
     @property
     def wants_input(self) -> bool:
-        """Whether less than a micro-batch waits to be admitted: submit now, or the device may idle."""
+        """Whether less than a full micro-batch waits to be admitted: submit now, or the device may idle.
+
+        Full as in `step`: 15/16 of its tokens.
+        """
         return not self._admission.is_full
 
     @property
@@ -98,10 +101,13 @@ class Engine:
             tokens: N sequences on the host.
 
         Raises:
-            ValueError: a sample is longer than a micro-batch, or ids and sequences differ in number.
+            ValueError: a sample is longer than a micro-batch or has no tokens, or ids and sequences differ in number.
         """
         if len(sample_ids) != len(tokens):
             raise ValueError(f"{len(sample_ids)} ids for {len(tokens)} sequences: give one id per sequence")
+        # Its off-ramp would read a neighbour's token.
+        if (tokens.layout.lengths < 1).any():
+            raise ValueError("a sample has no tokens: give each at least one")
         if tokens.max_seqlen > self.micro_batch_tokens:
             raise ValueError(
                 f"a sample has {tokens.max_seqlen} tokens but a micro-batch takes "
@@ -114,14 +120,17 @@ class Engine:
         """Run one micro-batch through one segment of layers.
 
         Args:
-            drain: run a partly filled micro-batch when no full one waits, because no more input is at hand.
+            drain: run a partly filled micro-batch when no full one (15/16 of its tokens) waits, because no more
+                input is at hand.
 
         Returns:
             Who left in this step (maybe nobody), or None when there was nothing to run.
 
         Raises:
             InvariantError: samples were lost or doubled.
-            torch.OutOfMemoryError: a single sample does not fit into memory.
+            NotFiniteError: answers are not finite numbers.
+            torch.OutOfMemoryError, MemoryError, RuntimeError: a single sample does not fit into memory
+                (`is_out_of_memory`).
         """
         while True:
             self._start(drain=drain)
@@ -155,8 +164,8 @@ class Engine:
             batch = self._buffers[layer].take()
             try:
                 self._under_way.append(self._runner.start(layer, batch))
-            except torch.OutOfMemoryError:
-                if len(batch) == 1:
+            except Exception as error:
+                if len(batch) == 1 or not is_out_of_memory(error):
                     raise
                 self._halve(layer, batch)
 
@@ -165,12 +174,14 @@ class Engine:
         step = self._under_way.popleft()
         try:
             exits, survivors = self._runner.finish(step, self._stats)
-        except torch.OutOfMemoryError:
-            if len(step) == 1:
+        except Exception as error:
+            if len(step) == 1 or not is_out_of_memory(error):
                 raise
             self._halve(step.first, step.batch)
             return None
         if survivors is not None:
+            # Layers are 0-based in here (-1: the embeddings), 1-based wherever users see them. This segment's last
+            # layer plus one is the next segment's first, so its buffer is the survivors'.
             self._buffers[self._runner.segments[step.first] + 1].put(survivors)
         self._in_flight -= len(exits)
         return exits

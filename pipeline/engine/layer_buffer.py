@@ -34,7 +34,7 @@ class LayerBuffer:
 
     @property
     def is_full(self) -> bool:
-        """Whether a micro-batch waits that is worth running: whole, but for what a last sample may leave free.
+        """Whether a micro-batch waits that is worth running: 15/16 of its tokens, for a last sample may not fit.
 
         Waiting for the rest would cut every micro-batch anew that nobody has left, and copy its states at each layer.
         """
@@ -64,7 +64,7 @@ class LayerBuffer:
         self._micro_batch_tokens = min(self._micro_batch_tokens, micro_batch_tokens)
 
     def take(self) -> SampleBatch:
-        """Remove the oldest samples that fit into one micro-batch, shortest first; at least one sample."""
+        """Remove the oldest samples that fit into one micro-batch, at least one; returned sorted by length."""
         parts: list[SampleBatch] = []
         room = max(self._micro_batch_tokens, self._first_length())
         while self._chunks and (part := self._take_from_first_chunk(room)) is not None:

@@ -3,8 +3,9 @@
 A segment is a stretch of layers that ends with an off-ramp that can fire, or with the last layer; where the
 off-ramp on the embeddings can fire, the embeddings are a segment by themselves, layer -1. Inside a segment
 nobody can leave, so nothing is regrouped and no off-ramp is computed. A GPU works on while the host does
-something else, so a step has two halves: `start` queues the work, `finish` waits for it. The only part of the
-engine that touches the model. Knows nothing of buffers or of what runs next.
+something else, so a step has two halves: `start` queues the work, `finish` waits for it. Layers are counted from
+0 in here and -1 are the embeddings; the policy and `Exits` count from 1, where 0 are the embeddings. The only part
+of the engine that touches the model. Knows nothing of buffers or of what runs next.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from deebert.transfer import to_host
 from pipeline.engine.batch import SampleBatch
 from pipeline.engine.span import Span
 from pipeline.engine.stats import StatsCounter
+from pipeline.errors import NotFiniteError
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -131,6 +133,9 @@ class Runner:
 
         Returns:
             The samples that leave, and the survivors, None when there are none.
+
+        Raises:
+            NotFiniteError: those that leave have answers that are not finite numbers.
         """
         *embedding, seconds = [span.seconds() for span in step.spans]
         started = time.perf_counter()
@@ -161,15 +166,26 @@ class Runner:
     def _exits(
         self, layer: int, batch: SampleBatch, answer: OffRampAnswer, leaves: npt.NDArray[np.bool_]
     ) -> Exits:
-        certainty = answer.certainty
+        certainty, logits = answer.certainty, answer.logits.numpy()[leaves]
+        # The largest of numbers that are none is the first: a label like any other.
+        if not np.isfinite(logits).all():
+            raise NotFiniteError(_not_finite(layer, self._encoder.dtype))
         return Exits(
             sample_ids=batch.sample_ids[leaves],
             exit_layer=layer,
-            logits=answer.logits.numpy()[leaves],
+            logits=logits,
             entropy=answer.entropy.numpy()[leaves],
             certainty=None if certainty is None else certainty.numpy()[leaves],
             problem=self._encoder.problem,
         )
+
+
+def _not_finite(layer: int, dtype: torch.dtype) -> str:
+    where = f"layer {layer}" if layer else "the embeddings"
+    # bfloat16 reaches as far as float32: what is too large for one of them is so for the other.
+    remedy = "" if dtype in (torch.float32, torch.bfloat16) else "classify in float32 or bfloat16, or "
+    name = str(dtype).removeprefix("torch.")
+    return f"the model's answers after {where} are not finite numbers in {name}: {remedy}train it again"
 
 
 def _segments(encoder: PackedEncoder, policy: ExitPolicy) -> dict[int, int]:

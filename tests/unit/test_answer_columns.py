@@ -13,6 +13,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from fastparquet import ParquetFile
 from transformers import PreTrainedTokenizerFast
 
@@ -22,6 +23,7 @@ from deebert.evaluation import exits, trace
 from deebert.exit_policy import FULL_DEPTH, EntropyThreshold, LearningToExit
 from deebert.problem import MULTI_LABEL, PROBLEM_TYPES, REGRESSION, SINGLE_LABEL, Problem
 from pipeline.engine import EngineConfig
+from pipeline.errors import NotFiniteError
 from pipeline.lanes import Lanes
 from pipeline.report.said import said_by
 from pipeline.schema import Answers, part_table
@@ -218,3 +220,18 @@ def test_a_stream_says_the_same_in_json(
             assert 0 <= line["entropy"] <= math.log(2)
         else:
             assert line["label"] == checkpoint.labels[line["prediction"]]
+
+
+def test_a_stream_ends_where_answers_are_no_numbers(
+    tiny_model: ModelFactory, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model, out = tiny_model(), io.StringIO()
+    with torch.no_grad():  # too large for float16 from layer 2 on
+        model.backbone.encoder.layer[1].output.dense.weight.mul_(3e5)
+    checkpoint = Checkpoint(path="m", model=model, tokenizer=tokenizer)
+
+    with pytest.raises(
+        NotFiniteError, match="not finite numbers in float16: classify in float32 or bfloat16"
+    ):
+        stream(checkpoint, FULL_DEPTH, [b"a film"], out, StreamConfig(precision="float16"))
+    assert not out.getvalue()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from deebert.encoder import PackedEncoder
 from deebert.exit_policy import EntropyThreshold
 from deebert.memory import LARGEST_KEPT_BYTES
 from deebert.packing import PackedTokens
 from pipeline.engine import Engine
-from pipeline.engine.budget import on_cpu, on_gpu
+from pipeline.engine.budget import is_out_of_memory, on_cpu, on_gpu
 from tests.conftest import LONGEST, make_model
 
 GIB = 1 << 30
@@ -63,3 +64,17 @@ def test_on_a_cpu_an_engine_chooses_by_itself_and_takes_any_input(family: str, p
     assert engine.micro_batch_tokens == 4096
     engine.submit(np.arange(1), PackedTokens.pack([[7] * positions]))
     assert sum(map(len, engine.drain())) == 1
+
+
+def test_torch_says_in_words_that_a_cpu_has_no_more_memory() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 46)  # 256 TiB: more than addresses
+
+    assert is_out_of_memory(caught.value)
+
+
+def test_what_is_an_end_of_memory() -> None:
+    assert is_out_of_memory(torch.OutOfMemoryError())
+    assert is_out_of_memory(MemoryError())
+    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not is_out_of_memory(ValueError("can't allocate memory"))

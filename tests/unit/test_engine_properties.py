@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,12 +19,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from deebert.exit_policy import FULL_DEPTH, EntropyThreshold, OffRampAnswer, entropy
+from deebert.encoder import PackedEncoder
+from deebert.exit_policy import FULL_DEPTH, EntropyThreshold, LearningToExit, OffRampAnswer, entropy
 from deebert.packing import IntArray, PackedTokens, SequenceLayout
 from deebert.problem import SINGLE_LABEL
 from pipeline.engine import Engine, EngineConfig, Exits
 from pipeline.engine.batch import SampleBatch
-from pipeline.errors import InvariantError
+from pipeline.errors import InvariantError, NotFiniteError
+from tests.conftest import make_model
 from tests.examples import examples
 
 NUM_LABELS = 3
@@ -31,6 +34,11 @@ SURE, UNSURE = 20.0, 0.1
 """The winner's lead in logits: an entropy of about 0, or of about ln 3."""
 
 HALF_A_NAT = EntropyThreshold(0.5)
+
+ON_A_CPU = RuntimeError(
+    "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."
+)
+"""What torch says when a CPU's memory ends: an error of no type of its own."""
 
 
 def first_token(sample: int, leaves_from: int) -> int:
@@ -442,6 +450,13 @@ class TestErrors:
         with pytest.raises(ValueError, match="3 ids for 1 sequences: give one id per sequence"):
             engine.submit(np.arange(3), PackedTokens.pack([[1]]))
 
+    def test_a_sample_without_tokens_is_refused(self) -> None:
+        engine, _ = engine_of()
+
+        with pytest.raises(ValueError, match="a sample has no tokens: give each at least one"):
+            engine.submit(np.arange(3), PackedTokens.pack([[1], [], [2]]))
+        assert engine.in_flight == 0
+
     def test_samples_that_vanish_break_the_promise_loudly(self) -> None:
         engine, _ = engine_of()
         submit(engine, 1, 1, 1, 1, 1, 1, 1, 1)
@@ -452,16 +467,51 @@ class TestErrors:
             engine.step()
 
 
+@pytest.mark.parametrize(
+    ("dtype", "says"),
+    [
+        (torch.float16, "not finite numbers in float16: classify in float32 or bfloat16, or train it again"),
+        (torch.float32, "not finite numbers in float32: train it again"),
+    ],
+)
+def test_answers_that_are_not_numbers_end_it_and_say_where(dtype: torch.dtype, says: str) -> None:
+    model, nan = make_model(), torch.nan
+    with torch.no_grad():
+        # Too large for float16 from layer 2 on; for float32, what a training leaves behind that went astray.
+        model.backbone.encoder.layer[1].output.dense.weight.mul_(3e5 if dtype == torch.float16 else nan)
+    engine = Engine(PackedEncoder.of(model, dtype=dtype), FULL_DEPTH, EngineConfig(micro_batch_tokens=64))
+    engine.submit(np.arange(2), PackedTokens.pack([[5, 6, 7], [8, 9]]))
+
+    with pytest.raises(NotFiniteError, match=f"^the model's answers after layer 5 are {says}$"):
+        engine.step(drain=True)
+
+
+def test_an_off_ramp_whose_answer_is_no_number_is_named_where_it_answers() -> None:
+    model = make_model(off_ramp_layers=[0, 2], learns_to_exit=True)
+    ramp: Any = model.off_ramps[0]
+    with torch.no_grad():
+        ramp.classifier.bias[1] = torch.inf
+    policy = LearningToExit(0.0)  # every off-ramp is certain enough
+    engine = Engine(PackedEncoder.of(model), policy, EngineConfig(micro_batch_tokens=64))
+    engine.submit(np.arange(1), PackedTokens.pack([[5, 6, 7]]))
+
+    with pytest.raises(
+        NotFiniteError, match="the model's answers after the embeddings are not finite numbers"
+    ):
+        engine.step(drain=True)
+
+
 class SmallEncoder(ScriptedEncoder):
     """An encoder whose layers fit `capacity` tokens at a time, as a device with little memory."""
 
     capacity: int
     refused: int = 0
+    error: Exception = torch.OutOfMemoryError()
 
     def layer(self, index: int, states: Tensor, layout: SequenceLayout) -> Tensor:
         if layout.total_tokens > self.capacity:
             self.refused += 1
-            raise torch.OutOfMemoryError
+            raise self.error
         return super().layer(index, states, layout)
 
 
@@ -481,6 +531,26 @@ def test_micro_batches_that_do_not_fit_are_halved_for_good(case: Case, capacity:
     assert encoder.refused <= np.log2(case.micro_batch_tokens) + 1
 
 
+@pytest.mark.parametrize("error", [ON_A_CPU, MemoryError()])
+def test_the_memory_of_a_cpu_ends_like_a_gpu_s(error: Exception) -> None:
+    encoder = SmallEncoder(2, (1,))
+    encoder.capacity, encoder.error = 4, error
+    engine = Engine(encoder, HALF_A_NAT, EngineConfig(micro_batch_tokens=16))  # type: ignore[arg-type]
+    submit(engine, *[1] * 8)
+    assert sorted(i for exits in engine.drain() for i in exits.sample_ids) == list(range(8))
+    assert encoder.refused == 2  # with 16 tokens and with 8
+
+
+def test_another_error_is_not_taken_for_too_little_memory() -> None:
+    encoder = SmallEncoder(2, (1,))
+    encoder.capacity, encoder.error = 4, RuntimeError("shapes do not fit")
+    engine = Engine(encoder, HALF_A_NAT, EngineConfig(micro_batch_tokens=16))  # type: ignore[arg-type]
+    submit(engine, *[1] * 8)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        engine.step(drain=True)
+    assert encoder.refused == 1
+
+
 def test_a_sample_that_does_not_fit_alone_is_an_error() -> None:
     encoder = SmallEncoder(2, (1,))
     encoder.capacity = 3
@@ -490,8 +560,9 @@ def test_a_sample_that_does_not_fit_alone_is_an_error() -> None:
         engine.step(drain=True)
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError(), ON_A_CPU])
 def test_memory_that_fails_while_survivors_are_gathered_costs_no_sample(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     engine, _ = engine_of(under_way=2)
     submit(engine, 1, 3, 1, 3, 3, 1, 3, 1)
@@ -499,7 +570,7 @@ def test_memory_that_fails_while_survivors_are_gathered_costs_no_sample(
 
     def with_little_memory(batch: SampleBatch, samples: IntArray) -> SampleBatch:
         if batch.layout.total_tokens > 4:
-            raise torch.OutOfMemoryError
+            raise error
         return gather(batch, samples)
 
     monkeypatch.setattr(SampleBatch, "take", with_little_memory)

@@ -199,6 +199,32 @@ def test_an_engine_error_reaches_every_waiter_and_everyone_who_comes_later(encod
         lanes.submit(tokens, nobody)
 
 
+def test_an_error_between_the_last_answer_and_those_who_wait_for_it_reaches_them(
+    encoder: PackedEncoder,
+) -> None:
+    def on_progress(rows: int, exit_layers: int) -> None:
+        raise RuntimeError("the board is gone")
+
+    lanes = Lanes(encoder, POLICY, EngineConfig(micro_batch_tokens=4096), on_progress=on_progress)
+
+    submission = lanes.submit(random_texts(3, seed=0), np.zeros(3, np.bool_))
+
+    with pytest.raises(RuntimeError, match="the board is gone"):
+        wait(submission)
+
+
+def test_both_lanes_have_micro_batches_of_one_size(
+    encoder: PackedEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Left to itself the audit lane chooses another: it has fewer buffers, and finds the memory that is left."""
+    free = iter([512, 128])
+    monkeypatch.setattr("pipeline.engine.engine.micro_batch_tokens", lambda *args, **shape: next(free))
+
+    lanes = Lanes(encoder, POLICY, EngineConfig())
+
+    assert lanes._exit_lane.micro_batch_tokens == lanes._audit_lane.micro_batch_tokens == 512
+
+
 def test_a_row_that_the_engine_refuses_fails_its_submission(encoder: PackedEncoder) -> None:
     lanes = Lanes(encoder, POLICY, EngineConfig(micro_batch_tokens=4))
 

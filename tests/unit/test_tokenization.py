@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 from transformers.tokenization_python import PythonBackend
 
@@ -92,6 +94,19 @@ def test_an_empty_text_is_its_special_tokens(tokenizer: PreTrainedTokenizerFast)
 
     assert rows(batch.tokens) == [[tokenizer.cls_token_id, tokenizer.sep_token_id]]
     assert batch.truncated.tolist() == [False]
+
+
+@pytest.mark.parametrize("window_stride", [None, 2])
+def test_a_tokenizer_that_gives_an_empty_text_no_tokens_is_refused(
+    tokenizer: PreTrainedTokenizerFast, window_stride: int | None
+) -> None:
+    saved = json.loads(tokenizer.backend_tokenizer.to_str())
+    without = Tokenizer.from_str(json.dumps(saved | {"post_processor": None}))
+
+    with pytest.raises(CheckpointError, match=r"adds no special tokens, .*: save one with a post-processor"):
+        TextTokenizer(
+            PreTrainedTokenizerFast(tokenizer_object=without), max_length=16, window_stride=window_stride
+        )
 
 
 def test_no_texts_give_no_sequences(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -1,0 +1,287 @@
+"""What a replica makes of a shard: its part, its dead letters, or why there is none. Ray stands aside here."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from deebert.errors import PrecisionError
+from deebert.exit_policy import EntropyThreshold
+from deebert.fusing import fuse
+from deebert.modeling import DeeBertForSequenceClassification
+from pipeline.board import Board
+from pipeline.errors import OutputFullError
+from pipeline.input_schema import check_columns
+from pipeline.inputs import discover
+from pipeline.records import Identity, ShardRecord
+from pipeline.replica import Replica, ReplicaSpec, ServedModel, ShardFailure, too_many_bad_rows
+from pipeline.shards import Shard, part_name, plan
+from pipeline.sink import Output
+from pipeline.tokenization import TextTokenizer
+from tests.conftest import make_model, make_tokenizer
+
+LABELS = ("negative", "neutral", "positive")
+DIGEST = "0" * 64
+
+
+class Here:
+    """An actor in this process, whose answers need no waiting for."""
+
+    def __init__(self, actor: object) -> None:
+        self._actor = actor
+
+    def __getattr__(self, name: str) -> Any:
+        return SimpleNamespace(remote=getattr(self._actor, name))
+
+
+@pytest.fixture(autouse=True)
+def ray_stands_aside(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.replica.ray", SimpleNamespace(get=lambda asked: asked))
+
+
+def spec_of(
+    tmp_path: Path,
+    shard: Shard,
+    *,
+    model: DeeBertForSequenceClassification | None = None,
+    precision: str = "float32",
+    max_bad_rows: int = 100,
+    id_column: str | None = None,
+    keep_columns: tuple[str, ...] = (),
+) -> ReplicaSpec:
+    others = (*((id_column,) if id_column else ()), *keep_columns)
+    return ReplicaSpec(
+        identity=Identity(
+            model_digest="m",
+            exit_policy=EntropyThreshold(0.45).to_dict(),
+            tokenizer_digest="t",
+            text_columns=("text",),
+            max_length=64,
+            precision=precision,
+            digest=DIGEST,
+        ),
+        model=ServedModel(
+            fused=fuse(model or make_model()),
+            tokenizer=TextTokenizer(make_tokenizer(), max_length=64),
+            labels=LABELS,
+        ),
+        device="cpu",
+        threads=1,
+        micro_batch_tokens=1024,
+        schema=check_columns([shard.source], ("text",), others),
+        id_column=id_column,
+        keep_columns=keep_columns,
+        control=0.25,
+        probabilities=True,
+        max_bad_rows=max_bad_rows,
+        hang_seconds=3600.0,
+        output=Output(str(tmp_path / "out")),
+        board=Here(Board()),
+    )
+
+
+def outcome(spec: ReplicaSpec, shard: Shard) -> ShardRecord | ShardFailure:
+    answered = Replica(spec)({"shard": np.array([pickle.dumps(shard)], dtype=object)})
+    found: ShardRecord | ShardFailure = pickle.loads(answered["outcome"][0])
+    return found
+
+
+def shard_of(path: Path) -> Shard:
+    (shard,) = plan(discover([str(path)]), shard_rows=1_000_000)
+    return shard
+
+
+def write_csv(path: Path, rows: int) -> Shard:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [f"{'good film ' * (1 + row % 7)},{row},kept {row}" for row in range(rows)]
+    path.write_text("\n".join(["text,id,other", *lines, ""]))
+    return shard_of(path)
+
+
+def part(spec: ReplicaSpec, shard: Shard) -> Path:
+    return Path(spec.output.path(part_name(shard, DIGEST)))
+
+
+class TestPart:
+    def test_its_arrays_are_as_long_as_what_was_read_at_a_time(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """An array of strings ends at 2 GiB; a compressed file, which is one shard, need not."""
+        shard = write_csv(tmp_path / ("long" * 60) / "a.csv", rows=2500)
+        spec = spec_of(tmp_path, shard, id_column="id", keep_columns=("other",))
+        committed: list[pa.Table] = []
+        commit_part = Output.commit_part
+
+        def seen(output: Output, name: str, table: pa.Table, metadata: dict[bytes, bytes]) -> None:
+            committed.append(table)
+            commit_part(output, name, table, metadata)
+
+        monkeypatch.setattr(Output, "commit_part", seen)
+        record = outcome(spec, shard)
+
+        (table,) = committed
+        assert isinstance(record, ShardRecord)
+        assert (record.totals.rows, sum(record.totals.exit_rows)) == (2500, 2500)
+        for name in table.column_names:
+            chunks = [len(chunk) for chunk in table[name].chunks]
+            assert sum(chunks) == 2500, name
+            assert max(chunks) <= 1024, name
+        found = pq.read_table(part(spec, shard))
+        assert found.equals(table)
+        assert found["row_id"].to_pylist() == [str(row) for row in range(2500)]
+        assert found["source_row"].to_pylist() == list(range(2500))
+        assert found["other"].to_pylist() == [f"kept {row}" for row in range(2500)]
+        assert set(found["source_file"].to_pylist()) == {shard.source.path}
+        assert [LABELS[i] for i in found["prediction"].to_pylist()] == found["label"].to_pylist()
+        assert columns(pq.read_metadata(part(spec, shard))) == columns(written(table.combine_chunks()))
+
+    def test_without_rows_it_has_the_same_columns(self, tmp_path: Path) -> None:
+        schemas = []
+        for text in ("good", None):
+            path = tmp_path / f"{text}.jsonl"
+            path.write_text(json.dumps({"text": text, "other": "kept"}) + "\n")
+            shard = shard_of(path)
+            spec = spec_of(tmp_path, shard, keep_columns=("other",))
+            record = outcome(spec, shard)
+            assert isinstance(record, ShardRecord)
+            assert record.totals.rows == (text is not None)
+            schemas.append(pq.read_schema(part(spec, shard)).remove_metadata())
+
+        assert schemas[0] == schemas[1]
+
+    def test_what_arrow_refuses_of_one_shard_is_no_other_s_concern(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        shard = write_csv(tmp_path / "in" / "a.csv", rows=3)
+        spec = spec_of(tmp_path, shard)
+
+        failure = failing_commit(monkeypatch, spec, shard, pa.ArrowCapacityError("array cannot contain more"))
+
+        assert not failure.is_fatal
+        assert failure.reason == (
+            f"{part_name(shard, DIGEST)} cannot be written: ArrowCapacityError: array cannot contain more"
+        )
+
+    def test_a_full_disk_is_every_shard_s(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        shard = write_csv(tmp_path / "in" / "a.csv", rows=3)
+
+        failure = failing_commit(monkeypatch, spec_of(tmp_path, shard), shard, OutputFullError("no room"))
+
+        assert (failure.is_fatal, failure.reason) == (True, "no room")
+
+
+def columns(footer: Any) -> list[tuple[Any, ...]]:
+    """Of the only row group: what each column is called, how it is encoded, and how large it is."""
+    assert footer.num_row_groups == 1
+    found = [footer.row_group(0).column(i) for i in range(footer.num_columns)]
+    return [(c.path_in_schema, c.encodings, c.num_values, c.total_uncompressed_size) for c in found]
+
+
+def written(table: pa.Table) -> Any:
+    stream = pa.BufferOutputStream()
+    pq.write_table(table, stream, compression="zstd")
+    return pq.read_metadata(pa.BufferReader(stream.getvalue()))
+
+
+def failing_commit(
+    monkeypatch: pytest.MonkeyPatch, spec: ReplicaSpec, shard: Shard, error: Exception
+) -> ShardFailure:
+    def fail(*args: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(Output, "commit_part", fail)
+    failure = outcome(spec, shard)
+    assert isinstance(failure, ShardFailure)
+    return failure
+
+
+def bad_and_good_lines(path: Path, *, bad: int, good: int) -> Shard:
+    path.write_text('{"text": null}\n' * bad + '{"text": "good"}\n' * good)
+    return shard_of(path)
+
+
+class TestBadRows:
+    def test_more_than_the_run_allows_end_it_before_the_rest_is_read(self, tmp_path: Path) -> None:
+        shard = bad_and_good_lines(tmp_path / "a.jsonl", bad=3000, good=1)
+        spec = spec_of(tmp_path, shard, max_bad_rows=20)
+
+        failure = outcome(spec, shard)
+
+        assert isinstance(failure, ShardFailure)
+        assert failure.is_fatal
+        letters = [json.loads(line) for line in dead_letters(spec).read_text().splitlines()]
+        assert 20 < len(letters) < 3000
+        assert [letter["source_row"] for letter in letters] == list(range(len(letters)))
+        assert failure.reason == too_many_bad_rows(len(letters), 20, spec.output)
+        assert f"{len(letters)} rows cannot be classified, more than --max-bad-rows 20: see" in failure.reason
+        assert not part(spec, shard).exists()
+
+    def test_as_many_as_it_allows_are_set_aside(self, tmp_path: Path) -> None:
+        shard = bad_and_good_lines(tmp_path / "a.jsonl", bad=20, good=2)
+        spec = spec_of(tmp_path, shard, max_bad_rows=20)
+
+        record = outcome(spec, shard)
+
+        assert isinstance(record, ShardRecord)
+        assert (record.totals.rows, record.totals.bad_rows) == (2, 20)
+        assert len(dead_letters(spec).read_text().splitlines()) == 20
+
+
+def dead_letters(spec: ReplicaSpec) -> Path:
+    (file,) = Path(spec.output.path("_deebert/dead_letters")).iterdir()
+    return file
+
+
+class TestErrors:
+    def test_answers_that_are_not_numbers_end_the_run(self, tmp_path: Path) -> None:
+        model = make_model()
+        with torch.no_grad():
+            model.backbone.encoder.layer[1].output.dense.weight.mul_(3e5)
+        shard = write_csv(tmp_path / "in" / "a.csv", rows=30)
+
+        failure = outcome(spec_of(tmp_path, shard, model=model, precision="float16"), shard)
+
+        assert isinstance(failure, ShardFailure)
+        assert failure.is_fatal
+        assert failure.reason.startswith("the model's answers after layer ")
+        assert failure.reason.endswith(
+            "are not finite numbers in float16: classify in float32 or bfloat16, or train it again"
+        )
+
+    @pytest.mark.parametrize(
+        "error",
+        [
+            torch.OutOfMemoryError(),
+            MemoryError(),
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."),
+        ],
+    )
+    def test_the_end_of_memory_ends_the_process(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+    ) -> None:
+        def end(code: int) -> None:
+            raise SystemExit(code)
+
+        monkeypatch.setattr("pipeline.replica.os._exit", end)
+        shard = write_csv(tmp_path / "in" / "a.csv", rows=3)
+        with pytest.raises(SystemExit, match="1"):
+            failing_commit(monkeypatch, spec_of(tmp_path, shard), shard, error)
+
+    def test_a_precision_that_this_machine_lacks_is_refused(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The driver resolved it on its own machine."""
+        monkeypatch.setattr("deebert.precision._cpu_multiplies_int8", lambda: False)
+        shard = write_csv(tmp_path / "in" / "a.csv", rows=3)
+
+        with pytest.raises(PrecisionError, match="int8 needs a CPU with VNNI, which this one has not"):
+            Replica(spec_of(tmp_path, shard, precision="int8"))
