@@ -46,6 +46,8 @@ class Resources:
     """What there is to place replicas on."""
 
     cores: int
+    cores_of_largest_node: int
+    """What one replica can reserve at most: it runs on one node."""
     gpus: int
     memory_bytes: int
 
@@ -86,13 +88,16 @@ def place(
     room = int(_MEMORY_SHARE * there_is.memory_bytes // (_PROCESS_BYTES + 2 * weight_bytes))
     most = max(1, there_is.gpus if on_gpus else min(there_is.cores, room))
     chosen = replicas or Replicas(most, most)
-    each = threads or max(1, there_is.cores // chosen.most)
+    largest = there_is.cores_of_largest_node
+    each = threads or max(1, min(there_is.cores // chosen.most, largest))
+    if on_gpus and not there_is.gpus:
+        log.warning("the cluster has no GPU yet: waiting for one")
     return Placement(
         replicas=chosen,
         device="cuda" if on_gpus else "cpu",
         threads=each,
         # More replicas or threads than cores are the caller's wish: Ray must not wait for cores that never come.
-        num_cpus=1.0 if on_gpus else min(each, there_is.cores / chosen.most),
+        num_cpus=1.0 if on_gpus else min(each, there_is.cores / chosen.most, largest),
     )
 
 
@@ -138,13 +143,25 @@ class RaySession:
         self._mine = True
 
     def uses_gpus(self, device: str) -> bool:
-        """Whether replicas run on GPUs: ``auto`` asks the cluster, ``cpu`` and ``cuda`` are orders."""
-        return device == "cuda" or (device == "auto" and self._count("GPU") > 0)
+        """Whether replicas run on GPUs: ``auto`` asks the cluster, ``cpu`` and ``cuda`` are orders.
+
+        Raises:
+            UsageError: ``cuda``, and Ray will be this machine's, which has no GPU; a cluster may get one.
+        """
+        has_gpu = device != "cpu" and self._count("GPU") > 0
+        if device == "cuda" and not has_gpu and not ray.is_initialized():
+            raise UsageError(
+                "--device cuda, but this machine has no GPU: leave --device out, or give the --ray-address of a "
+                "cluster that has one"
+            )
+        return device == "cuda" or has_gpu
 
     def resources(self) -> Resources:
         """What the cluster, or this machine, has."""
+        cores = max(1, int(self._count("CPU")))
         return Resources(
-            cores=max(1, int(self._count("CPU"))),
+            cores=cores,
+            cores_of_largest_node=_cores_of_largest_node() if ray.is_initialized() else cores,
             gpus=int(self._count("GPU")),
             memory_bytes=int(self._count("memory")),
         )
@@ -170,6 +187,11 @@ class RaySession:
         import torch
 
         return torch.cuda.device_count()
+
+
+def _cores_of_largest_node() -> int:
+    nodes = (node["Resources"] for node in ray.nodes() if node["Alive"])
+    return max([1, *(int(resources.get("CPU", 0)) for resources in nodes)])
 
 
 def _knock(address: str) -> None:

@@ -9,7 +9,9 @@ each other, so rows are still never doubled. Knows nothing of runs.
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
+import logging
 import os
 import socket
 import threading
@@ -23,6 +25,8 @@ from typing import Any, NoReturn
 
 from pipeline.errors import UsageError
 from pipeline.sink import LOCK, Output
+
+log = logging.getLogger(__name__)
 
 _BEAT_SECONDS = 5.0
 
@@ -64,11 +68,18 @@ def _beating(output: Output, holder: dict[str, Any], beat_seconds: float) -> Ite
     found = output.read(LOCK)
     if found is not None and _changes(lambda: output.read(LOCK), found, within_seconds=3 * beat_seconds):
         _refuse(output, found)
-    ended = threading.Event()
+    ended, name = threading.Event(), uuid.uuid4().hex
 
     def beat() -> None:
-        while True:
-            output.write(LOCK, json.dumps({**holder, "beat": uuid.uuid4().hex}).encode())
+        is_heard = True
+        for number in itertools.count():
+            try:
+                output.write(LOCK, json.dumps({**holder, "beat": f"{name}-{number}"}).encode())
+                is_heard = True
+            except Exception as error:  # stores' drivers raise types of their own; the next beat may be heard
+                if is_heard:
+                    log.warning("cannot say that the output %r is taken, trying on: %s", output.url, error)
+                is_heard = False
             if ended.wait(beat_seconds):
                 return
 
@@ -79,7 +90,9 @@ def _beating(output: Output, holder: dict[str, Any], beat_seconds: float) -> Ite
     finally:
         ended.set()
         beating.join()
-        output.remove([LOCK])
+        # Whoever took it over while we were not heard keeps it.
+        if name.encode() in (output.read(LOCK) or b""):
+            output.remove([LOCK])
 
 
 def _changes(read: Callable[[], bytes | None], found: bytes, *, within_seconds: float) -> bool:

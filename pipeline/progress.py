@@ -25,7 +25,7 @@ class ProgressSample:
     """How far the run is now."""
 
     rows_done: int
-    """Rows committed so far, `resumed_rows` included."""
+    """Rows of the planned shards that are done, `resumed_rows` included."""
     exit_layer_sum: int
     """Σ of the exit layers of `rows_done`."""
     num_layers: int

@@ -30,6 +30,7 @@ import ray.data
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from deebert.exit_policy import FULL_DEPTH, policy_from_dict
 from deebert.fusing import fuse
 from deebert.version import __version__
 from pipeline import sabotage
@@ -41,7 +42,7 @@ from pipeline.lock import locked
 from pipeline.planning import RunPlan, can_go_on, check_output, make_plan
 from pipeline.progress import Progress, ProgressSample
 from pipeline.records import Attempt, RunRecord, RunStatus, ShardRecord, Totals
-from pipeline.replica import Replica, ReplicaSpec, ServedModel, ShardFailure
+from pipeline.replica import Replica, ReplicaSpec, ServedModel, ShardFailure, too_many_bad_rows
 from pipeline.shards import Shard
 from pipeline.sink import SUCCESS, Output, RecordLog
 from pipeline.tokenization import TextTokenizer
@@ -54,6 +55,8 @@ shard_log = logging.getLogger("pipeline.shards_done")
 # while one is written the next is read.
 _SHARDS_IN_FLIGHT = 4
 _POLL_SECONDS = 0.5
+# How old the numbers of a run under way may be: what its record says if nothing can be said at the end.
+_RECORD_SECONDS = 60.0
 _LEAST_BAD_ROWS = 100
 _BAD_ROW_SHARE = 0.001
 
@@ -90,7 +93,7 @@ def _resume(session: RaySession, run: RunPlan, output: Output) -> ClassifyResult
         output.set_aside()
         earlier = None
     done = check_output(run, output, earlier)
-    if len(done) == len(run.shards) and earlier is not None and earlier.status == "succeeded":
+    if len(done) == len(run.shards) and earlier is not None and _still_holds(earlier, output):
         log.info("nothing to do: all %d shards of %d files are committed", len(done), len(run.files))
         _seal(output)  # a kill may have come between the record and the mark
         return ClassifyResult(record=earlier, new_shards=0)
@@ -104,6 +107,11 @@ def _resume(session: RaySession, run: RunPlan, output: Output) -> ClassifyResult
     attempt = _Attempt(run, output, earlier, placement)
     attempt.execute(session, done)
     return ClassifyResult(record=attempt.record, new_shards=attempt.new_shards)
+
+
+def _still_holds(earlier: RunRecord, output: Output) -> bool:
+    """Whether an earlier run succeeded and its parts, of which some may have gone as stale, are all there."""
+    return earlier.status == "succeeded" and earlier.totals.shards == len(output.parts())
 
 
 def _seal(output: Output) -> None:
@@ -123,7 +131,9 @@ class _Attempt:
         self._started_at, self._clock = _now(), time.monotonic()
         self._failures: list[ShardFailure] = []
         self._new: dict[str, ShardRecord] = {}
-        self._totals = Totals.zero(run.model.num_layers)
+        # Of all parts in the folder, and of those alone that this run is about: an earlier one may have had others.
+        self._totals = self._planned = Totals.zero(run.model.num_layers)
+        self._written_at = 0.0
 
     @property
     def new_shards(self) -> int:
@@ -138,6 +148,7 @@ class _Attempt:
         # Parts of inputs that are no longer named count too: the folder is one table.
         known = self._output.read_shard_records(self._output.parts())
         self._totals = reduce(add, (r.totals for r in known.values()), self._totals)
+        self._planned = reduce(add, (r.totals for name, r in known.items() if name in done), self._planned)
         self._write("running", None)
         log.info(
             "%d files, %d shards: %d committed already, %d to do, in %s",
@@ -147,11 +158,16 @@ class _Attempt:
             len(remaining),
             self._run.identity.precision,
         )
+        if policy_from_dict(self._run.identity.exit_policy) == FULL_DEPTH:
+            log.info(
+                "nobody leaves early: no threshold is given and the model stores none, so this is full depth"
+            )
         self._failures = [_flawed(name, shard) for name, shard in remaining.items() if shard.flaw is not None]
         for failure in self._failures:
             log.error("%s; the other files go on", failure.reason)
         whole = [shard for shard in remaining.values() if shard.flaw is None]
         try:
+            self._check_bad_rows()
             if whole:
                 session.start()
                 self._run_shards(session, whole)
@@ -181,7 +197,7 @@ class _Attempt:
         )
         records = self._output.record_log(f"{self._started_at.replace(':', '')}-{uuid.uuid4().hex[:6]}")
         try:
-            with _showing_progress(board, self._run, self._totals):
+            with _showing_progress(board, self._run, self._planned):
                 for outcome in _outcomes(self._spec(board), self._placement, shards):
                     if isinstance(outcome, ShardRecord):
                         self._count(outcome, records)
@@ -200,8 +216,12 @@ class _Attempt:
         sabotage.reach("shard-recorded")
         self._new[record.part] = record
         self._totals += record.totals
+        self._planned += record.totals
         shard_log.info("%s", _shard_line(record, self._run.model.num_layers))
         self._check_bad_rows()
+        if time.monotonic() - self._written_at >= _RECORD_SECONDS:
+            with suppress(OutputError):  # its own trouble is not the run's
+                self._write("running", None)
 
     def _count_failure(self, failure: ShardFailure) -> None:
         self._failures.append(failure)
@@ -222,20 +242,22 @@ class _Attempt:
             keep_columns=config.keep_columns,
             control=config.control,
             probabilities=config.probabilities,
+            max_bad_rows=self._max_bad_rows,
             hang_seconds=config.hang_seconds,
             output=self._output,
             board=board,
         )
 
+    @property
+    def _max_bad_rows(self) -> int:
+        asked = self._run.config.max_bad_rows
+        share = int(_BAD_ROW_SHARE * self._run.estimated_rows)
+        return max(_LEAST_BAD_ROWS, share) if asked is None else asked
+
     def _check_bad_rows(self) -> None:
-        limit = self._run.config.max_bad_rows
-        if limit is None:
-            limit = max(_LEAST_BAD_ROWS, int(_BAD_ROW_SHARE * self._run.estimated_rows))
-        if self._totals.bad_rows > limit:
-            raise RunFailedError(
-                f"{self._totals.bad_rows} rows cannot be classified, more than --max-bad-rows {limit}: see "
-                f"{self._output.path('_deebert/dead_letters')}, mend the input or raise the limit"
-            )
+        count, limit = self._planned.bad_rows, self._max_bad_rows
+        if count > limit:
+            raise RunFailedError(too_many_bad_rows(count, limit, self._output))
 
     def _finish(self) -> None:
         """Prove that planned = committed, with a Parquet reader that did not write the parts."""
@@ -243,7 +265,12 @@ class _Attempt:
         if self._failures:
             first = self._failures[0]
             raise RunFailedError(f"{self._missing()}: first {first.source_file!r}: {first.reason}")
-        if self._run.shards.keys() - self._output.parts():
+        if missing := self._run.shards.keys() - self._output.parts():
+            if unseen := missing & self._new.keys():
+                raise RunFailedError(
+                    f"{len(unseen)} parts that replicas wrote are not in {self._output.url!r}: is the output on a "
+                    "file system that every node mounts?"
+                )
             raise RunFailedError(self._missing())
         from pipeline.report.evidence import verify_parts  # brings pandas and plotting along
 
@@ -282,6 +309,7 @@ class _Attempt:
             attempts=(*self._earlier, attempt),
         )
         self._output.write_run(self._record)
+        self._written_at = time.monotonic()
 
 
 def _served(run: RunPlan) -> ServedModel:

@@ -35,6 +35,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from pipeline import sabotage
 from pipeline.errors import OutputError, OutputFullError, UsageError
+from pipeline.inputs import locate
 from pipeline.records import READABLE_VERSIONS, RunRecord, ShardRecord
 from pipeline.schema import RECORD_KEY
 
@@ -52,7 +53,7 @@ _RECORDS_PER_OBJECT = 64
 
 @dataclass(frozen=True)
 class Output:
-    """An output folder or URL. Cheap to make and to send to another process.
+    """An output folder or URL, the same in every process. Cheap to make and to send to another one.
 
     Raises:
         UsageError: a URL whose protocol is unknown or lacks its driver.
@@ -62,9 +63,12 @@ class Output:
 
     def __post_init__(self) -> None:
         try:
-            _file_system(self.url)
+            files, path = _file_system(self.url)
         except (ValueError, ImportError) as error:
             raise UsageError(f"the output {self.url!r} cannot be opened: {error}") from error
+        if isinstance(files, LocalFileSystem):
+            # Replicas on a cluster have working directories of their own.
+            object.__setattr__(self, "url", locate(path)[1])
 
     @property
     def _fs(self) -> Any:
@@ -238,6 +242,9 @@ class Output:
         """The records of `parts`, by part name.
 
         From the attempts' files; a part whose record was lost with its driver gives it from its footer.
+
+        Raises:
+            UsageError: one of them is not a part that `classify` wrote, or no longer.
         """
         records: dict[str, ShardRecord] = {}
         for name in sorted(self._names(_SHARDS)):
@@ -255,8 +262,13 @@ class Output:
 
     def _record_from_footer(self, part: str) -> ShardRecord:
         with self._fs.open(self._at(part), "rb") as file:
-            metadata = pq.read_metadata(file).metadata
-        return ShardRecord.from_dict(json.loads(metadata[RECORD_KEY]))
+            try:
+                return ShardRecord.from_dict(json.loads(pq.read_metadata(file).metadata[RECORD_KEY]))
+            except (KeyError, TypeError, ValueError) as error:
+                raise UsageError(
+                    f"the part {self.path(part)!r} is damaged, or `classify` did not write it "
+                    f"({type(error).__name__}: {error}): delete it and run the same command again"
+                ) from error
 
     def record_log(self, attempt: str) -> RecordLog:
         """Where one attempt of the driver keeps its shard records."""

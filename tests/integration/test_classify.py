@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import logging
 import math
+import re
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,9 +27,10 @@ from deebert.checkpoint import load_checkpoint
 from deebert.reference import classify_one, classify_windows
 from pipeline import ClassifyConfig, classify
 from pipeline.config import Replicas
-from pipeline.errors import RunFailedError, UsageError
+from pipeline.errors import OutputError, RunFailedError, UsageError
 from pipeline.records import RunRecord
 from pipeline.report import write_report
+from pipeline.sink import Output
 from tests.conftest import make_model
 from tests.integration.conftest import sentences, write_parquet
 
@@ -92,6 +95,13 @@ def rows_of(output: str | Path) -> pa.Table:
 
 def run_record(config: ClassifyConfig) -> dict[str, Any]:
     return json.loads((Path(config.output) / "_deebert" / "run.json").read_text())
+
+
+def exit_rows_of(config: ClassifyConfig, name: str) -> list[int]:
+    """The exit-layer histogram of one source file's rows."""
+    rows = rows_of(config.output)
+    is_its = [Path(file).name == name for file in rows["source_file"].to_pylist()]
+    return np.bincount(rows.filter(is_its)["exit_layer"], minlength=6).tolist()
 
 
 def dead_letters(config: ClassifyConfig) -> list[dict[str, Any]]:
@@ -175,6 +185,23 @@ class TestAnswers:
 
 
 class TestOutput:
+    def test_a_relative_folder_is_the_drivers(
+        self, config: ClassifyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Replicas have the working directory of the Ray that they live in."""
+        monkeypatch.chdir(tmp_path)
+        assert classify(replace(config, output="out")).record.status == "succeeded"
+        assert rows_of(tmp_path / "out").num_rows == 450
+
+    def test_parts_that_the_driver_cannot_see(
+        self, config: ClassifyConfig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(Output, "parts", lambda self: set())  # here; replicas are other processes
+        said = f"7 parts that replicas wrote are not in '{config.output}': is the output on a file system that every"
+        with pytest.raises(RunFailedError, match=re.escape(said)):
+            classify(config)
+        assert not (Path(config.output) / "_SUCCESS").exists()
+
     def test_has_the_columns_of_the_contract(self, finished: Finished) -> None:
         assert pq.read_schema(finished.parts[0]).remove_metadata() == pa.schema(
             {
@@ -361,6 +388,28 @@ class TestInputs:
         assert rows[7]["row_id"].endswith("/in/a.parquet:7")
 
 
+class TestRecord:
+    def test_keeps_up_with_a_run_under_way(
+        self, config: ClassifyConfig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("pipeline.run._RECORD_SECONDS", 0.0)
+        write, written = Output.write_run, list[tuple[str, int, int]]()
+
+        def flaky(self: Output, record: RunRecord) -> None:
+            attempt = record.attempts[-1]
+            written.append((record.status, record.totals.rows, attempt.committed_rows))
+            if len(written) == 3:
+                raise OutputError("a PUT timed out")
+            write(self, record)
+
+        monkeypatch.setattr(Output, "write_run", flaky)
+        assert classify(config).record.status == "succeeded"
+        assert [status for status, _, _ in written] == ["running"] * 8 + ["succeeded"]
+        rows = [rows for _, rows, _ in written]
+        assert rows == [committed for _, _, committed in written] == sorted(rows)
+        assert (rows[0], rows[7]) == (0, 450)
+
+
 class TestResume:
     def test_a_finished_run_does_nothing(self, config: ClassifyConfig) -> None:
         classify(config)
@@ -424,6 +473,40 @@ class TestResume:
         assert len(rows) == 370
         assert len({r["row_id"] for r in rows}) == 370
         assert again.record.totals.rows == 370
+
+    def test_a_redo_of_a_file_that_is_empty_now_leaves_nothing_of_it(
+        self, config: ClassifyConfig, tmp_path: Path
+    ) -> None:
+        classify(config)
+        file = tmp_path / "in" / "b.parquet"
+        pq.write_table(pq.read_table(file).slice(0, 0), file)
+
+        redo = classify(replace(config, on_changed="redo"))
+
+        assert redo.new_shards == 0
+        assert run_record(config)["totals"]["rows"] == rows_of(config.output).num_rows == 300
+        assert run_record(config)["planned_shards"] == 5
+        assert write_report(config.output, price_per_hour=None).evidence.findings == ()
+        assert (Path(config.output) / "_SUCCESS").exists()
+        before = run_record(config)
+        assert classify(config).new_shards == 0
+        assert run_record(config) == before, "nothing to do, nothing done"
+
+    def test_rows_of_earlier_inputs_are_no_progress(
+        self, config: ClassifyConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """The folder is one table of all, the display is about what was asked for now."""
+        first = replace(config, input=(str(tmp_path / "in" / "a.parquet"),))
+        classify(first)
+        caplog.set_level(logging.INFO, "pipeline.progress")
+        caplog.clear()
+        second = classify(replace(config, input=(str(tmp_path / "in" / "b.parquet"),)))
+        shown = [r.getMessage() for r in caplog.records if r.name == "pipeline.progress"]
+        assert shown[-1].startswith("150 of ~150 rows")
+        rows, layers = np.array(second.record.totals.exit_rows), np.arange(6)
+        rows -= np.array(exit_rows_of(config, "a.parquet"))
+        assert f"mean exit layer {(rows * layers).sum() / 150:.2f}/5" in shown[-1]
+        assert second.record.totals.rows == 450
 
     @pytest.mark.parametrize(
         ("change", "difference"),
@@ -510,6 +593,27 @@ class TestBadInput:
             classify(strict)
         assert not (Path(config.output) / "_SUCCESS").exists()
         assert run_record(config)["status"] == "failed"
+
+    def test_too_many_bad_rows_fail_the_same_command_again(
+        self, config: ClassifyConfig, tmp_path: Path
+    ) -> None:
+        """Each shard is within the limit, and committed: only their sum is not."""
+        for name in ("a", "b"):
+            (tmp_path / f"{name}.jsonl").write_text('{"text": null}\n' * 2 + '{"text": "good"}\n')
+        both = tuple(str(tmp_path / f"{name}.jsonl") for name in ("a", "b"))
+        strict = replace(config, input=both, max_bad_rows=3)
+        for _ in range(2):
+            with pytest.raises(
+                RunFailedError, match="4 rows cannot be classified, more than --max-bad-rows 3"
+            ):
+                classify(strict)
+            assert not (Path(config.output) / "_SUCCESS").exists()
+            assert run_record(config)["status"] == "failed"
+            assert rows_of(config.output).num_rows == 2
+
+        # Rows of inputs that are not asked for any more are no business of this run's.
+        done = classify(replace(strict, input=both[:1], max_bad_rows=2)).record
+        assert (done.status, done.totals.bad_rows) == ("succeeded", 4)
 
     def test_a_broken_file_is_named_and_the_others_finish(
         self, config: ClassifyConfig, tmp_path: Path

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
+import torch
 import transformers
 from transformers import BertConfig, BertModel
 
@@ -321,6 +322,17 @@ class TestLengths:
         assert "--micro-batch-tokens 32 cannot hold" in refusal(*stream, "--micro-batch-tokens", 32)
         assert "--max-length 65 is more than the 64" in refusal(*stream, "--max-length", 65)
         assert "is above ln(3)" in refusal(*stream, "--entropy-threshold", 2)
+
+
+class TestDevice:
+    def test_cuda_where_there_is_none(self, refused: Refusal, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+        # Not even where another test of this process has left its Ray.
+        monkeypatch.setattr(ray, "is_initialized", lambda: False)
+        assert refused("--device", "cuda") == (
+            "--device cuda, but this machine has no GPU: leave --device out, or give the --ray-address of a cluster "
+            "that has one"
+        )
 
 
 class TestCommandLine:

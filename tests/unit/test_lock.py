@@ -7,12 +7,15 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
+import fsspec
 import pytest
 
-from pipeline.errors import UsageError
+from pipeline.errors import OutputError, UsageError
 from pipeline.lock import locked
 from pipeline.sink import LOCK, Output
 
@@ -73,6 +76,70 @@ def test_an_object_that_no_longer_beats_is_taken_over() -> None:
     with locked(output, beat_seconds=BEAT_SECONDS):
         pass
     assert output.read(LOCK) is None
+
+
+@pytest.fixture
+def fails(monkeypatch: pytest.MonkeyPatch) -> list[Exception]:
+    """What the next writes of a lock raise, first to last, each once."""
+    to_raise: list[Exception] = []
+    write = Output.write
+
+    def flaky(self: Output, name: str, data: bytes) -> None:
+        if name == LOCK and to_raise:
+            raise to_raise.pop(0)
+        write(self, name, data)
+
+    monkeypatch.setattr(Output, "write", flaky)
+    return to_raise
+
+
+def wait_for(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(BEAT_SECONDS / 10)
+
+
+def wait_for_a_beat(output: Output) -> None:
+    before = output.read(LOCK)
+    wait_for(lambda: output.read(LOCK) != before)
+
+
+def test_the_heart_beats_on_after_puts_that_failed(
+    fails: list[Exception], caplog: pytest.LogCaptureFixture
+) -> None:
+    output = Output(f"memory://{uuid.uuid4()}")
+
+    def all_raised() -> bool:
+        return not fails
+
+    with locked(output, beat_seconds=BEAT_SECONDS):
+        for streak in range(2):
+            fails.extend(
+                [OutputError("a PUT timed out"), RuntimeError("a driver's own"), OutputError("again")]
+            )
+            wait_for(all_raised)
+            wait_for_a_beat(output)
+            assert [r.levelname for r in caplog.records] == ["WARNING"] * (streak + 1), "one for each streak"
+        with (
+            pytest.raises(UsageError, match="is being written by"),
+            locked(output, beat_seconds=BEAT_SECONDS),
+        ):
+            pass
+    assert output.read(LOCK) is None
+    said = f"cannot say that the output {output.url!r} is taken, trying on: a PUT timed out"
+    assert caplog.messages == [said] * 2
+
+
+def test_a_lock_that_another_has_taken_over_is_left_to_it(fails: list[Exception]) -> None:
+    output = Output(f"memory://{uuid.uuid4()}")
+    with locked(output, beat_seconds=BEAT_SECONDS):
+        wait_for(lambda: output.read(LOCK) is not None)
+        fails += [OutputError("no network")] * 10_000
+        wait_for(lambda: len(fails) < 10_000)
+        other = b'{"host": "other", "pid": 1, "since": "2020-01-01", "beat": "a"}'
+        fsspec.filesystem("memory").pipe_file(output.path(LOCK).removeprefix("memory:/"), other)
+    assert output.read(LOCK) == other
 
 
 def test_setting_an_output_aside_keeps_the_lock(tmp_path: Path) -> None:

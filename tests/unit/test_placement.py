@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
+import logging
+from typing import Any
 
-from pipeline.cluster import Placement, Resources, place
+import pytest
+import ray
+import torch
+
+from pipeline.cluster import Placement, RaySession, Resources, place
 from pipeline.config import Replicas
+from pipeline.errors import UsageError
 
 GIB = 1 << 30
 
@@ -13,14 +19,24 @@ GIB = 1 << 30
 def placed(
     *,
     cores: int = 8,
+    nodes: int = 1,
     gpus: int = 0,
     memory_gib: int = 64,
     replicas: Replicas | None = None,
     threads: int | None = None,
+    on_gpus: bool | None = None,
     weight_bytes: int = GIB // 2,
 ) -> Placement:
-    there_is = Resources(cores=cores, gpus=gpus, memory_bytes=memory_gib * GIB)
-    return place(there_is, on_gpus=gpus > 0, replicas=replicas, threads=threads, weight_bytes=weight_bytes)
+    there_is = Resources(
+        cores=cores, cores_of_largest_node=cores // nodes, gpus=gpus, memory_bytes=memory_gib * GIB
+    )
+    return place(
+        there_is,
+        on_gpus=gpus > 0 if on_gpus is None else on_gpus,
+        replicas=replicas,
+        threads=threads,
+        weight_bytes=weight_bytes,
+    )
 
 
 def test_a_replica_of_one_thread_per_core() -> None:
@@ -50,3 +66,73 @@ def test_threads_share_the_cores_of_the_most_replicas() -> None:
 def test_more_than_there_is_still_fits_the_cores(replicas: int, threads: int | None) -> None:
     wished = placed(replicas=Replicas(replicas, replicas), threads=threads)
     assert wished.num_cpus * replicas <= 8
+
+
+@pytest.mark.parametrize(
+    ("replicas", "threads", "expected"),
+    [
+        (1, None, (4, 4)),
+        (2, None, (4, 4)),
+        (4, None, (2, 2)),
+        (8, None, (1, 1)),
+        (1, 8, (8, 4)),
+        (1, 6, (6, 4)),
+    ],
+)
+def test_a_replica_fits_one_node(replicas: int, threads: int | None, expected: tuple[int, float]) -> None:
+    """Two nodes of 4 cores have 8, of which no replica can have more than 4: Ray would wait for ever."""
+    wished = placed(nodes=2, replicas=Replicas(replicas, replicas), threads=threads)
+    assert (wished.threads, wished.num_cpus) == expected
+
+
+def test_memory_for_one_replica_does_not_make_it_wider_than_a_node() -> None:
+    assert placed(memory_gib=1, nodes=4).num_cpus == 2
+
+
+@pytest.mark.parametrize(("gpus", "said"), [(0, ["the cluster has no GPU yet: waiting for one"]), (1, [])])
+def test_a_cluster_that_has_yet_to_get_its_gpu(
+    gpus: int, said: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "pipeline.cluster")
+    assert placed(gpus=gpus, on_gpus=True).num_gpus == 1
+    assert caplog.messages == said
+
+
+class FakeCluster:
+    """What Ray says of nodes of 2 and 3 cores; one of 16 has died."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, is_there: bool = True) -> None:
+        nodes: list[dict[str, Any]] = [
+            {"Alive": True, "Resources": {"CPU": 2.0}},
+            {"Alive": True, "Resources": {"CPU": 3.0}},
+            {"Alive": False, "Resources": {"CPU": 16.0}},
+            {"Alive": True, "Resources": {}},
+        ]
+        monkeypatch.setattr(ray, "is_initialized", lambda: is_there)
+        monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 5.0, "memory": 1e9})
+        monkeypatch.setattr(ray, "nodes", lambda: nodes)
+
+
+def test_the_largest_node_is_one_that_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeCluster(monkeypatch)
+    assert RaySession().resources() == Resources(
+        cores=5, cores_of_largest_node=3, gpus=0, memory_bytes=1_000_000_000
+    )
+
+
+def test_this_machine_is_one_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeCluster(monkeypatch, is_there=False)
+    here = RaySession().resources()
+    assert here.cores_of_largest_node == here.cores
+
+
+def test_cuda_is_an_order_to_a_cluster_and_a_mistake_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    FakeCluster(monkeypatch)
+    assert RaySession().uses_gpus("cuda")
+    FakeCluster(monkeypatch, is_there=False)
+    assert not RaySession().uses_gpus("auto")
+    with pytest.raises(UsageError, match="--device cuda, but this machine has no GPU: leave --device out"):
+        RaySession().uses_gpus("cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert RaySession().uses_gpus("cuda")
