@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jobs.flags import flag, parse_job
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +32,11 @@ def execute(argv: Sequence[str], *, prog: str) -> int:
 
     report = write_report(job.output, price_per_hour=job.price_per_hour, currency=job.currency)
     print(report.text)
-    print(f"\n{report.path}")
+    if report.problem is None:
+        print(f"\n{report.path}")
+    else:
+        sys.stdout.flush()  # the table comes first, also in a file
+        log.warning("no page beside the table: %s", report.problem)
     return 1 if report.evidence.findings else 0
 
 

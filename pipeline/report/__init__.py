@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import reduce
+from operator import add
 
-from pipeline.errors import UsageError
+from pipeline.errors import OutputError, UsageError
+from pipeline.records import RunRecord, Totals
 from pipeline.report.accounting import Accounting, account
 from pipeline.report.evidence import Evidence, EvidenceError, Finding, gather_evidence, verify_parts
 from pipeline.report.facts import state_facts
@@ -35,6 +38,8 @@ class Report:
 
     path: str
     """Path or URL of the page."""
+    problem: str | None
+    """Why the page could not be written."""
     text: str
     """The same as a plain-text table."""
     accounting: Accounting
@@ -43,7 +48,7 @@ class Report:
 
 
 def write_report(output: str, *, price_per_hour: float | None, currency: str = "$") -> Report:
-    """Accounts for the run in `output` and writes ``output/_deebert/report.html``.
+    """Accounts for the run in `output` and writes ``output/_deebert/report.html``, if that can be written.
 
     Args:
         output: Output folder of `classify`, a local path or a URL; the run need not be finished.
@@ -51,7 +56,7 @@ def write_report(output: str, *, price_per_hour: float | None, currency: str = "
         currency: Shown in front of amounts.
 
     Raises:
-        UsageError: `output` holds no run, the price makes no sense, or the page cannot be written.
+        UsageError: `output` holds no run, or a part that is not its own, or the price makes no sense.
         EvidenceError: A part cannot be read.
     """
     if price_per_hour is not None and not (math.isfinite(price_per_hour) and price_per_hour > 0):
@@ -60,14 +65,29 @@ def write_report(output: str, *, price_per_hour: float | None, currency: str = "
     record = folder.read_run()
     if record is None:
         raise UsageError(f"{output!r} holds no run: give the folder that `deebert classify` wrote")
+    parts = folder.parts()
+    if record.status != "succeeded":
+        record = _up_to_date(record, folder, parts)
     accounting = account(record, price_per_hour=price_per_hour, currency=currency)
-    evidence = gather_evidence([folder.path(name) for name in sorted(folder.parts())], record)
+    evidence = gather_evidence([folder.path(name) for name in sorted(parts)], record)
     facts = state_facts(record, accounting, evidence)
     page = render_page(output, record, accounting, evidence, facts)
+    problem = None
     try:
         folder.write(PAGE, page.encode())
-    except OSError as error:
-        raise UsageError(
-            f"the report {folder.path(PAGE)!r} cannot be written: {error.strerror or error}"
-        ) from error
-    return Report(path=folder.path(PAGE), text=render_text(facts), accounting=accounting, evidence=evidence)
+    except OutputError as error:
+        problem = str(error)
+    return Report(
+        path=folder.path(PAGE),
+        problem=problem,
+        text=render_text(facts),
+        accounting=accounting,
+        evidence=evidence,
+    )
+
+
+def _up_to_date(record: RunRecord, folder: Output, parts: set[str]) -> RunRecord:
+    """The record of a run that goes on, or was killed, with the totals of `parts`: its own are older."""
+    shards = folder.read_shard_records(parts).values()
+    totals = reduce(add, (shard.totals for shard in shards), Totals.zero(record.model.num_layers))
+    return replace(record, totals=totals)

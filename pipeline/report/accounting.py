@@ -41,9 +41,18 @@ class FullDepth:
     """Compute seconds of the same rows without exits."""
 
     seconds: float
+    """Never more than the exit lane's own seconds per FLOP give: a control sample in fewer and emptier micro-batches
+    is slower than a run at full depth would have been, and must not count as a saving."""
+    control_seconds: float | None
+    """What the control sample took, scaled to all tokens; None when expected."""
     basis: Basis
     control_rows: int
     """Rows the measurement rests on; 0 when expected."""
+
+    @property
+    def is_bounded(self) -> bool:
+        """Whether the control sample took longer than `seconds`."""
+        return self.control_seconds is not None and self.control_seconds > self.seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +64,8 @@ class Cost:
     currency: str
     with_exits: float
     full_depth: float
+    wall: float
+    """Of all replicas for the wall time of all attempts, whatever they did in it."""
     basis: Basis
     """How `full_depth` is known."""
 
@@ -166,7 +177,7 @@ def account(record: RunRecord, *, price_per_hour: float | None = None, currency:
         else None,
         wall_seconds=wall_seconds,
         rows_per_second=_rows_per_second(record.attempts),
-        cost=_cost(totals, full_depth, price_per_hour, currency),
+        cost=_cost(record, full_depth, price_per_hour, currency),
         layers=_layers(record),
     )
 
@@ -216,13 +227,15 @@ def _control_scale(totals: Totals) -> float | None:
 
 
 def _full_depth(totals: Totals, executed: float, at_full_depth: float) -> FullDepth | None:
-    scale = _control_scale(totals)
+    spent, scale = totals.compute.total_seconds, _control_scale(totals)
+    by_flops = spent * at_full_depth / executed if executed > 0 and spent > 0 else math.inf
     if scale is not None:
-        seconds, rows = totals.control.total_seconds * scale, totals.audited_rows
-        return FullDepth(seconds=seconds, basis="measured", control_rows=rows)
-    if executed > 0 and totals.compute.total_seconds > 0:
-        seconds = totals.compute.total_seconds * at_full_depth / executed
-        return FullDepth(seconds=seconds, basis="expected", control_rows=0)
+        found, rows = totals.control.total_seconds * scale, totals.audited_rows
+        return FullDepth(
+            seconds=min(found, by_flops), control_seconds=found, basis="measured", control_rows=rows
+        )
+    if by_flops < math.inf:
+        return FullDepth(seconds=by_flops, control_seconds=None, basis="expected", control_rows=0)
     return None
 
 
@@ -245,8 +258,9 @@ def _rows_per_second(attempts: Sequence[Attempt]) -> float | None:
 
 
 def _cost(
-    totals: Totals, full_depth: FullDepth | None, price_per_hour: float | None, currency: str
+    record: RunRecord, full_depth: FullDepth | None, price_per_hour: float | None, currency: str
 ) -> Cost | None:
+    totals = record.totals
     if price_per_hour is None or full_depth is None or totals.rows == 0:
         return None
     price_per_second = price_per_hour / SECONDS_PER_HOUR * DOCUMENTS_PER_PRICE / totals.rows
@@ -255,8 +269,14 @@ def _cost(
         currency=currency,
         with_exits=totals.compute.total_seconds * price_per_second,
         full_depth=full_depth.seconds * price_per_second,
+        wall=sum(a.wall_seconds * _most_replicas(a) for a in record.attempts) * price_per_second,
         basis=full_depth.basis,
     )
+
+
+def _most_replicas(attempt: Attempt) -> int:
+    """Of a pool that grows, what it could grow to."""
+    return int(attempt.replicas.rpartition(":")[2])
 
 
 def _layers(record: RunRecord) -> tuple[LayerAccount, ...]:

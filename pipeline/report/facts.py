@@ -112,6 +112,8 @@ def _time_saved(accounting: Accounting) -> Fact:
         return Fact(name="Compute time saved", value=q.NOT_MEASURED, basis=f"nothing ran yet; {MEASURE_IT}")
     if accounting.full_depth.basis == "measured":
         basis = f"measured on {q.count(accounting.full_depth.control_rows)} control rows at full depth"
+        if accounting.full_depth.is_bounded:
+            basis += "; no more than the FLOPs saved, since those rows ran in slower micro-batches"
         return Fact(name="Compute time saved", value=q.percent(accounting.seconds_saved), basis=basis)
     basis = f"expected from FLOPs, not measured: {MEASURE_IT}"
     return Fact(name="Compute time saved (expected)", value=q.percent(accounting.seconds_saved), basis=basis)
@@ -136,7 +138,7 @@ def _agreement(accounting: Accounting) -> Fact:
 
 
 def _cost(accounting: Accounting) -> Fact:
-    name, cost = "Cost per million documents", accounting.cost
+    name, cost = "Model compute per million documents", accounting.cost
     if cost is None:
         unknown = PRICE_IT if accounting.rows else "no row is committed yet"
         return Fact(name=name, value="not stated", basis=unknown)
@@ -144,7 +146,7 @@ def _cost(accounting: Accounting) -> Fact:
     return Fact(
         name=name,
         value=q.money(cost.with_exits, cost.currency),
-        basis=f"{full} at full depth ({cost.basis}); at {price} per replica-hour",
+        basis=f"{full} at full depth ({cost.basis}); at {price} per replica-hour; start-up and idle time not in it",
     )
 
 
@@ -209,7 +211,14 @@ def _full_depth_basis(accounting: Accounting) -> str:
     if full_depth.basis == "expected":
         return f"expected: the measured time with exits, scaled by FLOPs; {MEASURE_IT}"
     rows = q.count(full_depth.control_rows)
-    return f"measured: seconds per token of {rows} control rows without exits, times all tokens"
+    measured = f"seconds per token of {rows} control rows without exits, times all tokens"
+    if full_depth.is_bounded:
+        slower = q.duration(full_depth.control_seconds)
+        return (
+            f"the exits' own seconds per FLOP, times all FLOPs; {measured} are {slower}, for in fewer and "
+            "emptier micro-batches they took longer"
+        )
+    return f"measured: {measured}"
 
 
 def _cost_facts(cost: Cost) -> Iterator[Fact]:
@@ -225,6 +234,11 @@ def _cost_facts(cost: Cost) -> Iterator[Fact]:
         name=f"Cost {million}, full depth",
         value=q.money(cost.full_depth, cost.currency),
         basis=words[cost.basis],
+    )
+    yield Fact(
+        name=f"Cost {million}, wall time",
+        value=q.money(cost.wall, cost.currency),
+        basis="all replicas from the start of each attempt to its end: start-up, reading and idle time included",
     )
     yield Fact(
         name=f"Saved {million}",

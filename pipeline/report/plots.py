@@ -114,7 +114,7 @@ def cost_comparison(cost: Cost | None) -> str | None:
         return None
     values = (cost.full_depth, cost.with_exits)
     labels = (q.money(values[0], cost.currency), q.money(values[1], cost.currency))
-    title = "Cost per million documents at full depth and with exits"
+    title = "Model compute per million documents at full depth and with exits"
     return _comparison("cost", title, values, labels, cost.basis)
 
 

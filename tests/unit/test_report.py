@@ -15,9 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from jobs import cli
 from pipeline.engine.stats import EngineStats
 from pipeline.errors import PipelineError, UsageError
-from pipeline.records import Attempt, Identity, ModelRecord, RunRecord, Totals
+from pipeline.records import Attempt, Identity, ModelRecord, RunRecord, ShardRecord, Totals
 from pipeline.report import (
     EvidenceError,
     account,
@@ -59,7 +60,7 @@ def stats(
 COMPUTE = stats(tokens=(12, 2), squared=(42, 4), samples=(4, 1), seconds=(3.0, 0.5), embedding_seconds=0.5)
 # Rows 2 and 4 (4 tokens) at full depth: off-ramps are not computed there.
 CONTROL = dataclasses.replace(
-    stats(tokens=(4, 4), squared=(8, 8), samples=(2, 2), seconds=(1.0, 1.2), embedding_seconds=0.2),
+    stats(tokens=(4, 4), squared=(8, 8), samples=(2, 2), seconds=(1.0, 1.0), embedding_seconds=0.2),
     off_ramp_samples=(0, 0, 2),
 )
 TOTALS = Totals(
@@ -176,9 +177,23 @@ def write_part(path: Path, rows: slice, **changes: list[Any]) -> None:
 def write_run(folder: Path, record: RunRecord = RECORD, **changes: list[Any]) -> Path:
     (folder / "_deebert").mkdir(parents=True)
     (folder / "_deebert" / "run.json").write_text(json.dumps(record.to_dict()))
+    write_shard_records(folder, record.totals)
     write_part(folder / "part-0.parquet", slice(0, 2), **changes)
     write_part(folder / "part-1.parquet", slice(2, 4), **changes)
     return folder
+
+
+def write_shard_records(folder: Path, totals: Totals) -> None:
+    """Those of the two parts: the first has all that `totals` say, the second nothing."""
+    rest = dataclasses.replace(Totals.zero(2), shards=1)
+    both = {"part-0.parquet": dataclasses.replace(totals, shards=1), "part-1.parquet": rest}
+    records = (
+        ShardRecord(part=name, source_file="in", first_row=0, replica="h:1", finished_at="", totals=its)
+        for name, its in both.items()
+    )
+    (folder / "_deebert" / "shards").mkdir()
+    lines = "".join(json.dumps(record.to_dict()) + "\n" for record in records)
+    (folder / "_deebert" / "shards" / "first.jsonl").write_text(lines)
 
 
 def parts(folder: Path) -> list[str]:
@@ -201,13 +216,24 @@ class TestAccounting:
         assert got.flops_saved == pytest.approx(1 - 1792 / 3040)
 
     def test_full_depth_is_measured_by_the_control_sample(self) -> None:
-        # 2.4 s for 4 tokens; 12 tokens are 7.2 s; 4.0 s were spent.
+        # 2.2 s for 4 tokens; 12 tokens are 6.6 s; 4.0 s were spent.
         got = account(RECORD)
         assert got.full_depth is not None
-        assert got.full_depth.seconds == pytest.approx(7.2)
+        assert got.full_depth.seconds == got.full_depth.control_seconds == pytest.approx(6.6)
+        assert not got.full_depth.is_bounded
         assert (got.full_depth.basis, got.full_depth.control_rows) == ("measured", 2)
-        assert got.seconds_saved == got.measured_saving == pytest.approx(1 - 4.0 / 7.2)
-        assert [layer.full_depth_seconds for layer in got.layers] == pytest.approx([3.0, 3.6])
+        assert got.seconds_saved == got.measured_saving == pytest.approx(1 - 4.0 / 6.6)
+        assert [layer.full_depth_seconds for layer in got.layers] == pytest.approx([3.0, 3.0])
+
+    def test_a_slow_control_sample_is_no_saving(self) -> None:
+        # 2.4 s for 4 tokens are 7.2 s for all, but at the exits' 4.0 s for 1792 FLOPs full depth takes 6.79.
+        slow = dataclasses.replace(CONTROL, seconds=(1.0, 1.2))
+        got = account(with_totals(control=slow), price_per_hour=3.6)
+        assert got.full_depth is not None
+        assert got.cost is not None
+        assert (got.full_depth.control_seconds, got.full_depth.is_bounded) == (pytest.approx(7.2), True)
+        assert got.seconds_saved == pytest.approx(got.flops_saved)
+        assert got.cost.full_depth == pytest.approx(1000 * 3040 / 1792)
 
     def test_without_a_control_sample_full_depth_is_expected_and_says_so(self) -> None:
         got = account(UNMEASURED)
@@ -219,11 +245,13 @@ class TestAccounting:
         assert {layer.full_depth_seconds for layer in got.layers} == {None}
 
     def test_cost_per_million(self) -> None:
-        # 4.0 s for 4 rows are 1 s a row: 1e6 s at 3.60 an hour are 1000; full depth is 1.8 times that.
+        # 4.0 s for 4 rows are 1 s a row: 1e6 s at 3.60 an hour are 1000; full depth is 1.65 times that,
+        # and one replica for 8 s of wall time twice.
         cost = account(RECORD, price_per_hour=3.6).cost
         assert cost is not None
         assert cost.with_exits == pytest.approx(1000)
-        assert cost.full_depth == pytest.approx(1800)
+        assert cost.full_depth == pytest.approx(1650)
+        assert cost.wall == pytest.approx(2000)
         assert cost.basis == "measured"
         assert account(RECORD).cost is None
 
@@ -240,7 +268,7 @@ class TestAccounting:
         assert got.full_depth_flops == 2 * (96 * 16 + 8 * 58) + 16 * 5
         assert got.executed_flops == (96 * 16 + 8 * 58) + (96 * 6 + 8 * 20) + 16 * 7
         assert got.full_depth is not None
-        assert got.full_depth.seconds == pytest.approx(2.4 * 16 / 4)
+        assert got.full_depth.control_seconds == pytest.approx(2.2 * 16 / 4)
 
     def test_a_record_from_before_there_were_windows_is_read(self) -> None:
         values = json.loads(json.dumps(RECORD.to_dict()))
@@ -451,7 +479,14 @@ class TestWriteReport:
         report = write_report(str(folder), price_per_hour=3.6)
         page = Path(report.path).read_text(encoding="utf-8")
         assert Path(report.path) == folder / "_deebert" / "report.html"
-        for said in ("44.4 %", "$1,000.00", "$1,800.00", "1 of 2 audited rows", "measured on 2 control rows"):
+        for said in (
+            "39.4 %",
+            "$1,000.00",
+            "$1,650.00",
+            "$2,000.00",
+            "1 of 2 audited rows",
+            "measured on 2 control rows",
+        ):
             assert said in page
             assert said in report.text
         assert page.count("<svg") == 8
@@ -493,6 +528,36 @@ class TestWriteReport:
         assert "the node was lost" in first
         assert 'role="alert"' in Path(report.path).read_text(encoding="utf-8")
 
+    @pytest.mark.parametrize("status", ["running", "failed", "interrupted"])
+    def test_an_unfinished_run_is_what_its_parts_are(self, tmp_path: Path, status: Any) -> None:
+        """Its record is as old as its driver's last word, which a kill does not wait for."""
+        folder = write_run(tmp_path / "out")
+        old = dataclasses.replace(
+            EMPTY, status=status, attempts=(dataclasses.replace(ATTEMPT, status=status),)
+        )
+        (folder / "_deebert" / "run.json").write_text(json.dumps(old.to_dict()))
+        report = write_report(str(folder), price_per_hour=None)
+        assert report.evidence.findings == ()
+        assert report.accounting.rows == 4
+        assert "2 of 2 planned shards are committed" in " ".join(report.text.split())
+
+    def test_a_page_that_cannot_be_written_is_a_problem_of_the_page(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        folder = write_run(tmp_path / "out")
+        page = folder / "_deebert" / "report.html"
+        page.mkdir()
+        assert cli.main(["report", str(folder)]) == 0
+        out, _ = capsys.readouterr()
+        assert "Rows classified" in out
+        assert str(page) not in out
+        assert caplog.messages == [f"no page beside the table: cannot write {page}: Is a directory"]
+        report = write_report(str(folder), price_per_hour=None)
+        assert (report.problem, report.path) == (f"cannot write {page}: Is a directory", str(page))
+        page.rmdir()
+        assert cli.main(["report", str(folder)]) == 0
+        assert capsys.readouterr().out.endswith(f"\n{page}\n")
+
     def test_nothing_committed_yet(self, tmp_path: Path) -> None:
         folder = tmp_path / "out"
         (folder / "_deebert").mkdir(parents=True)
@@ -516,7 +581,7 @@ class TestWriteReport:
             str(write_run(tmp_path / "out", with_totals(compute=slow))), price_per_hour=None
         )
         assert report.text.startswith("!! The exits cost more time than they saved")
-        assert f"{q.MINUS}45.8 %" in report.text  # 1 - 10.5 / 7.2
+        assert f"{q.MINUS}59.1 %" in report.text  # 1 - 10.5 / 6.6
 
     def test_a_control_sample_in_tiny_micro_batches_is_flagged(self, tmp_path: Path) -> None:
         tiny = dataclasses.replace(CONTROL, steps=(2, 2))
@@ -524,6 +589,17 @@ class TestWriteReport:
             str(write_run(tmp_path / "out", with_totals(control=tiny))), price_per_hour=None
         )
         assert "smaller micro-batches (1 samples) than the exit lane (4)" in " ".join(report.text.split())
+
+    def test_a_control_sample_slower_than_the_exits_is_said_to_bound_nothing(self, tmp_path: Path) -> None:
+        slow = dataclasses.replace(CONTROL, seconds=(1.0, 1.2))
+        report = write_report(
+            str(write_run(tmp_path / "out", with_totals(control=slow))), price_per_hour=None
+        )
+        text = " ".join(report.text.split())
+        assert "41.1 %" in text  # 1 - 1792 / 3040
+        assert "44.4 %" not in text
+        assert "no more than the FLOPs saved, since those rows ran in slower micro-batches" in text
+        assert "times all tokens are 7.2 s, for in fewer and emptier micro-batches they took longer" in text
 
     def test_windows_are_named(self, tmp_path: Path) -> None:
         folder = write_run(tmp_path / "out", WINDOWED, **WINDOWED_ROWS)
