@@ -5,6 +5,8 @@ Exit codes: 0 done, 1 the run failed (the same command resumes), 2 misuse, 130 i
 
 from __future__ import annotations
 
+import atexit
+import gc
 import logging
 import os
 import sys
@@ -70,6 +72,9 @@ def run(verb: str, argv: Sequence[str] | None = None, *, prog: str | None = None
     """Run one verb: what `python -m jobs.VERB` and `deebert VERB` share."""
     words = sys.argv[1:] if argv is None else argv
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    # What the libraries brought would be searched for cycles at the end, a second or more, to free memory that goes
+    # with the process anyway.
+    atexit.register(gc.freeze)
     # A library's bars would overwrite ours; `train` turns them on again where there is a terminal.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     for noisy in ("httpx", "datasets", "fsspec", "matplotlib", "fontTools"):
@@ -94,7 +99,8 @@ def run(verb: str, argv: Sequence[str] | None = None, *, prog: str | None = None
 def _usage() -> str:
     width = max(map(len, VERBS))
     verbs = "\n".join(f"  {verb:<{width}}  {what}" for verb, what in VERBS.items())
-    return f"usage: deebert VERB [flags]\n\n{verbs}\n\n`deebert VERB --help` lists a verb's flags."
+    codes = "exit codes: 0 done, 1 failed, 2 cannot be meant as given, 130 interrupted"
+    return f"usage: deebert VERB [flags]\n\n{verbs}\n\n`deebert VERB --help` lists a verb's flags.\n{codes}"
 
 
 if __name__ == "__main__":
