@@ -85,6 +85,7 @@ class TestManifests:
         assert config.precision != "auto"
         assert config.device != "auto"
         assert config.replicas is not None
+        assert config.entropy_threshold is not None
 
     @pytest.mark.parametrize("name", RAY_JOBS)
     def test_workers_scale_as_far_as_replicas_do(self, name: str, tmp_path: Path) -> None:
@@ -140,6 +141,8 @@ class TestJobFiles:
         assert config.model
         assert config.input
         assert config.output
+        # No command stores an operating point: a newly trained model would run at full depth.
+        assert config.entropy_threshold is not None
 
     def test_every_key_of_the_example_has_a_comment(self) -> None:
         lines = (DEPLOY / "job.example.yaml").read_text().splitlines()
