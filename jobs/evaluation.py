@@ -241,10 +241,14 @@ def _timed(
     wanted = {contender.name for contender in contenders}
     timings = dict(file.timings)
     for name, data in subject.data.items():
-        if job.timing_rows == 0 or wanted <= {timing.name for timing in timings.get(name, ())}:
+        alone, engine = (choose_samples(data.tokens, n) for n in (job.timing_rows, job.engine_rows))
+        asked = (job.timing_rounds, len(alone), len(engine))
+        alike = {
+            t.name for t in timings.get(name, ()) if (t.rounds, t.alone.samples, t.engine.samples) == asked
+        }
+        if job.timing_rows == 0 or wanted <= alike:
             continue
         log.info("measuring %d contenders in turn, %d rounds", len(contenders), job.timing_rounds)
-        alone, engine = (choose_samples(data.tokens, n) for n in (job.timing_rows, job.engine_rows))
         timings[name] = measure(contenders, alone, engine, rounds=job.timing_rounds)
     return file if timings == file.timings else _kept(job, replace(file, timings=timings))
 

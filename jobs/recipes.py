@@ -205,9 +205,15 @@ class _Study:
         path = self._model(name, seed).with_suffix(".json")
         if not path.exists():
             made = self._made(name, seed)
-            with _whole(path) as partial:
-                partial.write_text(json.dumps(made.to_dict()))
-        return ModelScore.of(json.loads(path.read_text()))
+            _keep(made, path)
+        kept = ModelScore.of(json.loads(path.read_text()))
+        if kept.chosen is None or {f"{s:g}" for s in self._job.speed_ups} <= kept.chosen.keys():
+            return kept
+        # Judged at other speed-ups: the model is still there.
+        judged = self._scored(self._model(name, seed))
+        judged = replace(kept, chosen={**kept.chosen, **(judged.chosen or {})})
+        _keep(judged, path)
+        return judged
 
     def _made(self, name: str, seed: int) -> ModelScore:
         variant = VARIANTS[name]
@@ -368,6 +374,11 @@ def check_study(folder: Path, settings: Mapping[str, Any], *, flag: str) -> None
                 f"the folder {str(folder)!r} is of other settings ({name.replace('_', ' ')} {theirs.get(name)}, not "
                 f"{value}): go on with its own, or choose another {flag}"
             )
+
+
+def _keep(score: ModelScore, path: Path) -> None:
+    with _whole(path) as partial:
+        partial.write_text(json.dumps(score.to_dict()))
 
 
 @contextmanager

@@ -7,6 +7,8 @@ Plain frozen dataclasses that turn into JSON and back. Knows nothing of where th
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -90,6 +92,8 @@ class Totals:
     write_seconds: float
     audit_distance: float = 0.0
     """Of a regression: Σ |number - full depth's| over audited rows."""
+    hardware: Mapping[str, int] = field(default_factory=dict)
+    """Rows by the name of the processor or GPU that ran the model; what was recorded before lacks it."""
 
     @classmethod
     def zero(cls, num_layers: int) -> Totals:
@@ -120,6 +124,8 @@ class Totals:
             mine, theirs = getattr(self, f.name), getattr(other, f.name)
             if isinstance(mine, tuple):
                 values[f.name] = tuple(a + b for a, b in zip(mine, theirs, strict=True))
+            elif isinstance(mine, Mapping):
+                values[f.name] = dict(Counter(mine) + Counter(theirs))
             else:
                 values[f.name] = mine + theirs
         return Totals(**values)

@@ -37,6 +37,7 @@ from pipeline.board import History
 from pipeline.engine import EngineConfig
 from pipeline.engine.budget import is_out_of_memory
 from pipeline.errors import BadRowsError, NotFiniteError, OutputError, OutputFullError, ReadError
+from pipeline.hardware import device_name
 from pipeline.input_schema import InputSchema
 from pipeline.lanes import Lanes, Submission
 from pipeline.narrowing import PROOF, pieces, why_hopeless
@@ -171,6 +172,7 @@ class Replica:
         self._turns = Turns()
         self._watchdog = Watchdog(spec.hang_seconds)
         self._labels, self._problem = model.labels, encoder.problem
+        self._hardware = device_name(spec.device)
         policy = policy_from_dict(spec.identity.exit_policy)
         self._with_certainty = policy.reads_certainty
         self._num_layers = encoder.num_layers
@@ -368,6 +370,7 @@ class Replica:
             audited_rows=int(answers.audited.sum()),
             audit_agreements=int(answers.agreeing().sum()),
             audit_distance=answers.audit_distance(),
+            hardware={self._hardware: len(lengths)},
             read_seconds=work.read_seconds,
             tokenize_seconds=work.tokenize_seconds,
             write_seconds=0.0,

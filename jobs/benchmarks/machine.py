@@ -6,12 +6,12 @@ import os
 import platform
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from deebert.version import __version__
+from pipeline.hardware import cpu_info, cpu_name
 
 _LIBRARIES = ("torch", "transformers", "numpy", "ray", "pyarrow", "onnxruntime", "openvino")
 _DECISIVE_FLAGS = (
@@ -22,11 +22,12 @@ _DECISIVE_FLAGS = (
 
 def describe() -> dict[str, Any]:
     """CPU, memory, GPU, system and library versions, JSON-ready."""
-    info = _cpu_info()
+    info = cpu_info()
+    flags = set((info.get("flags") or info.get("Features") or "").split())
     return {
-        "cpu": info.get("model name") or platform.processor() or platform.machine(),
+        "cpu": cpu_name(),
         "cores": available_cores(),
-        "isa": [flag for flag in _DECISIVE_FLAGS if flag in _flags(info)],
+        "isa": [flag for flag in _DECISIVE_FLAGS if flag in flags],
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
@@ -45,20 +46,6 @@ def now() -> str:
 def available_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _cpu_info() -> dict[str, str]:
-    """The first processor of /proc/cpuinfo; empty where there is no such file."""
-    path = Path("/proc/cpuinfo")
-    if not path.is_file():
-        return {}
-    lines = path.read_text().split("\n\n")[0].splitlines()
-    pairs = (line.partition(":") for line in lines)
-    return {key.strip(): value.strip() for key, _, value in pairs}
-
-
-def _flags(info: dict[str, str]) -> set[str]:
-    return set((info.get("flags") or info.get("Features") or "").split())
 
 
 def _version(name: str) -> str | None:

@@ -119,6 +119,7 @@ def _identity_table(record: RunRecord) -> Table:
             ("Max length", f"{q.count(identity.max_length)} tokens"),
             *_windows(identity),
             ("Precision", identity.precision),
+            ("Computed on", _hardware(record)),
             ("Model digest", identity.model_digest),
             ("Tokenizer digest", identity.tokenizer_digest),
             ("Run digest", identity.digest),
@@ -133,6 +134,12 @@ def _windows(identity: Identity) -> tuple[tuple[str, str], ...]:
     if identity.window_stride is None:
         return ()
     return (("Longer texts", f"in windows; neighbours share {q.count(identity.window_stride)} tokens"),)
+
+
+def _hardware(record: RunRecord) -> str:
+    """Seconds and money are of these machines."""
+    found = sorted(record.totals.hardware.items(), key=lambda item: -item[1])
+    return "; ".join(f"{name} ({q.count(rows)} rows)" for name, rows in found) or "not recorded"
 
 
 def _policy(policy: dict[str, object]) -> str:

@@ -231,6 +231,9 @@ def test_a_second_evaluation_from_the_trace_is_identical(
     assert alone == first.replace("first", "alone")
     assert {"timings.csv", "thresholds.md", "expected_measured.svg"} <= tables(tmp_path / "first").keys()
     assert trace_file.stat().st_mtime_ns == written
+    for other in (("--timing-rows", 11), ("--engine-rows", 11), ("--timing-rounds", 2)):
+        with pytest.raises(AssertionError, match="the model was run"):
+            run("--model", pair_model, *data, *common, *other)
 
 
 def test_a_trace_of_something_else_is_refused(

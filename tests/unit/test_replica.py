@@ -20,6 +20,7 @@ from deebert.fusing import fuse
 from deebert.modeling import DeeBertForSequenceClassification
 from pipeline.board import Board
 from pipeline.errors import OutputFullError
+from pipeline.hardware import cpu_name
 from pipeline.input_schema import check_columns
 from pipeline.inputs import discover
 from pipeline.records import Identity, ShardRecord
@@ -131,6 +132,7 @@ class TestPart:
         (table,) = committed
         assert isinstance(record, ShardRecord)
         assert (record.totals.rows, sum(record.totals.exit_rows)) == (2500, 2500)
+        assert record.totals.hardware == {cpu_name(): 2500}
         for name in table.column_names:
             chunks = [len(chunk) for chunk in table[name].chunks]
             assert sum(chunks) == 2500, name

@@ -270,6 +270,12 @@ class TestAccounting:
         assert got.full_depth is not None
         assert got.full_depth.control_seconds == pytest.approx(2.2 * 16 / 4)
 
+    def test_rows_are_added_up_by_what_they_ran_on(self) -> None:
+        one, other = (dataclasses.replace(TOTALS, hardware=h) for h in ({"a": 3}, {"a": 1, "b": 2}))
+        assert (one + other).hardware == {"a": 4, "b": 2}
+        assert (one + TOTALS).hardware == {"a": 3}
+        assert Totals.from_dict(json.loads(json.dumps(other.to_dict()))) == other
+
     def test_a_record_from_before_there_were_windows_is_read(self) -> None:
         values = json.loads(json.dumps(RECORD.to_dict()))
         del values["totals"]["exit_windows"], values["identity"]["window_stride"]
@@ -600,6 +606,15 @@ class TestWriteReport:
         assert "44.4 %" not in text
         assert "no more than the FLOPs saved, since those rows ran in slower micro-batches" in text
         assert "times all tokens are 7.2 s, for in fewer and emptier micro-batches they took longer" in text
+
+    def test_the_machines_are_named(self, tmp_path: Path) -> None:
+        mixed = with_totals(hardware={"NVIDIA H200": 1, "AMD EPYC": 3})
+        found, old = (
+            Path(write_report(str(folder), price_per_hour=None).path).read_text(encoding="utf-8")
+            for folder in (write_run(tmp_path / "out", mixed), write_run(tmp_path / "old"))
+        )
+        assert "AMD EPYC (3 rows); NVIDIA H200 (1 rows)" in found
+        assert "not recorded" in old
 
     def test_windows_are_named(self, tmp_path: Path) -> None:
         folder = write_run(tmp_path / "out", WINDOWED, **WINDOWED_ROWS)

@@ -542,6 +542,16 @@ class TestRecipesJob:
         assert sorted(p.stem for p in (tmp_path / "out").glob("*-42.json")) == ["taught-42", "two-stage-42"]
         assert str(tmp_path) not in (tmp_path / "out" / "results.json").read_text()
 
+        # At other speed-ups what is there is judged again, not trained; asked twice, not even that.
+        assert recipes_job.execute([*words, "--speed-ups", "2.5"], prog="recipes") == 0
+        other = capsys.readouterr().out
+        assert [c.strip() for c in other.splitlines()[2].split("|")[3:5]] == ["2.5×", "seconds"]
+        assert "chosen for 2.5×" in other
+        assert (tmp_path / "out" / "taught-42" / "model.safetensors").stat() == trained
+        judged = (tmp_path / "out" / "taught-42.json").stat()
+        assert recipes_job.execute([*words, "--speed-ups", "2.5,4"], prog="recipes") == 0
+        assert (tmp_path / "out" / "taught-42.json").stat() == judged
+
 
 def test_python_users_get_the_model_back(words: list[str], tmp_path: Path, saved_model: Path) -> None:
     model = train(
