@@ -1,46 +1,138 @@
-"""From a trace on held-out labelled rows to an operating point.
+"""From a trace on held-out rows to an operating point: one threshold for all layers.
 
-Thin for now: one threshold for all layers, chosen by accuracy kept; of the entropy, or where the problem has
-none, of the certainty. Knows nothing of how the trace was made.
+Three targets: a share of full depth's score to keep, a bound on how often an answer is not full depth's, or a layer
+speed-up to reach. The threshold is of the entropy, or where the problem has none, of the certainty. Knows nothing of
+how the trace was made.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
+from scipy.stats import beta
 from torch import Tensor
 
-from deebert.evaluation import OperatingPointScore, Trace, score
-from deebert.exit_policy import FULL_DEPTH, EntropyThreshold, LearningToExit, StoredPolicy
+from deebert.errors import PolicyError
+from deebert.evaluation import Metric, OperatingPointScore, Trace, predictions, score
+from deebert.exit_policy import FULL_DEPTH, EntropyThreshold, ExitPolicy, LearningToExit, StoredPolicy
+
+_STEPS = 140
+
+
+@dataclass(frozen=True, kw_only=True)
+class Disagreement:
+    """How often answers are not full depth's."""
+
+    texts: int
+    differing: int
+    confidence: float
+    bound: float
+    """The share of all such texts is below it, with that confidence (Clopper and Pearson, 1934, one-sided)."""
+
+    @property
+    def share(self) -> float:
+        """Of these texts."""
+        return self.differing / self.texts
 
 
 def choose_threshold(
-    trace: Trace, labels: Tensor, *, keep_accuracy: float, steps: int = 140
+    trace: Trace,
+    labels: Tensor,
+    *,
+    keep_accuracy: float,
+    metric: Metric | None = None,
+    steps: int = _STEPS,
 ) -> OperatingPointScore:
-    """The largest saving whose accuracy is at least `keep_accuracy` × that of full depth.
+    """The largest saving whose score is at least `keep_accuracy` × that of full depth.
 
     Args:
         trace: of rows that training has not seen, nor any test that will judge the choice.
         labels: N, in the form that the problem gives them.
-        keep_accuracy: share of the full depth's accuracy to keep, e.g. 0.99.
+        keep_accuracy: share of the full depth's score to keep, e.g. 0.99.
+        metric: the task's score; accuracy where none is named.
         steps: how many thresholds are tried, between 0 and ln(labels), or between 0 and 1.
 
     Returns:
         The chosen point; full depth itself where no threshold keeps enough.
     """
-    full = score(trace, labels, FULL_DEPTH)
-    points = (score(trace, labels, policy) for policy in _candidates(trace, steps))
-    kept = [p for p in points if p.accuracy >= keep_accuracy * full.accuracy]
+    full = score(trace, labels, FULL_DEPTH, metric)
+    points = (score(trace, labels, policy, metric) for policy in _candidates(trace, steps))
+    kept = [p for p in points if p.score >= keep_accuracy * full.score]
     return max(kept, key=lambda p: p.saving, default=full)
 
 
+def choose_by_disagreement(
+    trace: Trace, *, most: float, confidence: float, steps: int = _STEPS
+) -> StoredPolicy:
+    """The last of rising thresholds up to which the bound on disagreement with full depth stays below `most`.
+
+    No labels are needed. Thresholds are tried in an order that was fixed before, up to the first that fails, so that
+    the confidence is of the choice and not of one trial among many (fixed-sequence testing, as in Learn then Test,
+    Angelopoulos et al., 2021).
+
+    Args:
+        trace: of texts like those that will be classified; training may not have seen them.
+        most: share of texts whose answer may differ from full depth's.
+        confidence: that the share stays below `most`, e.g. 0.95.
+        steps: see `choose_threshold`.
+
+    Raises:
+        PolicyError: answers are numbers, which hardly ever are the same, or there are too few texts to show anything.
+    """
+    if trace.problem.outcomes(trace.logits.shape[-1]) is None:
+        raise PolicyError(
+            "a regression's answers are numbers, which never quite agree: calibrate by the score to keep"
+        )
+    chosen: StoredPolicy = FULL_DEPTH
+    if (nothing := disagreement(trace, FULL_DEPTH, confidence=confidence)).bound > most:
+        least = math.ceil(math.log(1 - confidence) / math.log(1 - most))
+        raise PolicyError(
+            f"{nothing.texts} texts cannot show that less than {most:g} of all differ from full depth: give at least "
+            f"{least}, or a larger share"
+        )
+    for policy in _candidates(trace, steps):
+        if disagreement(trace, policy, confidence=confidence).bound > most:
+            break
+        chosen = policy
+    return chosen
+
+
+def choose_by_speed_up(
+    trace: Trace, labels: Tensor, *, speed_up: float, metric: Metric | None = None, steps: int = _STEPS
+) -> OperatingPointScore:
+    """The least saving that is a layer speed-up (depth over mean exit layer) of `speed_up` or more.
+
+    Raises:
+        PolicyError: no threshold reaches it.
+    """
+    points = [score(trace, labels, policy, metric) for policy in _candidates(trace, steps)]
+    enough = [p for p in points if p.speed_up >= speed_up]
+    if not enough:
+        fastest = max((p.speed_up for p in points), default=1.0)
+        raise PolicyError(
+            f"no threshold makes the model {speed_up:g} times as fast: the most is {fastest:.2f} times"
+        )
+    return min(enough, key=lambda p: p.saving)
+
+
+def disagreement(trace: Trace, policy: ExitPolicy, *, confidence: float) -> Disagreement:
+    """How often `policy` answers otherwise than full depth; of many labels, any that differs counts."""
+    early, full = (predictions(trace, p) for p in (policy, FULL_DEPTH))
+    differing = int((early != full).reshape(len(full), -1).any(dim=1).sum())
+    texts = len(full)
+    bound = 1.0 if differing == texts else float(beta.ppf(confidence, differing + 1, texts - differing))
+    return Disagreement(texts=texts, differing=differing, confidence=confidence, bound=bound)
+
+
 def _candidates(trace: Trace, steps: int) -> Iterator[StoredPolicy]:
+    """From the one that lets fewest leave to the one that lets most."""
     outcomes = trace.problem.outcomes(trace.logits.shape[-1])
     if outcomes is not None:
         # Rounded down: ln(5) rounded up is a threshold above the largest entropy there is, which `check` refuses.
         grid = np.linspace(0.0, math.log(outcomes), steps + 1)[1:]
         yield from (EntropyThreshold(math.floor(t * 1e6) / 1e6) for t in grid)
     elif trace.certainties is not None:
-        yield from (LearningToExit(round(t, 6)) for t in np.linspace(0.0, 1.0, steps + 1)[:-1].tolist())
+        yield from (LearningToExit(round(t, 6)) for t in np.linspace(1.0, 0.0, steps + 1)[1:].tolist())

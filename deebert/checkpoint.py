@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 from deebert.backbones import family_of
 from deebert.config import DeeBertConfig
 from deebert.errors import CheckpointError
-from deebert.exit_policy import FULL_DEPTH, StoredPolicy, policy_from_dict
+from deebert.exit_policy import FULL_DEPTH, ExitPolicy, StoredPolicy, policy_from_dict
 from deebert.modeling import DeeBertForSequenceClassification
 from deebert.problem import SINGLE_LABEL
 from deebert.weights import UNREADABLE, is_folder_name, load_pretrained, reason, refuse_pickles
@@ -102,9 +102,22 @@ def store_int8_agreement(folder: Path, agreement: float) -> None:
     Raises:
         CheckpointError: not a model's folder, or not writable.
     """
+    _store(folder, int8_agreement=agreement)
+
+
+def store_operating_point(folder: Path, policy: ExitPolicy) -> None:
+    """Make `policy` what a model does where nobody gives another one.
+
+    Raises:
+        CheckpointError: not a model's folder, or not writable.
+    """
+    _store(folder, exit_policy=policy.to_dict())
+
+
+def _store(folder: Path, **fields: Any) -> None:
     _check_folder(folder, allow_pickle=True)
     config = folder / "config.json"
-    document = {**json.loads(config.read_text()), "int8_agreement": agreement}
+    document = {**json.loads(config.read_text()), **fields}
     unfinished = config.with_name("config.json.unfinished")
     try:
         unfinished.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n")

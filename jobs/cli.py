@@ -28,6 +28,7 @@ VERBS = {
     "train": "fine-tune a DeeBERT model from a backbone",
     "import": "turn an original DeeBERT checkpoint into a model folder",
     "evaluate": "score every off-ramp and sweep thresholds on a labelled set",
+    "calibrate": "choose the threshold that meets a target, and store it with the model",
     "classify": "classify a corpus on Ray into Parquet",
     "stream": "classify stdin to stdout, each sample the moment it exits",
     "report": "what a run cost and saved, as a table and an HTML page",

@@ -26,7 +26,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from deebert.calibration import choose_threshold
-from deebert.checkpoint import load_checkpoint
+from deebert.checkpoint import load_checkpoint, store_operating_point
 from deebert.cost import expected_saving, mean_exit_layer
 from deebert.encoder import PackedEncoder
 from deebert.evaluation import off_ramp_accuracy, trace
@@ -198,8 +198,7 @@ def _calibrate(corpus: Path, model: Path, at: Path, job: DemoJob) -> None:
     ).tokenized(tokenizer)
     traced = trace(PackedEncoder.of(checkpoint.model), data.tokens)
     point = choose_threshold(traced, data.labels, keep_accuracy=job.keep_accuracy)
-    checkpoint.model.config.exit_policy = point.policy.to_dict()
-    checkpoint.model.config.save_pretrained(model)
+    store_operating_point(model, point.policy)
     accuracies = off_ramp_accuracy(traced, data.labels)
     at.write_text(json.dumps({**point.policy.to_dict(), "off_ramp_accuracy": accuracies}))
     log.info(

@@ -63,7 +63,7 @@ def run(job: EvaluateJob) -> Evaluation:
         raise UsageError(
             f"the model {job.model!r} is a regression, which has no labels to keep: leave --store-agreement out"
         )
-    file = _traced(job, subject)
+    file = traced_file(job, subject)
     statics = file.statics
     if subject is not None and subject.data:
         fresh: tuple[StaticBaseline, ...] = ()
@@ -92,8 +92,13 @@ def _lengths(origin: TraceOrigin) -> str:
     return f"texts in windows of {origin.max_length} tokens that share {origin.window_stride}"
 
 
-def _traced(job: EvaluateJob, subject: Subject | None) -> TraceFile:
-    """The trace file's content, read where it is there, else made."""
+def traced_file(job: EvaluateJob, subject: Subject | None) -> TraceFile:
+    """The trace file's content, read where it is there, else made and written where a name was given.
+
+    Raises:
+        UsageError: it is of another model or of other data.
+        DataError: the file is not a trace.
+    """
     if job.trace is not None and Path(job.trace).exists():
         file = read_traces(Path(job.trace))
         if subject is not None:

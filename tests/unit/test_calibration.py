@@ -1,4 +1,4 @@
-"""Choosing a threshold: the largest saving that keeps enough accuracy."""
+"""Choosing a threshold: by the score to keep, by a bound on disagreement, by the saving to reach."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy.stats import binomtest
 
-from deebert.calibration import choose_threshold
+from deebert.calibration import choose_by_disagreement, choose_by_speed_up, choose_threshold, disagreement
+from deebert.errors import PolicyError
 from deebert.evaluation import Trace
 from deebert.exit_policy import FULL_DEPTH, EntropyThreshold, LearningToExit
 from deebert.problem import REGRESSION, SINGLE_LABEL
@@ -75,6 +77,102 @@ def test_the_choice_is_always_a_policy_that_the_model_accepts(num_labels: int) -
 
     assert isinstance(point.policy, EntropyThreshold)
     point.policy.check(problem=SINGLE_LABEL, num_labels=num_labels, num_layers=2, learns_to_exit=False)
+
+
+def test_a_metric_may_be_kept_instead_of_accuracy() -> None:
+    def of_the_first(labels: torch.Tensor, predictions: torch.Tensor) -> float:
+        return float(labels[0] == predictions[0])
+
+    point = choose_threshold(LITERAL, LABELS, keep_accuracy=1.0, metric=of_the_first)
+
+    assert (point.score, point.accuracy, point.exit_histogram) == (1.0, 0.75, (0, 4, 0))
+
+
+class TestBySpeedUp:
+    def test_the_least_saving_that_reaches_it(self) -> None:
+        assert choose_by_speed_up(LITERAL, LABELS, speed_up=1.2).exit_histogram == (0, 2, 2)
+        assert choose_by_speed_up(LITERAL, LABELS, speed_up=1.6).exit_histogram == (0, 3, 1)
+        assert choose_by_speed_up(LITERAL, LABELS, speed_up=2.0).exit_histogram == (0, 4, 0)
+
+    def test_what_no_threshold_reaches_is_refused_with_the_most(self) -> None:
+        with pytest.raises(PolicyError, match=r"2.1 times as fast: the most is 2.00 times$"):
+            choose_by_speed_up(LITERAL, LABELS, speed_up=2.1)
+
+
+def drawn(texts: int, *, seed: int = 0) -> Trace:
+    """Texts whose off-ramp errs the more the less sure it is; the final classifier always says 0."""
+    rng = np.random.default_rng(seed)
+    wrong = rng.uniform(
+        0, 0.5, texts
+    )  # the probability that it errs, and that it gives to what it does not say
+    odds = np.log((1 - wrong) / wrong) * np.where(rng.uniform(size=texts) < wrong, -1, 1)
+    early = np.stack([odds, np.zeros(texts)], axis=1)
+    full = np.tile([9.0, 0.0], (texts, 1))
+    logits = torch.from_numpy(np.stack([early, full])).float()
+    return Trace(layers=(1, 2), logits=logits, lengths=np.full(texts, 3))
+
+
+class TestByDisagreement:
+    @pytest.mark.parametrize(("differing", "texts"), [(0, 299), (5, 100), (50, 100)])
+    def test_the_bound_is_clopper_and_pearson_s(self, differing: int, texts: int) -> None:
+        logits = torch.zeros(2, texts, 2)
+        logits[:, :, 0] = 5.0
+        logits[0, :differing] = torch.tensor([0.0, 5.0])
+        trace = Trace(layers=(1, 2), logits=logits, lengths=np.full(texts, 3))
+
+        found = disagreement(trace, EntropyThreshold(0.5), confidence=0.95)
+
+        assert (found.texts, found.differing, found.share) == (texts, differing, differing / texts)
+        both_sides = binomtest(differing, texts).proportion_ci(confidence_level=0.9, method="exact")
+        assert found.bound == pytest.approx(both_sides.high, abs=1e-9)
+
+    def test_all_different_is_no_bound(self) -> None:
+        opposite = Trace(
+            layers=(1, 2),
+            logits=torch.stack([-LITERAL.logits[1] * 9, LITERAL.logits[1]]),
+            lengths=LITERAL.lengths,
+        )
+
+        assert disagreement(opposite, EntropyThreshold(0.69), confidence=0.9).bound == 1.0
+
+    def test_the_share_of_new_texts_is_below_as_often_as_it_says(self) -> None:
+        most, everything = 0.1, drawn(100_000, seed=1)
+        missed = []
+        for seed in range(2, 62):
+            policy = choose_by_disagreement(drawn(400, seed=seed), most=most, confidence=0.9)
+            missed.append(disagreement(everything, policy, confidence=0.9).share > most)
+
+        assert sum(missed) <= 10  # of 60, where 6 are allowed on average; 11 or more happen once in 60 times
+        assert policy != FULL_DEPTH
+
+    def test_more_texts_show_more(self) -> None:
+        few, many = (
+            choose_by_disagreement(drawn(texts), most=0.1, confidence=0.95).thresholds
+            for texts in (200, 20_000)
+        )
+
+        assert isinstance(few, float)
+        assert isinstance(many, float)
+        assert few < many
+
+    def test_too_few_texts_show_nothing(self) -> None:
+        with pytest.raises(
+            PolicyError, match=r"298 texts cannot show that less than 0.01 of all .* at least 299"
+        ):
+            choose_by_disagreement(drawn(298), most=0.01, confidence=0.95)
+        assert choose_by_disagreement(drawn(299), most=0.01, confidence=0.95) is not None
+
+    def test_numbers_never_agree(self) -> None:
+        trace = Trace(
+            layers=(1, 2),
+            logits=torch.zeros(2, 500, 1),
+            lengths=np.full(500, 3),
+            problem=REGRESSION,
+            certainties=torch.ones(2, 500),
+        )
+
+        with pytest.raises(PolicyError, match=r"answers are numbers, .*: calibrate by the score to keep"):
+            choose_by_disagreement(trace, most=0.1, confidence=0.95)
 
 
 def test_a_regression_is_calibrated_by_certainty() -> None:

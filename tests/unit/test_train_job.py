@@ -530,7 +530,7 @@ class TestRecipesJob:
 
         assert recipes_job.execute(words, prog="recipes") == 0
         first = capsys.readouterr().out
-        trained = (tmp_path / "out" / "taught-42" / "model.safetensors").stat()
+        trained = (tmp_path / "out" / "taught-42" / "model.safetensors").stat().st_mtime_ns
         assert recipes_job.execute(words, prog="recipes") == 0
 
         title, _, head, _, row, *_ = first.splitlines()
@@ -538,7 +538,7 @@ class TestRecipesJob:
         assert [c.strip() for c in head.split("|")[1:6]] == ["variant", "full depth", "2×", "3×", "4×"]
         assert row.split("|")[1].strip() == "taught"
         assert capsys.readouterr().out == first == (tmp_path / "out" / "results.md").read_text()
-        assert (tmp_path / "out" / "taught-42" / "model.safetensors").stat() == trained
+        assert (tmp_path / "out" / "taught-42" / "model.safetensors").stat().st_mtime_ns == trained
         assert sorted(p.stem for p in (tmp_path / "out").glob("*-42.json")) == ["taught-42", "two-stage-42"]
         assert str(tmp_path) not in (tmp_path / "out" / "results.json").read_text()
 
@@ -547,10 +547,10 @@ class TestRecipesJob:
         other = capsys.readouterr().out
         assert [c.strip() for c in other.splitlines()[2].split("|")[3:5]] == ["2.5×", "seconds"]
         assert "chosen for 2.5×" in other
-        assert (tmp_path / "out" / "taught-42" / "model.safetensors").stat() == trained
-        judged = (tmp_path / "out" / "taught-42.json").stat()
+        assert (tmp_path / "out" / "taught-42" / "model.safetensors").stat().st_mtime_ns == trained
+        judged = (tmp_path / "out" / "taught-42.json").stat().st_mtime_ns
         assert recipes_job.execute([*words, "--speed-ups", "2.5,4"], prog="recipes") == 0
-        assert (tmp_path / "out" / "taught-42.json").stat() == judged
+        assert (tmp_path / "out" / "taught-42.json").stat().st_mtime_ns == judged
 
 
 def test_python_users_get_the_model_back(words: list[str], tmp_path: Path, saved_model: Path) -> None:

@@ -1,0 +1,214 @@
+"""`deebert calibrate`: from labelled or plain held-out texts to an operating point, stored with the model."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jobs.flags import comma_list, flag, parse_job
+from jobs.glue import TASK_NAMES, find_task
+from jobs.terminal import quiet_libraries
+from pipeline.config import WINDOW_STRIDE_HELP, positive, whole
+from pipeline.errors import UsageError
+
+if TYPE_CHECKING:
+    from deebert.calibration import Disagreement
+    from deebert.evaluation import LabelledSequences, OperatingPointScore, Trace
+    from jobs.metrics import NamedMetric
+
+
+def _proper_share(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1:
+        raise ValueError(f"{text!r} is not a share between 0 and 1")
+    return value
+
+
+def _kept_share(text: str) -> float:
+    return 1.0 if float(text) == 1 else _proper_share(text)
+
+
+def _speed_up(text: str) -> float:
+    value = float(text)
+    if not 1 < value < float("inf"):
+        raise ValueError(f"{text!r} is not a number above 1")
+    return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrateJob:
+    """What `deebert calibrate` takes."""
+
+    model: str = flag("folder of a DeeBERT model: the operating point is stored in its config.json")
+    data: str | None = flag(
+        "labelled texts that training has not seen: CSV, TSV, JSONL or Parquet, a saved data set, or "
+        "hub-id[:configuration]",
+        default=None,
+    )
+    glue_dir: str | None = flag("or GLUE's TSV folders, with --task", default=None, metavar="DIR")
+    task: str | None = flag(
+        "GLUE task of the data: settles columns, label names and score", default=None, choices=TASK_NAMES
+    )
+    text_column: str = flag("column of the text", default="text")
+    text_pair_column: str | None = flag("column of the second segment", default=None)
+    label_column: str = flag("column of the label: ids or names", default="label")
+    labels: tuple[str, ...] | None = flag(
+        "the model's label names in the order of its ids; left out, those it was saved with",
+        default=None,
+        parse=comma_list,
+        metavar="A,B",
+    )
+    label_separator: str = flag("multi-label CSV and TSV: between the labels of a row", default=",")
+    split: str | None = flag("of a data set; left out, validation", default=None)
+    max_length: int | None = flag(
+        "tokens a text is cut to; left out, what the model was trained with", default=None, parse=positive
+    )
+    window_stride: int | None = flag(WINDOW_STRIDE_HELP, default=None, parse=whole, metavar="TOKENS")
+    trace: str | None = flag(
+        "Parquet file of every off-ramp's logits, of `evaluate` or of this: read if it is there, else written",
+        default=None,
+        metavar="T.parquet",
+    )
+    keep: float | None = flag(
+        "target: the largest saving that keeps this share of full depth's score, e.g. 0.99",
+        default=None,
+        parse=_kept_share,
+        metavar="SHARE",
+    )
+    max_disagreement: float | None = flag(
+        "target: the largest saving with which less than this share of answers differ from full depth's, e.g. 0.02",
+        default=None,
+        parse=_proper_share,
+        metavar="SHARE",
+    )
+    confidence: float = flag("of --max-disagreement", default=0.95, parse=_proper_share)
+    speed_up: float | None = flag(
+        "target: the least saving that makes so many times fewer layers",
+        default=None,
+        parse=_speed_up,
+        metavar="X",
+    )
+
+
+def execute(argv: Sequence[str], *, prog: str) -> int:
+    """Parse, choose, store, print."""
+    job = parse_job(
+        CalibrateJob,
+        argv,
+        prog=prog,
+        description="Choose the threshold at which samples leave, and store it with the model.",
+    )
+    print(calibrate(job))
+    return 0
+
+
+def calibrate(job: CalibrateJob) -> str:
+    """Choose and store an operating point; what it does on the texts, as a few lines.
+
+    Raises:
+        UsageError: not exactly one target, a hub id, several sets, or flags that do not go together.
+        PolicyError: the texts cannot show that the target is met, or no threshold meets it.
+        DataError: labelled data that cannot be read or does not fit the model.
+        CheckpointError: the model cannot be loaded, or its folder not written.
+    """
+    _check(job)
+    # Heavy imports come after the checks that need none of them.
+    from deebert.calibration import disagreement
+    from deebert.checkpoint import store_operating_point
+    from deebert.evaluation import score
+    from deebert.exit_policy import FULL_DEPTH
+    from jobs.evaluate import EvaluateJob
+    from jobs.evaluation import traced_file
+    from jobs.metrics import metrics_of
+    from jobs.subject import load_subject
+
+    quiet_libraries()
+    evaluation = EvaluateJob(
+        model=job.model,
+        data=job.data,
+        glue_dir=job.glue_dir,
+        task=job.task,
+        text_column=job.text_column,
+        text_pair_column=job.text_pair_column,
+        label_column=job.label_column,
+        labels=job.labels,
+        label_separator=job.label_separator,
+        split=job.split,
+        max_length=job.max_length,
+        window_stride=job.window_stride,
+        trace=job.trace,
+    )
+    subject = load_subject(evaluation, job.model)
+    if len(subject.data) != 1:
+        raise UsageError(f"the data are {len(subject.data)} sets: say which with --split")
+    (name, data), file = *subject.data.items(), traced_file(evaluation, subject)
+    trace = file.sets[name].trace
+    task = None if subject.task is None else find_task(subject.task)
+    metric = metrics_of(task, subject.labels, subject.encoder.problem)[0]
+    point = _chosen(job, trace, data, metric)
+    full = score(trace, data.labels, FULL_DEPTH, metric.compute)
+    store_operating_point(Path(job.model), point.policy)
+    found = disagreement(trace, point.policy, confidence=job.confidence)
+    return "\n".join(f"{name:<18}{value}" for name, value in _said(job, point, full, metric.name, found))
+
+
+def _check(job: CalibrateJob) -> None:
+    """What can be refused without looking at weights or data."""
+    targets = [name for name in ("keep", "max_disagreement", "speed_up") if getattr(job, name) is not None]
+    if len(targets) != 1:
+        found = "no target" if not targets else "more than one target"
+        raise UsageError(f"{found} is given: give one of --keep, --max-disagreement and --speed-up")
+    if job.data is None and job.glue_dir is None:
+        raise UsageError("give texts that training has not seen, as --data, or as --glue-dir with --task")
+    if not Path(job.model).is_dir():
+        raise UsageError(f"the model {job.model!r} is no folder, where an operating point could be stored")
+
+
+def _chosen(
+    job: CalibrateJob, trace: Trace, data: LabelledSequences, metric: NamedMetric
+) -> OperatingPointScore:
+    from deebert.calibration import choose_by_disagreement, choose_by_speed_up, choose_threshold
+    from deebert.evaluation import score
+
+    labels, compute = data.labels, metric.compute
+    if job.max_disagreement is not None:
+        policy = choose_by_disagreement(trace, most=job.max_disagreement, confidence=job.confidence)
+        return score(trace, labels, policy, compute)
+    if job.speed_up is not None:
+        return choose_by_speed_up(trace, labels, speed_up=job.speed_up, metric=compute)
+    assert job.keep is not None  # as `_check` made sure
+    return choose_threshold(trace, labels, keep_accuracy=job.keep, metric=compute)
+
+
+def _said(
+    job: CalibrateJob,
+    point: OperatingPointScore,
+    full: OperatingPointScore,
+    metric: str,
+    found: Disagreement,
+) -> Iterator[tuple[str, str]]:
+    policy = point.policy.to_dict()
+    units = " nats" if policy["type"] == "entropy" else ""
+    at = (
+        "full depth"
+        if policy["thresholds"] is None
+        else f"{policy['type']} threshold {policy['thresholds']}{units}"
+    )
+    yield "operating point", at
+    yield metric, f"{100 * point.score:.2f} % on {found.texts} texts; {100 * full.score:.2f} % at full depth"
+    yield (
+        "other answers",
+        f"{100 * found.share:.2f} % differ from full depth's; of all such texts less than {100 * found.bound:.2f} % "
+        f"({100 * job.confidence:g} % confidence)",
+    )
+    yield "layers", f"{point.speed_up:.2f} times fewer (mean exit layer {point.mean_exit_layer:.2f})"
+    yield "stored in", str(Path(job.model) / "config.json")
+
+
+if __name__ == "__main__":
+    from jobs.cli import run
+
+    sys.exit(run("calibrate"))

@@ -1,0 +1,125 @@
+"""`deebert calibrate`: the point that it stores is what classifies from then on; misuse is one sentence."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from deebert.checkpoint import load_checkpoint, weights_digest
+from deebert.exit_policy import EntropyThreshold
+from jobs.cli import main
+from pipeline.config import ClassifyConfig
+from pipeline.planning import make_plan
+
+Refusal = Callable[..., str]
+TEXTS = [f"the film is {word} and {other}" for word in ("good", "bad", "dull") for other in "abcdefghijklm"]
+
+
+@pytest.fixture
+def model(saved_model: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved_model, tmp_path / "model"))
+
+
+@pytest.fixture
+def data(model: Path, tmp_path: Path) -> Path:
+    """Labelled with what the model says at full depth."""
+    import torch
+
+    checkpoint = load_checkpoint(str(model))
+    tokens = checkpoint.tokenizer(TEXTS, padding=True, return_tensors="pt")
+    with torch.inference_mode():
+        said = checkpoint.model(**tokens).logits.argmax(-1).tolist()
+    path = tmp_path / "data.csv"
+    path.write_text(
+        "text,label\n" + "".join(f"{t},{checkpoint.labels[i]}\n" for t, i in zip(TEXTS, said, strict=True))
+    )
+    return path
+
+
+@pytest.fixture
+def refusal(capsys: pytest.CaptureFixture[str]) -> Refusal:
+    def calibrate(*words: object) -> str:
+        capsys.readouterr()
+        assert main(["calibrate", *map(str, words)]) == 2
+        out, err = capsys.readouterr()
+        assert (out, err.count("\n")) == ("", 1)
+        return err.removeprefix("deebert calibrate: ").rstrip()
+
+    return calibrate
+
+
+def test_the_point_is_stored_and_runs_go_by_it(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = load_checkpoint(str(model))
+
+    assert main(["calibrate", "--model", str(model), "--data", str(data), "--keep", "0.9"]) == 0
+
+    after = load_checkpoint(str(model))
+    policy = after.exit_policy
+    assert isinstance(policy, EntropyThreshold)
+    assert isinstance(policy.thresholds, float)
+    assert weights_digest(after.model) == weights_digest(before.model)
+    config = ClassifyConfig(model=str(model), input=(str(data),), output=str(tmp_path / "out"))
+    assert make_plan(config, has_gpu=False).identity.exit_policy == policy.to_dict()
+    said = capsys.readouterr().out
+    assert f"operating point   entropy threshold {policy.thresholds} nats\n" in said
+    assert "100.00 % at full depth\n" in said
+    assert f"stored in         {model / 'config.json'}\n" in said
+
+
+def test_a_trace_that_is_there_spares_running_the_model(model: Path, data: Path, tmp_path: Path) -> None:
+    words = ["--model", str(model), "--data", str(data), "--trace", str(tmp_path / "t.parquet")]
+    assert main(["evaluate", *words, "--timing-rows", "0"]) == 0
+    written = (tmp_path / "t.parquet").stat().st_mtime_ns
+
+    assert main(["calibrate", *words, "--speed-up", "1.01"]) == 0
+
+    assert (tmp_path / "t.parquet").stat().st_mtime_ns == written
+    assert load_checkpoint(str(model)).exit_policy != EntropyThreshold(None)
+
+
+def test_no_bound_that_the_texts_cannot_show(model: Path, data: Path, refusal: Refusal) -> None:
+    config = (model / "config.json").read_bytes()
+
+    said = refusal("--model", model, "--data", data, "--max-disagreement", 0.02)
+
+    assert said == (
+        "39 texts cannot show that less than 0.02 of all differ from full depth: give at least 149, or a larger share"
+    )
+    assert (model / "config.json").read_bytes() == config
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ((), "no target is given: give one of --keep, --max-disagreement and --speed-up"),
+        (("--keep", "0.9", "--speed-up", "2"), "more than one target is given: give one of --keep"),
+        (("--keep", "0"), "argument --keep: '0' is not a share between 0 and 1"),
+        (("--max-disagreement", "1"), "argument --max-disagreement: '1' is not a share between 0 and 1"),
+        (("--speed-up", "1"), "argument --speed-up: '1' is not a number above 1"),
+        (("--speed-up", "6"), "no threshold makes the model 6 times as fast: the most is "),
+    ],
+)
+def test_misuse(model: Path, data: Path, words: tuple[str, ...], says: str, refusal: Refusal) -> None:
+    assert refusal("--model", model, "--data", data, *words).startswith(says)
+
+
+def test_what_there_is_to_calibrate_by(model: Path, refusal: Refusal) -> None:
+    assert refusal("--model", model, "--keep", 0.9).startswith("give texts that training has not seen")
+    assert refusal("--model", "someone/model", "--data", "d.csv", "--keep", 0.9) == (
+        "the model 'someone/model' is no folder, where an operating point could be stored"
+    )
+
+
+def test_the_configuration_keeps_all_else(model: Path, data: Path) -> None:
+    before = json.loads((model / "config.json").read_text())
+
+    assert main(["calibrate", "--model", str(model), "--data", str(data), "--keep", "1"]) == 0
+
+    after = json.loads((model / "config.json").read_text())
+    assert {**after, "exit_policy": None} == {**before, "exit_policy": None}
