@@ -1,10 +1,10 @@
-# make setup | check | test | demo | replicate | bench | clean. Every target does its own set-up.
+# make setup | check | test | test-kills | demo | replicate | bench | clean. Every target does its own set-up.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: setup check format test test-faults test-bad-input test-thorough fuzz soak demo replicate bench bench-gpu clean
+.PHONY: setup check format test test-kills test-faults test-bad-input test-thorough fuzz soak demo replicate bench bench-gpu clean
 
 setup: $(VENV)/.ready
 
@@ -25,8 +25,13 @@ format: setup
 	$(BIN)/ruff check --fix .
 
 # One at a time for each of two cores, a file's tests together: each start of Ray is eight processes by itself.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --durations 15
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 15
+	$(PYTEST) --ignore tests/faults
+
+# Whole runs that are killed, starved and fed with what is broken: as long again.
+test-kills: setup
+	$(PYTEST) tests/faults
 
 # 45 seeds of 5 random kills, of which about 200 find something to kill (an hour); FAULTS.jsonl gets a line per seed.
 test-faults: setup

@@ -60,11 +60,6 @@ def _single(rows: LabelledRows, names: tuple[str, ...] | None) -> tuple[tuple[in
         )
     labels = tuple(_whole_number(rows.source, label) for label in rows.labels)
     ids, order = _ids(rows, labels, names)
-    if len(order) < 2:
-        raise DataError(
-            f"{rows.source!r} has the label {order[0]!r} in every row, which leaves nothing to tell apart: check the "
-            "label column, or name all labels with --labels"
-        )
     return tuple(ids[label] for label in labels), order
 
 

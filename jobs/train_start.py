@@ -48,10 +48,18 @@ def fresh_start(job: TrainJob, texts: LabelledTexts) -> Checkpoint:
 
     Raises:
         UsageError: the backbone cannot be loaded.
+        DataError: there is one label only.
     """
+    from deebert.errors import DataError
     from deebert.modeling import DeeBertForSequenceClassification
+    from deebert.problem import SINGLE_LABEL
 
     assert job.backbone is not None
+    if texts.problem is SINGLE_LABEL and len(texts.names) < 2:
+        raise DataError(
+            f"the data has the label {texts.names[0]!r} in every row, which leaves nothing to tell apart: check "
+            "--label-column, or name all labels with --labels"
+        )
     with _refusing_unreadable("backbone", job.backbone):
         model = DeeBertForSequenceClassification.from_backbone(
             job.backbone,

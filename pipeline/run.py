@@ -151,17 +151,14 @@ class _Attempt:
         self._planned = reduce(add, (r.totals for name, r in known.items() if name in done), self._planned)
         self._write("running", None)
         log.info(
-            "%d files, %d shards: %d committed already, %d to do, in %s",
+            "%d files, %d shards: %d committed already, %d to do, in %s%s",
             len(self._run.files),
             len(self._run.shards),
             len(done),
             len(remaining),
             self._run.identity.precision,
+            "" if self._may_exit else ", at full depth (no threshold is given, and the model stores none)",
         )
-        if policy_from_dict(self._run.identity.exit_policy) == FULL_DEPTH:
-            log.info(
-                "nobody leaves early: no threshold is given and the model stores none, so this is full depth"
-            )
         self._failures = [_flawed(name, shard) for name, shard in remaining.items() if shard.flaw is not None]
         for failure in self._failures:
             log.error("%s; the other files go on", failure.reason)
@@ -247,6 +244,10 @@ class _Attempt:
             output=self._output,
             board=board,
         )
+
+    @property
+    def _may_exit(self) -> bool:
+        return policy_from_dict(self._run.identity.exit_policy) != FULL_DEPTH
 
     @property
     def _max_bad_rows(self) -> int:

@@ -84,7 +84,7 @@ class TestLinks:
         (tmp_path / "in" / "a.txt").symlink_to(file)
         (tmp_path / "in" / "z").symlink_to(file.parent)
         (tmp_path / "elsewhere.txt").symlink_to(file)
-        with caplog.at_level(logging.INFO):
+        with caplog.at_level(logging.INFO, logger="pipeline.inputs"):
             assert found(tmp_path / "elsewhere.txt", tmp_path / "in") == [str(file)]
         assert [record.getMessage() for record in caplog.records] == [
             "left out 2 links to files that the input holds already"
@@ -101,7 +101,7 @@ class TestLinks:
     def test_a_link_alone_keeps_its_own_name(self, tmp_path, caplog):
         file = write(tmp_path / "far" / "x.txt", "x")
         (tmp_path / "a.txt").symlink_to(file)
-        with caplog.at_level(logging.INFO):
+        with caplog.at_level(logging.INFO, logger="pipeline.inputs"):
             assert found(tmp_path / "a.txt") == [str(tmp_path / "a.txt")]
         assert not caplog.records
 

@@ -106,15 +106,6 @@ class TestData:
             assert load(tmp_path / name, problem=MULTI_LABEL).labels == ((1,), (), (0, 1))
             assert load(tmp_path / name).texts == ("x", "z")
 
-    def test_one_label_in_every_row_is_a_wrong_column(self, tmp_path: Path) -> None:
-        (tmp_path / "a.csv").write_text("text,label\nx,film\ny,film\n")
-
-        with pytest.raises(
-            DataError, match=r"a\.csv' has the label 'film' in every row, .*: check the label column"
-        ):
-            load(tmp_path / "a.csv")
-        assert load(tmp_path / "a.csv", ("film", "book")).labels == (0, 0)
-
     def test_numbers_are_a_regression_when_asked(self, tmp_path: Path) -> None:
         (tmp_path / "a.csv").write_text("text,label\nx,3.8\ny,1\n")
 

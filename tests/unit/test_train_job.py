@@ -396,6 +396,18 @@ def backbone_words(words: list[str], tokenizer: Any, tmp_path: Path) -> list[str
     return [*words[:place], "--backbone", str(tmp_path / "backbone"), *words[place + 2 :]]
 
 
+def test_one_label_in_every_row_is_a_wrong_column(
+    backbone_words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "data.csv").write_text("text,label\nx,film\ny,film\n")
+    place = backbone_words.index("--labels")
+
+    assert refusal(capsys, *backbone_words[:place], *backbone_words[place + 2 :]) == (
+        "the data has the label 'film' in every row, which leaves nothing to tell apart: check --label-column, or "
+        "name all labels with --labels"
+    )
+
+
 class TestTokenizersOfBackbones:
     """Texts that become other ids than the backbone was pretrained on train, and mean nothing."""
 
