@@ -14,8 +14,7 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -29,7 +28,6 @@ from ray.exceptions import RayError
 from deebert.encoder import PackedEncoder
 from deebert.exit_policy import policy_from_dict
 from deebert.fused import FusedModel
-from deebert.packing import IntArray
 from deebert.precision import DTYPES, resolve_precision
 from deebert.windows import text_sums
 from pipeline import sabotage
@@ -44,6 +42,7 @@ from pipeline.narrowing import PROOF, pieces, why_hopeless
 from pipeline.raw_rows import excerpt
 from pipeline.records import Identity, ShardRecord, Totals
 from pipeline.schema import Answers, footer, part_table
+from pipeline.shard_work import RowsInLanes, ShardWork
 from pipeline.shards import Shard, part_name
 from pipeline.sink import Output
 from pipeline.source import BadRow, SourceBatch, read_shard
@@ -109,56 +108,6 @@ class ShardFailure:
     """Whether no other shard could be finished either."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Rows:
-    """Rows of a shard in the lanes, and what the part will say of them; their texts are let go."""
-
-    source_rows: npt.NDArray[np.int64]
-    tokens: IntArray
-    """Of all windows of a row; without windows, a row is one."""
-    squared_tokens: int
-    """Σ over rows, or their windows."""
-    windows: IntArray
-    truncated: npt.NDArray[np.bool_]
-    kept: pa.Table
-    submission: Submission
-
-    def answers(self) -> Answers:
-        done = self.submission
-        return Answers(
-            source_rows=self.source_rows,
-            num_tokens=self.tokens.astype(np.int32),
-            num_windows=self.windows.astype(np.int32),
-            truncated=self.truncated,
-            prediction=done.prediction,
-            exit_layer=done.exit_layer,
-            entropy=done.entropy,
-            certainty=done.certainty,
-            probabilities=done.probabilities,
-            audited=done.audited,
-            audit_prediction=done.audit_prediction,
-        )
-
-
-@dataclass(kw_only=True)
-class _Work:
-    """A shard under way."""
-
-    shard: Shard
-    rows: list[_Rows] = field(default_factory=list)
-    bad: list[BadRow] = field(default_factory=list)
-    read_seconds: float = 0.0
-    tokenize_seconds: float = 0.0
-
-    @contextmanager
-    def timing(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            setattr(self, name, getattr(self, name) + time.perf_counter() - started)
-
-
 class Replica:
     """The callable class that Ray Data instantiates once per actor."""
 
@@ -218,7 +167,7 @@ class Replica:
                 _answer(board.end.remote(name))
 
     def _run(self, shard: Shard, name: str, history: History) -> ShardRecord:
-        work = _Work(shard=shard)
+        work = ShardWork(shard=shard)
         if history.deaths < _WHOLE_ATTEMPTS:
             with self._lanes.feeding():
                 for batch in self._batches(work):
@@ -239,7 +188,7 @@ class Replica:
             log.exception("the commit of %s", name)
             raise OutputError(f"{name} cannot be written: {type(error).__name__}: {error}") from error
 
-    def _batches(self, work: _Work) -> Iterator[SourceBatch]:
+    def _batches(self, work: ShardWork) -> Iterator[SourceBatch]:
         """Read the shard; the bad rows are put aside on the way."""
         spec, path = self._spec, work.shard.source.path
         batches = read_shard(
@@ -259,7 +208,7 @@ class Replica:
             self._check_bad_rows(work)
             yield from batch.pieces(_PIECE_BYTES)
 
-    def _check_bad_rows(self, work: _Work) -> None:
+    def _check_bad_rows(self, work: ShardWork) -> None:
         """End the run when this shard alone has too many bad rows, before they fill the memory."""
         spec, count = self._spec, len(work.bad)
         if count > spec.max_bad_rows:
@@ -267,7 +216,7 @@ class Replica:
                 self._write_dead_letters(work)  # they show what to mend
             raise BadRowsError(too_many_bad_rows(count, spec.max_bad_rows, spec.output))
 
-    def _submit(self, work: _Work, batch: SourceBatch) -> Submission:
+    def _submit(self, work: ShardWork, batch: SourceBatch) -> Submission:
         """Tokenize a batch and hand it to the lanes."""
         texts = [column.to_pylist() for column in batch.texts]
         with work.timing("tokenize_seconds"), self._watchdog.limit("the tokenization of a batch"):
@@ -280,7 +229,7 @@ class Replica:
             None if self._tokenizer.window_stride is None else windows,
         )
         work.rows.append(
-            _Rows(
+            RowsInLanes(
                 source_rows=batch.rows,
                 tokens=text_sums(layout.lengths, windows),
                 squared_tokens=layout.squared_tokens,
@@ -292,7 +241,7 @@ class Replica:
         )
         return submission
 
-    def _try_pieces(self, work: _Work, batch: SourceBatch, name: str, history: History) -> None:
+    def _try_pieces(self, work: ShardWork, batch: SourceBatch, name: str, history: History) -> None:
         """Run a batch piece by piece, each announced before it is tried; leave out the rows that kill."""
         board = self._spec.board
         for piece in pieces(batch.rows, history.deadly):
@@ -304,7 +253,7 @@ class Replica:
             self._submit(work, rows).wait()
         _answer(board.trying.remote(name, None))
 
-    def _commit(self, work: _Work) -> ShardRecord:
+    def _commit(self, work: ShardWork) -> ShardRecord:
         """Write the dead letters, then the part: its existence is the commit."""
         spec, shard = self._spec, work.shard
         started = time.perf_counter()
@@ -344,13 +293,13 @@ class Replica:
             for answers, kept in answered or [no_rows]
         )
 
-    def _write_dead_letters(self, work: _Work) -> None:
+    def _write_dead_letters(self, work: ShardWork) -> None:
         """Those of an earlier try are replaced."""
         name = part_name(work.shard, self._spec.identity.digest)
         bad = sorted(work.bad, key=lambda row: row.source_row)
         self._spec.output.write_dead_letters(name, (_letter(work.shard, row) for row in bad))
 
-    def _totals(self, work: _Work, answers: Answers) -> Totals:
+    def _totals(self, work: ShardWork, answers: Answers) -> Totals:
         compute, control = self._lanes.take_stats()
         lengths = answers.num_tokens.astype(np.int64)
         layers, bins = answers.exit_layer, self._num_layers + 1

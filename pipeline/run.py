@@ -13,12 +13,10 @@ import logging
 import os
 import pickle
 import socket
-import sys
-import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import reduce
@@ -40,12 +38,12 @@ from pipeline.config import ClassifyConfig
 from pipeline.errors import OutputError, RunFailedError
 from pipeline.lock import locked
 from pipeline.planning import RunPlan, can_go_on, check_output, make_plan
-from pipeline.progress import Progress, ProgressSample
 from pipeline.records import Attempt, RunRecord, RunStatus, ShardRecord, Totals
 from pipeline.replica import Replica, ReplicaSpec, ServedModel, ShardFailure, too_many_bad_rows
 from pipeline.shards import Shard
 from pipeline.sink import SUCCESS, Output, RecordLog
 from pipeline.tokenization import TextTokenizer
+from pipeline.watching import showing_progress
 
 log = logging.getLogger(__name__)
 shard_log = logging.getLogger("pipeline.shards_done")
@@ -54,7 +52,6 @@ shard_log = logging.getLogger("pipeline.shards_done")
 # Shards that a replica has in hand at a time: their stragglers share the deep layers' micro-batches, and
 # while one is written the next is read.
 _SHARDS_IN_FLIGHT = 4
-_POLL_SECONDS = 0.5
 # How old the numbers of a run under way may be: what its record says if nothing can be said at the end.
 _RECORD_SECONDS = 60.0
 _LEAST_BAD_ROWS = 100
@@ -194,7 +191,7 @@ class _Attempt:
         )
         records = self._output.record_log(f"{self._started_at.replace(':', '')}-{uuid.uuid4().hex[:6]}")
         try:
-            with _showing_progress(board, self._run, self._planned):
+            with showing_progress(board, self._run, self._planned):
                 for outcome in _outcomes(self._spec(board), self._placement, shards):
                     if isinstance(outcome, ShardRecord):
                         self._count(outcome, records)
@@ -383,40 +380,6 @@ def _outcomes(spec: ReplicaSpec, placement: Placement, shards: Any) -> Iterator[
     )
     for row in outcomes.iter_rows():
         yield pickle.loads(row["outcome"])
-
-
-@contextmanager
-def _showing_progress(board: Any, run: RunPlan, before: Totals) -> Iterator[None]:
-    """Show the board's numbers until the block ends."""
-    layers_before = sum(layer * rows for layer, rows in enumerate(before.exit_rows))
-    ended = threading.Event()
-
-    def sample() -> ProgressSample:
-        rows, exit_layers = ray.get(board.total.remote())
-        return ProgressSample(
-            rows_done=before.rows + rows,
-            exit_layer_sum=layers_before + exit_layers,
-            num_layers=run.model.num_layers,
-            resumed_rows=before.rows,
-        )
-
-    def poll(progress: Progress) -> None:
-        while not ended.wait(_POLL_SECONDS):
-            try:
-                progress.update(sample())
-            except RayError:  # the board restarts, or the cluster goes down: the main thread says so
-                continue
-
-    is_terminal = sys.stderr.isatty()
-    with Progress(total_rows=run.estimated_rows, stream=sys.stderr, is_terminal=is_terminal) as progress:
-        poller = threading.Thread(target=poll, args=(progress,), daemon=True)
-        poller.start()
-        try:
-            yield
-            progress.update(sample())
-        finally:
-            ended.set()
-            poller.join()
 
 
 def _cause(error: BaseException) -> str:

@@ -1,0 +1,55 @@
+"""The progress of a run on Ray: what its board counts, shown while it works.
+
+Knows nothing of shards or of how a line or a bar looks (`pipeline.progress`).
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from pipeline.planning import RunPlan
+from pipeline.progress import Progress, ProgressSample
+from pipeline.records import Totals
+
+_POLL_SECONDS = 0.5
+
+
+@contextmanager
+def showing_progress(board: Any, run: RunPlan, before: Totals) -> Iterator[None]:
+    """Show the board's numbers until the block ends."""
+    layers_before = sum(layer * rows for layer, rows in enumerate(before.exit_rows))
+    ended = threading.Event()
+
+    def sample() -> ProgressSample:
+        rows, exit_layers = ray.get(board.total.remote())
+        return ProgressSample(
+            rows_done=before.rows + rows,
+            exit_layer_sum=layers_before + exit_layers,
+            num_layers=run.model.num_layers,
+            resumed_rows=before.rows,
+        )
+
+    def poll(progress: Progress) -> None:
+        while not ended.wait(_POLL_SECONDS):
+            try:
+                progress.update(sample())
+            except RayError:  # the board restarts, or the cluster goes down: the main thread says so
+                continue
+
+    is_terminal = sys.stderr.isatty()
+    with Progress(total_rows=run.estimated_rows, stream=sys.stderr, is_terminal=is_terminal) as progress:
+        poller = threading.Thread(target=poll, args=(progress,), daemon=True)
+        poller.start()
+        try:
+            yield
+            progress.update(sample())
+        finally:
+            ended.set()
+            poller.join()
