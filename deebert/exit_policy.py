@@ -106,11 +106,22 @@ class _ByThreshold(ABC):
     """In the JSON form."""
     quantity: ClassVar[str]
     """What is held against the threshold."""
+    rule: ClassVar[str]
+    """In words, around the threshold."""
 
     def __post_init__(self) -> None:
         for value in self._values:
             if value is not None:
                 self._refuse_impossible(value)
+
+    def __str__(self) -> str:
+        """``entropy < 0.2 nats``; of several thresholds, layer 1's first; ``full depth`` where none can fire."""
+        on_embeddings, *of_layers = (None if v is None or self._never_fires(v) else v for v in self._values)
+        if on_embeddings is None and not any(v is not None for v in of_layers):
+            return "full depth"
+        words = ", ".join("none" if v is None else f"{v:g}" for v in of_layers)
+        embeddings = "" if on_embeddings is None else f" ({on_embeddings:g} on the embeddings)"
+        return self.rule.format(words) + embeddings
 
     def at(self, layer: int) -> float | None:
         """The threshold after `layer` (1-based, 0: the embeddings), None where it cannot fire."""
@@ -168,6 +179,7 @@ class EntropyThreshold(_ByThreshold):
 
     name = "entropy"
     quantity = "entropy"
+    rule = "entropy < {} nats"
 
     @property
     def reads_certainty(self) -> bool:
@@ -218,6 +230,7 @@ class LearningToExit(_ByThreshold):
 
     name = "learning-to-exit"
     quantity = "certainty"
+    rule = "certainty > {}"
 
     @property
     def reads_certainty(self) -> bool:

@@ -190,14 +190,7 @@ def _said(
     metric: str,
     found: Disagreement,
 ) -> Iterator[tuple[str, str]]:
-    policy = point.policy.to_dict()
-    units = " nats" if policy["type"] == "entropy" else ""
-    at = (
-        "full depth"
-        if policy["thresholds"] is None
-        else f"{policy['type']} threshold {policy['thresholds']}{units}"
-    )
-    yield "operating point", at
+    yield "operating point", str(point.policy)
     yield metric, f"{100 * point.score:.2f} % on {found.texts} texts; {100 * full.score:.2f} % at full depth"
     yield (
         "other answers",

@@ -31,7 +31,7 @@ VERBS = {
     "calibrate": "choose the threshold that meets a target, and store it with the model",
     "classify": "classify a corpus on Ray into Parquet",
     "stream": "classify stdin to stdout, each sample the moment it exits",
-    "report": "what a run cost and saved, as a table and an HTML page",
+    "report": "what runs cost and saved, as a table and an HTML page; other thresholds, larger corpora",
     "bench": "measure engine and pipeline against baselines",
 }
 

@@ -18,7 +18,13 @@ if TYPE_CHECKING:
     from jobs.evaluation import Evaluation
 
 
-def _numbers(text: str) -> tuple[float, ...]:
+ENTROPY_THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
+CERTAINTY_THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+"""That are tried where none are given."""
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """``0.1,0.2`` -> (0.1, 0.2)."""
     return tuple(float(part) for part in comma_list(text))
 
 
@@ -54,12 +60,12 @@ class EvaluateJob:
         metavar="T.parquet",
     )
     thresholds: tuple[float, ...] = flag(
-        "entropy thresholds to try, nats", default=(0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5), parse=_numbers
+        "entropy thresholds to try, nats", default=ENTROPY_THRESHOLDS, parse=numbers
     )
     certainty_thresholds: tuple[float, ...] = flag(
         "of a model that learns to exit: certainty thresholds to try",
-        default=(0.5, 0.6, 0.7, 0.8, 0.9, 0.95),
-        parse=_numbers,
+        default=CERTAINTY_THRESHOLDS,
+        parse=numbers,
     )
     label_separator: str = flag("multi-label CSV and TSV: between the labels of a row", default=",")
     split: str | None = flag("of a data set; left out, validation (MNLI: both, apart)", default=None)

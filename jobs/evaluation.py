@@ -17,9 +17,9 @@ import torch
 from deebert.baselines import StaticStyle, kept_layers
 from deebert.checkpoint import store_int8_agreement
 from deebert.evaluation import LabelledSequences, predictions, trace
-from deebert.exit_policy import FULL_DEPTH, EntropyThreshold, LearningToExit, StoredPolicy
+from deebert.exit_policy import FULL_DEPTH, StoredPolicy
 from deebert.precision import LEAST_INT8_AGREEMENT, resolve_precision
-from deebert.problem import REGRESSION, problem_of
+from deebert.problem import REGRESSION
 from deebert.training import BackboneStage, Recipe
 from jobs.labelled import LabelledSource, sample
 from jobs.scoring import evaluated
@@ -33,6 +33,7 @@ from jobs.traces import (
     TraceOrigin,
     data_digest,
     read_traces,
+    traced_policies,
     write_traces,
 )
 from pipeline.errors import UsageError
@@ -260,12 +261,7 @@ def _timed(
 
 def policies_of(job: EvaluateJob, file: TraceFile) -> dict[str, StoredPolicy]:
     """The policies to try, by the name that tables give them: those that the traced model knows."""
-    policies: dict[str, StoredPolicy] = {}
-    if problem_of(file.origin.problem_type).outcomes(len(file.origin.labels)) is not None:
-        policies |= {f"{t:g}": EntropyThreshold(t) for t in job.thresholds}
-    if all(traced.trace.certainties is not None for traced in file.sets.values()):
-        policies |= {f"certainty {t:g}": LearningToExit(t) for t in job.certainty_thresholds}
-    return policies
+    return traced_policies(file, thresholds=job.thresholds, certainty_thresholds=job.certainty_thresholds)
 
 
 def _contenders(

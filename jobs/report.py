@@ -1,43 +1,147 @@
-"""`deebert report`: what a run cost and saved, as a table here and an HTML page in its output."""
+"""`deebert report`: what runs cost and saved, as a table here and an HTML page."""
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+from jobs.evaluate import CERTAINTY_THRESHOLDS, ENTROPY_THRESHOLDS, numbers
 from jobs.flags import flag, parse_job
+from pipeline.config import positive_number
+from pipeline.errors import UsageError
+
+if TYPE_CHECKING:
+    from pipeline.records import RunRecord
+    from pipeline.report import Report, WhatIf
 
 log = logging.getLogger(__name__)
+
+SUMMARY_PAGE = "deebert-report.html"
+
+
+def _documents(text: str) -> int:
+    """``250000000``, ``250_000_000`` or ``2.5e8``."""
+    value = float(text)
+    if not (value >= 1 and value.is_integer()):
+        raise ValueError(f"{text!r} is not a number of documents")
+    return int(value)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportJob:
-    """What `deebert report` takes, besides the output."""
+    """What `deebert report` takes."""
 
-    output: str = flag("output folder or URL of `classify`")
+    output: tuple[str, ...] = flag(
+        "output folders or URLs of `classify`; several are also summed", several=True, metavar="OUT"
+    )
     price_per_hour: float | None = flag(
-        "price of one replica for an hour, for the cost per million documents", default=None, parse=float
+        "price of one replica for an hour, for the cost per million documents",
+        default=None,
+        parse=positive_number,
     )
     currency: str = flag("shown in front of amounts", default="$")
+    project: int | None = flag(
+        "documents of a corpus, e.g. 2.5e8: what it would take at the run's rates",
+        default=None,
+        parse=_documents,
+        metavar="N",
+    )
+    what_if: str | None = flag(
+        "trace of the run's model, of `deebert evaluate --trace`: what other operating points would have cost",
+        default=None,
+        metavar="T.parquet",
+    )
+    thresholds: tuple[float, ...] = flag(
+        "of --what-if: entropy thresholds, nats", default=ENTROPY_THRESHOLDS, parse=numbers
+    )
+    certainty_thresholds: tuple[float, ...] = flag(
+        "of --what-if, where the model learns to exit: certainty thresholds",
+        default=CERTAINTY_THRESHOLDS,
+        parse=numbers,
+    )
+    page: str | None = flag(
+        f"of several outputs: the page that sums them (left out: {SUMMARY_PAGE}); that of one is in its folder",
+        default=None,
+        metavar="FILE.html",
+    )
 
 
 def execute(argv: Sequence[str], *, prog: str) -> int:
     """Parse, account and write."""
     # `deebert report OUT` reads better than `--output OUT`; both work.
     words = ["--output", *argv] if argv and not argv[0].startswith("-") else argv
-    job = parse_job(ReportJob, words, prog=prog, description="Account for a run: `report OUT [flags]`.")
+    job = parse_job(
+        ReportJob, words, prog=prog, description="Account for runs: `report OUT [OUT ...] [flags]`."
+    )
+    _check(job)
     from pipeline.report import write_report
 
-    report = write_report(job.output, price_per_hour=job.price_per_hour, currency=job.currency)
+    reports = [
+        write_report(
+            output,
+            price_per_hour=job.price_per_hour,
+            currency=job.currency,
+            documents=job.project,
+            what_if=_what_if(job),
+        )
+        for output in job.output
+    ]
+    if len(reports) == 1:
+        _print_one(reports[0])
+    else:
+        _print_many(job, reports)
+    return 1 if any(report.evidence.findings for report in reports) else 0
+
+
+def _check(job: ReportJob) -> None:
+    if len(set(job.output)) < len(job.output):
+        raise UsageError("an output is given twice, and would be summed twice: give each once")
+    if len(job.output) == 1 and job.page is not None:
+        raise UsageError("--page is of several outputs: the page of one is in its folder")
+    if len(job.output) > 1 and (job.project is not None or job.what_if is not None):
+        raise UsageError("--project and --what-if rest on one run's figures: give one output")
+
+
+def _what_if(job: ReportJob) -> Callable[[RunRecord], WhatIf] | None:
+    if job.what_if is None:
+        return None
+    from jobs.what_if import read_what_if  # costs an import of torch
+
+    return partial(
+        read_what_if,
+        job.what_if,
+        thresholds=job.thresholds,
+        certainty_thresholds=job.certainty_thresholds,
+    )
+
+
+def _print_one(report: Report) -> None:
     print(report.text)
     if report.problem is None:
         print(f"\n{report.path}")
     else:
         sys.stdout.flush()  # the table comes first, also in a file
         log.warning("no page beside the table: %s", report.problem)
-    return 1 if report.evidence.findings else 0
+
+
+def _print_many(job: ReportJob, reports: Sequence[Report]) -> None:
+    from pipeline.report import summarise
+
+    summary = summarise(reports, price_per_hour=job.price_per_hour, currency=job.currency)
+    print(summary.text)
+    page = Path(job.page or SUMMARY_PAGE)
+    try:
+        page.write_text(summary.page, encoding="utf-8")
+    except OSError as error:
+        sys.stdout.flush()
+        log.warning("no page beside the table: cannot write %r: %s", str(page), error.strerror or error)
+    else:
+        print(f"\n{page}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from deebert.baselines import StaticStyle
 from deebert.cost import ModelShape
 from deebert.errors import DataError
 from deebert.evaluation import LabelledSequences, Trace
+from deebert.exit_policy import EntropyThreshold, LearningToExit, StoredPolicy
 from deebert.problem import SINGLE_LABEL, problem_of
 from deebert.windows import first_windows
 from jobs.timing import Measure, Timing
@@ -97,6 +98,18 @@ class TraceFile:
     """By set; empty where nothing was measured."""
     statics: tuple[StaticRecord, ...] = ()
     """Baselines whose predictions are here."""
+
+
+def traced_policies(
+    file: TraceFile, *, thresholds: Sequence[float], certainty_thresholds: Sequence[float]
+) -> dict[str, StoredPolicy]:
+    """Those that the traced model knows, by the name that tables give them."""
+    policies: dict[str, StoredPolicy] = {}
+    if problem_of(file.origin.problem_type).outcomes(len(file.origin.labels)) is not None:
+        policies |= {f"{t:g}": EntropyThreshold(t) for t in thresholds}
+    if all(traced.trace.certainties is not None for traced in file.sets.values()):
+        policies |= {f"certainty {t:g}": LearningToExit(t) for t in certainty_thresholds}
+    return policies
 
 
 def data_digest(sets: Mapping[str, LabelledSequences]) -> str:

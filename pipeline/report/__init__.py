@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
 
+from deebert.exit_policy import policy_from_dict
 from pipeline.errors import OutputError, UsageError
 from pipeline.records import RunRecord, Totals
 from pipeline.report.accounting import Accounting, account
 from pipeline.report.evidence import Evidence, EvidenceError, Finding, gather_evidence, verify_parts
-from pipeline.report.facts import state_facts
+from pipeline.report.facts import Facts, state_facts
 from pipeline.report.html import render_page
+from pipeline.report.outlook import WhatIf, look_ahead
+from pipeline.report.summary import Summary, summarise
 from pipeline.report.table import render_text
 from pipeline.sink import META, Output
 
@@ -22,8 +26,11 @@ __all__ = [
     "EvidenceError",
     "Finding",
     "Report",
+    "Summary",
+    "WhatIf",
     "account",
     "gather_evidence",
+    "summarise",
     "verify_parts",
     "write_report",
 ]
@@ -36,10 +43,13 @@ PAGE = f"{META}/report.html"
 class Report:
     """What `write_report` made."""
 
+    output: str
+    record: RunRecord
     path: str
     """Path or URL of the page."""
     problem: str | None
     """Why the page could not be written."""
+    facts: Facts
     text: str
     """The same as a plain-text table."""
     accounting: Accounting
@@ -47,13 +57,22 @@ class Report:
     """`evidence.findings` is empty when the parts hold what the run recorded."""
 
 
-def write_report(output: str, *, price_per_hour: float | None, currency: str = "$") -> Report:
+def write_report(
+    output: str,
+    *,
+    price_per_hour: float | None,
+    currency: str = "$",
+    documents: int | None = None,
+    what_if: Callable[[RunRecord], WhatIf] | None = None,
+) -> Report:
     """Accounts for the run in `output` and writes ``output/_deebert/report.html``, if that can be written.
 
     Args:
         output: Output folder of `classify`, a local path or a URL; the run need not be finished.
         price_per_hour: Price of one replica for an hour; None states no cost.
         currency: Shown in front of amounts.
+        documents: Size of a corpus to project to; None projects to none.
+        what_if: Reads a trace of the run's model, to show other operating points.
 
     Raises:
         UsageError: `output` holds no run, or a part that is not its own, or the price makes no sense.
@@ -70,16 +89,28 @@ def write_report(output: str, *, price_per_hour: float | None, currency: str = "
         record = _up_to_date(record, folder, parts)
     accounting = account(record, price_per_hour=price_per_hour, currency=currency)
     evidence = gather_evidence([folder.path(name) for name in sorted(parts)], record)
-    facts = state_facts(record, accounting, evidence)
-    page = render_page(output, record, accounting, evidence, facts)
+    outlook = look_ahead(
+        accounting,
+        policy=str(policy_from_dict(record.identity.exit_policy)),
+        num_layers=record.model.num_layers,
+        documents=documents,
+        what_if=None if what_if is None else what_if(record),
+        price_per_hour=price_per_hour,
+        currency=currency,
+    )
+    facts = state_facts(record, accounting, evidence, outlook)
+    page = render_page(output, record, accounting, evidence, facts, outlook)
     problem = None
     try:
         folder.write(PAGE, page.encode())
     except OutputError as error:
         problem = str(error)
     return Report(
+        output=output,
+        record=record,
         path=folder.path(PAGE),
         problem=problem,
+        facts=facts,
         text=render_text(facts),
         accounting=accounting,
         evidence=evidence,

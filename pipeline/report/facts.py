@@ -13,6 +13,7 @@ from pipeline.report import quantities as q
 from pipeline.report.accounting import Accounting, Basis, Cost
 from pipeline.report.evidence import Evidence
 from pipeline.report.ledger import Table, state_tables
+from pipeline.report.outlook import Outlook, outlook_table, outlook_warnings
 
 MEASURE_IT = "run with --control 0.01 to measure it"
 PRICE_IT = "give --price-per-hour to state it"
@@ -41,14 +42,17 @@ class Facts:
     tables: tuple[Table, ...]
 
 
-def state_facts(record: RunRecord, accounting: Accounting, evidence: Evidence) -> Facts:
+def state_facts(
+    record: RunRecord, accounting: Accounting, evidence: Evidence, outlook: Outlook | None = None
+) -> Facts:
     """The words for one run."""
+    ahead = () if outlook is None else (outlook_table(outlook),)
     return Facts(
         status=record.status,
-        warnings=tuple(_warnings(record, accounting, evidence)),
+        warnings=(*_warnings(record, accounting, evidence), *outlook_warnings(outlook)),
         headline=tuple(_headline(record, accounting)),
         account=tuple(_account(record, accounting)),
-        tables=state_tables(record, accounting, evidence),
+        tables=(*ahead, *state_tables(record, accounting, evidence)),
     )
 
 

@@ -6,14 +6,22 @@ from markupsafe import Markup
 
 from pipeline.records import RunRecord
 from pipeline.report import plots
+from pipeline.report import quantities as q
 from pipeline.report.accounting import Accounting
 from pipeline.report.evidence import Evidence
 from pipeline.report.facts import Facts
+from pipeline.report.outlook import Outlook
+from pipeline.report.outlook_plots import corpus_hours, quality_against_compute
 from pipeline.report.templates import render
 
 
 def render_page(
-    output: str, record: RunRecord, accounting: Accounting, evidence: Evidence, facts: Facts
+    output: str,
+    record: RunRecord,
+    accounting: Accounting,
+    evidence: Evidence,
+    facts: Facts,
+    outlook: Outlook | None = None,
 ) -> str:
     """The page for one run; `output` is named in its head."""
     return render(
@@ -21,13 +29,16 @@ def render_page(
         output=output,
         record=record,
         facts=facts,
-        plots=_plots(record, accounting, evidence),
+        plots=_plots(record, accounting, evidence, outlook),
+        corpus=None if outlook is None else q.count(outlook.documents),
         is_measured=accounting.measured_saving is not None,
         wide_layers=not plots.fits_half_width(record.model.num_layers),
     )
 
 
-def _plots(record: RunRecord, accounting: Accounting, evidence: Evidence) -> dict[str, Markup | None]:
+def _plots(
+    record: RunRecord, accounting: Accounting, evidence: Evidence, outlook: Outlook | None
+) -> dict[str, Markup | None]:
     """SVG by name: ours, with user text already escaped by the SVG writer; None is left out."""
     if accounting.rows == 0:
         return {}
@@ -44,5 +55,7 @@ def _plots(record: RunRecord, accounting: Accounting, evidence: Evidence) -> dic
         "scores": plots.score_ranges(evidence.score_ranges, record.model.num_layers)
         if evidence.score_ranges
         else None,
+        "outlook": None if outlook is None else quality_against_compute(outlook),
+        "corpus": None if outlook is None else corpus_hours(outlook),
     }
     return {name: None if svg is None else Markup(svg) for name, svg in drawn.items()}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from deebert.exit_policy import policy_from_dict
 from pipeline.records import Identity, RunRecord
 from pipeline.report import quantities as q
 from pipeline.report.accounting import Accounting, LayerAccount
@@ -114,7 +115,7 @@ def _identity_table(record: RunRecord) -> Table:
             ("Model", model.path),
             ("Layers", f"{model.num_layers} layers of {model.hidden_size}; off-ramps after {off_ramps}"),
             ("Labels", ", ".join(model.labels)),
-            ("Exit policy", _policy(identity.exit_policy)),
+            ("Exit policy", str(policy_from_dict(identity.exit_policy))),
             ("Text columns", ", ".join(identity.text_columns)),
             ("Max length", f"{q.count(identity.max_length)} tokens"),
             *_windows(identity),
@@ -140,10 +141,6 @@ def _hardware(record: RunRecord) -> str:
     """Seconds and money are of these machines."""
     found = sorted(record.totals.hardware.items(), key=lambda item: -item[1])
     return "; ".join(f"{name} ({q.count(rows)} rows)" for name, rows in found) or "not recorded"
-
-
-def _policy(policy: dict[str, object]) -> str:
-    return "; ".join(f"{name}: {value}" for name, value in policy.items())
 
 
 def _attempt_table(record: RunRecord) -> Table:

@@ -39,6 +39,11 @@ def duration(seconds: float | None) -> str:
     return f"{seconds:.1f} s" if seconds >= 10 else f"{seconds:.3g} s"
 
 
+def hours(value: float) -> str:
+    """Three significant digits, ``12.3``, or the whole hours of more: ``13,710``."""
+    return f"{value:,.0f}" if value >= 99.95 else f"{value:.3g}"
+
+
 def flops(value: float) -> str:
     """``3.2e15`` -> ``3.20 PFLOP``."""
     scaled, index = value, 0

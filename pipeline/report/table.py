@@ -15,8 +15,7 @@ def render_text(facts: Facts) -> str:
     """Warnings, headline, account and the number tables; the run's identity is left to the page."""
     blocks = [
         *(_warning(warning) for warning in facts.warnings),
-        _facts(facts.headline),
-        _facts(facts.account),
+        *(_facts(some) for some in (facts.headline, facts.account) if some),
         *(_table(table) for table in facts.tables if not table.is_text),
     ]
     return "\n\n".join(blocks) + "\n"
