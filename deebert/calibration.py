@@ -1,14 +1,14 @@
 """From a trace on held-out rows to an operating point: one threshold for all layers.
 
-Three targets: a share of full depth's score to keep, a bound on how often an answer is not full depth's, or a layer
-speed-up to reach. The threshold is of the entropy, or where the problem has none, of the certainty. Knows nothing of
-how the trace was made.
+Four targets: a share of full depth's score to keep; a bound, with a confidence, on how often an answer is not full
+depth's, or on how far accuracy drops; or a layer speed-up to reach. The threshold is of the entropy, or where the
+problem has none, of the certainty. Knows nothing of how the trace was made.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch import Tensor
 from deebert.errors import PolicyError
 from deebert.evaluation import Metric, OperatingPointScore, Trace, predictions, score
 from deebert.exit_policy import FULL_DEPTH, EntropyThreshold, ExitPolicy, LearningToExit, StoredPolicy
+from deebert.problem import SINGLE_LABEL
 
 _STEPS = 140
 
@@ -36,6 +37,26 @@ class Disagreement:
     def share(self) -> float:
         """Of these texts."""
         return self.differing / self.texts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drop:
+    """How far accuracy is below full depth's."""
+
+    texts: int
+    lost: int
+    """Right at full depth, and wrong early."""
+    won: int
+    """Wrong at full depth, and right early."""
+    confidence: float
+    bound: float
+    """Of all such texts, accuracy drops by less, with that confidence; two one-sided bounds after Clopper and Pearson,
+    of what is lost and of what is won."""
+
+    @property
+    def share(self) -> float:
+        """Of these texts; negative where more is won than lost."""
+        return (self.lost - self.won) / self.texts
 
 
 def choose_threshold(
@@ -86,15 +107,65 @@ def choose_by_disagreement(
         raise PolicyError(
             "a regression's answers are numbers, which never quite agree: calibrate by the score to keep"
         )
-    chosen: StoredPolicy = FULL_DEPTH
-    if (nothing := disagreement(trace, FULL_DEPTH, confidence=confidence)).bound > most:
-        least = math.ceil(math.log(1 - confidence) / math.log(1 - most))
+    return _last_within(
+        trace,
+        lambda policy: disagreement(trace, policy, confidence=confidence).bound,
+        most=most,
+        least_texts=math.log(1 - confidence) / math.log(1 - most),
+        claim=f"less than {most:g} of all differ from full depth",
+        steps=steps,
+    )
+
+
+def choose_by_drop(
+    trace: Trace, labels: Tensor, *, most: float, confidence: float, steps: int = _STEPS
+) -> StoredPolicy:
+    """The last of rising thresholds up to which the bound on the drop in accuracy stays below `most`.
+
+    Tried as in `choose_by_disagreement`; since right answers that early exits win count too, it may go further.
+
+    Args:
+        trace: of texts like those that will be classified; training may not have seen them.
+        labels: (N,) ids.
+        most: share of all texts by which accuracy may drop, e.g. 0.01 for one point of 100.
+        confidence: that it drops by less than `most`, e.g. 0.95.
+        steps: see `choose_threshold`.
+
+    Raises:
+        PolicyError: the model does not choose one label a text, or there are too few texts to show anything.
+    """
+    if trace.problem is not SINGLE_LABEL:
         raise PolicyError(
-            f"{nothing.texts} texts cannot show that less than {most:g} of all differ from full depth: give at least "
-            f"{least}, or a larger share"
+            "a drop in accuracy is of models that choose one label: calibrate by the score to keep"
+        )
+    return _last_within(
+        trace,
+        lambda policy: drop(trace, labels, policy, confidence=confidence).bound,
+        most=most,
+        least_texts=math.log((1 - confidence) / 2) / math.log(1 - most),
+        claim=f"accuracy drops by less than {most:g}",
+        steps=steps,
+    )
+
+
+def _last_within(
+    trace: Trace,
+    bound: Callable[[ExitPolicy], float],
+    *,
+    most: float,
+    least_texts: float,
+    claim: str,
+    steps: int,
+) -> StoredPolicy:
+    """Fixed-sequence testing: the last policy before the first whose bound is above `most`."""
+    chosen: StoredPolicy = FULL_DEPTH
+    if bound(chosen) > most:
+        raise PolicyError(
+            f"{trace.num_texts} texts cannot show that {claim}: give at least "
+            f"{math.ceil(least_texts)}, or a larger share"
         )
     for policy in _candidates(trace, steps):
-        if disagreement(trace, policy, confidence=confidence).bound > most:
+        if bound(policy) > most:
             break
         chosen = policy
     return chosen
@@ -122,9 +193,28 @@ def disagreement(trace: Trace, policy: ExitPolicy, *, confidence: float) -> Disa
     """How often `policy` answers otherwise than full depth; of many labels, any that differs counts."""
     early, full = (predictions(trace, p) for p in (policy, FULL_DEPTH))
     differing = int((early != full).reshape(len(full), -1).any(dim=1).sum())
-    texts = len(full)
-    bound = 1.0 if differing == texts else float(beta.ppf(confidence, differing + 1, texts - differing))
-    return Disagreement(texts=texts, differing=differing, confidence=confidence, bound=bound)
+    bound = _upper(differing, len(full), confidence)
+    return Disagreement(texts=len(full), differing=differing, confidence=confidence, bound=bound)
+
+
+def drop(trace: Trace, labels: Tensor, policy: ExitPolicy, *, confidence: float) -> Drop:
+    """How many right answers `policy` loses and wins against full depth, of one label a text."""
+    early, full = (predictions(trace, p) == labels for p in (policy, FULL_DEPTH))
+    lost, won, texts = int((full & ~early).sum()), int((early & ~full).sum()), len(labels)
+    # Each of the two bounds may fail half as often as both together.
+    each = (1 + confidence) / 2
+    bound = _upper(lost, texts, each) - _lower(won, texts, each)
+    return Drop(texts=texts, lost=lost, won=won, confidence=confidence, bound=bound)
+
+
+def _upper(found: int, trials: int, confidence: float) -> float:
+    """The share is below it with that confidence (Clopper and Pearson, 1934, one-sided)."""
+    return 1.0 if found == trials else float(beta.ppf(confidence, found + 1, trials - found))
+
+
+def _lower(found: int, trials: int, confidence: float) -> float:
+    """The share is above it with that confidence."""
+    return 0.0 if found == 0 else float(beta.ppf(1 - confidence, found, trials - found + 1))
 
 
 def _candidates(trace: Trace, steps: int) -> Iterator[StoredPolicy]:

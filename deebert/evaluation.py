@@ -69,6 +69,11 @@ class Trace:
         """The model's depth."""
         return self.layers[-1]
 
+    @property
+    def num_texts(self) -> int:
+        """N, or M where texts are in windows."""
+        return len(self.lengths) if self.windows is None else len(self.windows)
+
     def answer(self, place: int) -> OffRampAnswer:
         """What the off-ramp at `place` (0-based, in the order of `layers`) said of all samples."""
         logits = self.logits[place]

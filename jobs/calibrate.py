@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobs.flags import comma_list, flag, parse_job
-from jobs.glue import TASK_NAMES, find_task
+from jobs.flags import flag, parse_job
+from jobs.glue import find_task
+from jobs.subject_flags import SubjectFlags
 from jobs.terminal import quiet_libraries
-from pipeline.config import WINDOW_STRIDE_HELP, positive, whole
 from pipeline.errors import UsageError
 
 if TYPE_CHECKING:
-    from deebert.calibration import Disagreement
+    from deebert.calibration import Disagreement, Drop
     from deebert.evaluation import LabelledSequences, OperatingPointScore, Trace
     from jobs.metrics import NamedMetric
 
@@ -39,39 +39,10 @@ def _speed_up(text: str) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CalibrateJob:
+class CalibrateJob(SubjectFlags):
     """What `deebert calibrate` takes."""
 
     model: str = flag("folder of a DeeBERT model: the operating point is stored in its config.json")
-    data: str | None = flag(
-        "labelled texts that training has not seen: CSV, TSV, JSONL or Parquet, a saved data set, or "
-        "hub-id[:configuration]",
-        default=None,
-    )
-    glue_dir: str | None = flag("or GLUE's TSV folders, with --task", default=None, metavar="DIR")
-    task: str | None = flag(
-        "GLUE task of the data: settles columns, label names and score", default=None, choices=TASK_NAMES
-    )
-    text_column: str = flag("column of the text", default="text")
-    text_pair_column: str | None = flag("column of the second segment", default=None)
-    label_column: str = flag("column of the label: ids or names", default="label")
-    labels: tuple[str, ...] | None = flag(
-        "the model's label names in the order of its ids; left out, those it was saved with",
-        default=None,
-        parse=comma_list,
-        metavar="A,B",
-    )
-    label_separator: str = flag("multi-label CSV and TSV: between the labels of a row", default=",")
-    split: str | None = flag("of a data set; left out, validation", default=None)
-    max_length: int | None = flag(
-        "tokens a text is cut to; left out, what the model was trained with", default=None, parse=positive
-    )
-    window_stride: int | None = flag(WINDOW_STRIDE_HELP, default=None, parse=whole, metavar="TOKENS")
-    trace: str | None = flag(
-        "Parquet file of every off-ramp's logits, of `evaluate` or of this: read if it is there, else written",
-        default=None,
-        metavar="T.parquet",
-    )
     keep: float | None = flag(
         "target: the largest saving that keeps this share of full depth's score, e.g. 0.99",
         default=None,
@@ -84,7 +55,14 @@ class CalibrateJob:
         parse=_proper_share,
         metavar="SHARE",
     )
-    confidence: float = flag("of --max-disagreement", default=0.95, parse=_proper_share)
+    max_drop: float | None = flag(
+        "target: the largest saving with which accuracy is less than this share of all texts below full depth's, "
+        "e.g. 0.01",
+        default=None,
+        parse=_proper_share,
+        metavar="SHARE",
+    )
+    confidence: float = flag("of --max-disagreement and --max-drop", default=0.95, parse=_proper_share)
     speed_up: float | None = flag(
         "target: the least saving that makes so many times fewer layers",
         default=None,
@@ -116,35 +94,20 @@ def calibrate(job: CalibrateJob) -> str:
     """
     _check(job)
     # Heavy imports come after the checks that need none of them.
-    from deebert.calibration import disagreement
+    from deebert.calibration import disagreement, drop
     from deebert.checkpoint import store_operating_point
     from deebert.evaluation import score
     from deebert.exit_policy import FULL_DEPTH
-    from jobs.evaluate import EvaluateJob
+    from deebert.problem import SINGLE_LABEL
     from jobs.evaluation import traced_file
     from jobs.metrics import metrics_of
     from jobs.subject import load_subject
 
     quiet_libraries()
-    evaluation = EvaluateJob(
-        model=job.model,
-        data=job.data,
-        glue_dir=job.glue_dir,
-        task=job.task,
-        text_column=job.text_column,
-        text_pair_column=job.text_pair_column,
-        label_column=job.label_column,
-        labels=job.labels,
-        label_separator=job.label_separator,
-        split=job.split,
-        max_length=job.max_length,
-        window_stride=job.window_stride,
-        trace=job.trace,
-    )
-    subject = load_subject(evaluation, job.model)
+    subject = load_subject(job, job.model)
     if len(subject.data) != 1:
         raise UsageError(f"the data are {len(subject.data)} sets: say which with --split")
-    (name, data), file = *subject.data.items(), traced_file(evaluation, subject)
+    (name, data), file = *subject.data.items(), traced_file(job, subject)
     trace = file.sets[name].trace
     task = None if subject.task is None else find_task(subject.task)
     metric = metrics_of(task, subject.labels, subject.encoder.problem)[0]
@@ -152,15 +115,21 @@ def calibrate(job: CalibrateJob) -> str:
     full = score(trace, data.labels, FULL_DEPTH, metric.compute)
     store_operating_point(Path(job.model), point.policy)
     found = disagreement(trace, point.policy, confidence=job.confidence)
-    return "\n".join(f"{name:<18}{value}" for name, value in _said(job, point, full, metric.name, found))
+    lost = None
+    if trace.problem is SINGLE_LABEL:
+        lost = drop(trace, data.labels, point.policy, confidence=job.confidence)
+    said = _said(job, point, full, metric.name, found=found, lost=lost)
+    return "\n".join(f"{name:<18}{value}" for name, value in said)
 
 
 def _check(job: CalibrateJob) -> None:
     """What can be refused without looking at weights or data."""
-    targets = [name for name in ("keep", "max_disagreement", "speed_up") if getattr(job, name) is not None]
+    targets = [target for target in (job.keep, job.max_disagreement, job.max_drop, job.speed_up) if target]
     if len(targets) != 1:
         found = "no target" if not targets else "more than one target"
-        raise UsageError(f"{found} is given: give one of --keep, --max-disagreement and --speed-up")
+        raise UsageError(
+            f"{found} is given: give one of --keep, --max-disagreement, --max-drop and --speed-up"
+        )
     if job.data is None and job.glue_dir is None:
         raise UsageError("give texts that training has not seen, as --data, or as --glue-dir with --task")
     if not Path(job.model).is_dir():
@@ -170,12 +139,20 @@ def _check(job: CalibrateJob) -> None:
 def _chosen(
     job: CalibrateJob, trace: Trace, data: LabelledSequences, metric: NamedMetric
 ) -> OperatingPointScore:
-    from deebert.calibration import choose_by_disagreement, choose_by_speed_up, choose_threshold
+    from deebert.calibration import (
+        choose_by_disagreement,
+        choose_by_drop,
+        choose_by_speed_up,
+        choose_threshold,
+    )
     from deebert.evaluation import score
 
     labels, compute = data.labels, metric.compute
     if job.max_disagreement is not None:
         policy = choose_by_disagreement(trace, most=job.max_disagreement, confidence=job.confidence)
+        return score(trace, labels, policy, compute)
+    if job.max_drop is not None:
+        policy = choose_by_drop(trace, labels, most=job.max_drop, confidence=job.confidence)
         return score(trace, labels, policy, compute)
     if job.speed_up is not None:
         return choose_by_speed_up(trace, labels, speed_up=job.speed_up, metric=compute)
@@ -188,17 +165,27 @@ def _said(
     point: OperatingPointScore,
     full: OperatingPointScore,
     metric: str,
+    *,
     found: Disagreement,
+    lost: Drop | None,
 ) -> Iterator[tuple[str, str]]:
     yield "operating point", str(point.policy)
     yield metric, f"{100 * point.score:.2f} % on {found.texts} texts; {100 * full.score:.2f} % at full depth"
-    yield (
-        "other answers",
-        f"{100 * found.share:.2f} % differ from full depth's; of all such texts less than {100 * found.bound:.2f} % "
-        f"({100 * job.confidence:g} % confidence)",
-    )
+    # A bound holds for the target that the threshold was chosen by, not for what a choice by another one came to.
+    bounded = "" if job.max_disagreement is None else _bound(job, found.bound)
+    yield "other answers", f"{100 * found.share:.2f} % differ from full depth's{bounded}"
+    if lost is not None:
+        bounded = "" if job.max_drop is None else _bound(job, lost.bound)
+        yield (
+            "drop in accuracy",
+            f"{100 * lost.share:.2f} %: {lost.lost} right answers lost, {lost.won} won{bounded}",
+        )
     yield "layers", f"{point.speed_up:.2f} times fewer (mean exit layer {point.mean_exit_layer:.2f})"
     yield "stored in", str(Path(job.model) / "config.json")
+
+
+def _bound(job: CalibrateJob, share: float) -> str:
+    return f"; of all such texts less than {100 * share:.2f} % ({100 * job.confidence:g} % confidence)"
 
 
 if __name__ == "__main__":

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs.flags import comma_list, flag, parse_job
-from jobs.glue import TASK_NAMES, Columns
+from jobs.subject_flags import SubjectFlags
 from jobs.terminal import quiet_libraries
-from pipeline.config import PRECISION_HELP, PRECISIONS, WINDOW_STRIDE_HELP, positive, random_seed, whole
+from pipeline.config import positive, random_seed, whole
 from pipeline.errors import UsageError
 
 if TYPE_CHECKING:
@@ -33,32 +33,9 @@ def _depths(text: str) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateJob:
+class EvaluateJob(SubjectFlags):
     """What `deebert evaluate` takes."""
 
-    model: str | None = flag("folder or hub id of a DeeBERT model", default=None)
-    data: str | None = flag(
-        "labelled texts: CSV, TSV, JSONL or Parquet, a saved data set, or hub-id[:configuration]",
-        default=None,
-    )
-    glue_dir: str | None = flag("or GLUE's TSV folders, with --task", default=None, metavar="DIR")
-    task: str | None = flag(
-        "GLUE task of the data: settles columns, label names and metric", default=None, choices=TASK_NAMES
-    )
-    text_column: str = flag("column of the text", default="text")
-    text_pair_column: str | None = flag("column of the second segment", default=None)
-    label_column: str = flag("column of the label: ids or names", default="label")
-    labels: tuple[str, ...] | None = flag(
-        "the model's label names in the order of its ids; left out, those it was saved with",
-        default=None,
-        parse=comma_list,
-        metavar="A,B",
-    )
-    trace: str | None = flag(
-        "Parquet file of every off-ramp's logits: written, or read if it is there instead of running the model",
-        default=None,
-        metavar="T.parquet",
-    )
     thresholds: tuple[float, ...] = flag(
         "entropy thresholds to try, nats", default=ENTROPY_THRESHOLDS, parse=numbers
     )
@@ -66,17 +43,6 @@ class EvaluateJob:
         "of a model that learns to exit: certainty thresholds to try",
         default=CERTAINTY_THRESHOLDS,
         parse=numbers,
-    )
-    label_separator: str = flag("multi-label CSV and TSV: between the labels of a row", default=",")
-    split: str | None = flag("of a data set; left out, validation (MNLI: both, apart)", default=None)
-    max_length: int | None = flag(
-        "tokens a text is cut to; left out, what the model was trained with", default=None, parse=positive
-    )
-    window_stride: int | None = flag(WINDOW_STRIDE_HELP, default=None, parse=whole, metavar="TOKENS")
-    precision: str = flag(
-        PRECISION_HELP,
-        default="float32",
-        choices=PRECISIONS,
     )
     store_agreement: bool = flag(
         "with --precision int8: note in the model's folder the share of labels that are float32's; from 99.5 % on, "
@@ -110,11 +76,6 @@ class EvaluateJob:
     learning_rate: float = flag("their peak learning rate", default=2e-5, parse=float)
     seed: int = flag("their random seed", default=42, parse=random_seed)
     output: str | None = flag("folder for report.html, pictures and tables", default=None)
-
-    @property
-    def columns(self) -> Columns:
-        """Of data that belongs to no task."""
-        return Columns(text=self.text_column, pair=self.text_pair_column, label=self.label_column)
 
 
 def execute(argv: Sequence[str], *, prog: str) -> int:

@@ -42,6 +42,7 @@ from pipeline.tokenization import TextTokenizer
 
 if TYPE_CHECKING:
     from jobs.evaluate import EvaluateJob
+    from jobs.subject_flags import SubjectFlags
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +94,7 @@ def _lengths(origin: TraceOrigin) -> str:
     return f"texts in windows of {origin.max_length} tokens that share {origin.window_stride}"
 
 
-def traced_file(job: EvaluateJob, subject: Subject | None) -> TraceFile:
+def traced_file(job: SubjectFlags, subject: Subject | None) -> TraceFile:
     """The trace file's content, read where it is there, else made and written where a name was given.
 
     Raises:
@@ -134,14 +135,14 @@ def _store(model: Path, agreement: float) -> None:
     log.info("%s: --precision auto %s int8 on CPUs with VNNI", model, chosen)
 
 
-def _kept(job: EvaluateJob, file: TraceFile) -> TraceFile:
+def _kept(job: SubjectFlags, file: TraceFile) -> TraceFile:
     """The same, written where a name was given."""
     if job.trace is not None:
         write_traces(Path(job.trace), file)
     return file
 
 
-def _check_origin(job: EvaluateJob, origin: TraceOrigin, subject: Subject) -> None:
+def _check_origin(job: SubjectFlags, origin: TraceOrigin, subject: Subject) -> None:
     """A trace of another model or of other data would be silently wrong."""
     given = origin_of(subject)
     checks: list[tuple[str, object, object]] = [

@@ -25,7 +25,7 @@ from pipeline.planning import resolve_max_length
 from pipeline.tokenization import TextTokenizer
 
 if TYPE_CHECKING:
-    from jobs.evaluate import EvaluateJob
+    from jobs.subject_flags import SubjectFlags
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -42,7 +42,7 @@ class Subject:
     """By set; empty where none were given."""
 
 
-def load_subject(job: EvaluateJob, model: str) -> Subject:
+def load_subject(flags: SubjectFlags, model: str) -> Subject:
     """Load the model and, where there are any, tokenize its labelled data.
 
     Raises:
@@ -50,16 +50,16 @@ def load_subject(job: EvaluateJob, model: str) -> Subject:
         UsageError, DataError: labels or data that do not fit it.
     """
     checkpoint = load_checkpoint(model)
-    labels = job.labels or checkpoint.labels
+    labels = flags.labels or checkpoint.labels
     if len(labels) != len(checkpoint.labels):
         raise UsageError(f"--labels names {len(labels)} labels but the model has {len(checkpoint.labels)}")
     tokenizer = TextTokenizer(
         checkpoint.tokenizer,
-        max_length=resolve_max_length(job.max_length, None, checkpoint),
-        window_stride=job.window_stride,
+        max_length=resolve_max_length(flags.max_length, None, checkpoint),
+        window_stride=flags.window_stride,
     )
-    precision = resolve_precision(job.precision, int8_agreement=checkpoint.model.config.int8_agreement)
-    source = _labelled_source(job, checkpoint.model.config.problem)
+    precision = resolve_precision(flags.precision, int8_agreement=checkpoint.model.config.int8_agreement)
+    source = _labelled_source(flags, checkpoint.model.config.problem)
     texts = {} if source is None else source.evaluation_texts(labels)
     task = None if source is None else source.glue_task
     return Subject(
@@ -79,17 +79,17 @@ def packed_encoder(model: DeeBertForSequenceClassification, precision: Precision
     return PackedEncoder.of(model, device=device, dtype=DTYPES[precision])
 
 
-def _labelled_source(job: EvaluateJob, problem: Problem) -> LabelledSource | None:
-    if job.data is None and job.glue_dir is None:
+def _labelled_source(flags: SubjectFlags, problem: Problem) -> LabelledSource | None:
+    if flags.data is None and flags.glue_dir is None:
         return None
     return LabelledSource(
-        data=job.data,
-        glue_dir=job.glue_dir,
-        task=job.task,
-        columns=job.columns,
-        split=job.split,
+        data=flags.data,
+        glue_dir=flags.glue_dir,
+        task=flags.task,
+        columns=flags.columns,
+        split=flags.split,
         problem=problem,
-        label_separator=job.label_separator,
+        label_separator=flags.label_separator,
     )
 
 

@@ -83,6 +83,18 @@ def test_a_trace_that_is_there_spares_running_the_model(model: Path, data: Path,
     assert load_checkpoint(str(model)).exit_policy != EntropyThreshold(None)
 
 
+@pytest.mark.parametrize(
+    ("target", "bounded"), [("--max-disagreement", "other answers"), ("--max-drop", "drop in accuracy")]
+)
+def test_the_bound_that_was_asked_for_is_stated_and_no_other(
+    model: Path, data: Path, target: str, bounded: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["calibrate", "--model", str(model), "--data", str(data), target, "0.2"]) == 0
+
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines if "95 % confidence" in line] == [bounded]
+
+
 def test_no_bound_that_the_texts_cannot_show(model: Path, data: Path, refusal: Refusal) -> None:
     config = (model / "config.json").read_bytes()
 
@@ -97,7 +109,7 @@ def test_no_bound_that_the_texts_cannot_show(model: Path, data: Path, refusal: R
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ((), "no target is given: give one of --keep, --max-disagreement and --speed-up"),
+        ((), "no target is given: give one of --keep, --max-disagreement, --max-drop and --speed-up"),
         (("--keep", "0.9", "--speed-up", "2"), "more than one target is given: give one of --keep"),
         (("--keep", "0"), "argument --keep: '0' is not a share between 0 and 1"),
         (("--max-disagreement", "1"), "argument --max-disagreement: '1' is not a share between 0 and 1"),

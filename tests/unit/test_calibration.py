@@ -9,11 +9,18 @@ import pytest
 import torch
 from scipy.stats import binomtest
 
-from deebert.calibration import choose_by_disagreement, choose_by_speed_up, choose_threshold, disagreement
+from deebert.calibration import (
+    choose_by_disagreement,
+    choose_by_drop,
+    choose_by_speed_up,
+    choose_threshold,
+    disagreement,
+    drop,
+)
 from deebert.errors import PolicyError
 from deebert.evaluation import Trace
 from deebert.exit_policy import FULL_DEPTH, EntropyThreshold, LearningToExit
-from deebert.problem import REGRESSION, SINGLE_LABEL
+from deebert.problem import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 
 NINE, MANY = math.log(9), math.log(99)
 # Off-ramp 1 is right and sure (entropy 0.056) of two samples, right and less sure (0.325) of one, and wrong
@@ -173,6 +180,68 @@ class TestByDisagreement:
 
         with pytest.raises(PolicyError, match=r"answers are numbers, .*: calibrate by the score to keep"):
             choose_by_disagreement(trace, most=0.1, confidence=0.95)
+
+
+def labelled(texts: int, *, seed: int = 0) -> tuple[Trace, torch.Tensor]:
+    """`drawn`, and labels of which full depth (always 0) misses a tenth."""
+    wrong = np.random.default_rng(seed + 1_000).uniform(size=texts) < 0.1
+    return drawn(texts, seed=seed), torch.from_numpy(wrong.astype(np.int64))
+
+
+class TestByDrop:
+    def test_lost_and_won_are_bounded_each(self) -> None:
+        # Of 200 texts full depth is right about 190; early exits lose 12 of them and win 4 others.
+        logits = torch.zeros(2, 200, 2)
+        logits[1, :, 0] = logits[0, :, 0] = 5.0
+        labels = torch.zeros(200, dtype=torch.int64)
+        labels[:10] = 1
+        logits[0, [*range(4), *range(10, 22)]] = torch.tensor([0.0, 5.0])
+        trace = Trace(layers=(1, 2), logits=logits, lengths=np.full(200, 3))
+
+        found = drop(trace, labels, EntropyThreshold(0.5), confidence=0.9)
+
+        assert (found.texts, found.lost, found.won, found.share) == (200, 12, 4, 0.04)
+        lost, won = (binomtest(n, 200).proportion_ci(confidence_level=0.9, method="exact") for n in (12, 4))
+        assert found.bound == pytest.approx(lost.high - won.low, abs=1e-9)
+
+    def test_accuracy_of_new_texts_drops_by_less_as_often_as_it_says(self) -> None:
+        most, (everything, labels) = 0.08, labelled(100_000, seed=1)
+        missed, chosen = [], []
+        for seed in range(2, 62):
+            policy = choose_by_drop(*labelled(400, seed=seed), most=most, confidence=0.9)
+            missed.append(drop(everything, labels, policy, confidence=0.9).share > most)
+            chosen.append(policy)
+
+        assert sum(missed) <= 10  # of 60, where 6 are allowed on average; 11 or more happen once in 60 times
+        assert any(policy != FULL_DEPTH for policy in chosen)
+
+    def test_right_answers_that_exits_win_let_more_leave(self) -> None:
+        trace, labels = labelled(5_000)
+
+        by_drop = choose_by_drop(trace, labels, most=0.05, confidence=0.95)
+        by_disagreement = choose_by_disagreement(trace, most=0.05, confidence=0.95)
+
+        assert isinstance(by_drop.thresholds, float)
+        assert isinstance(by_disagreement.thresholds, float)
+        assert by_drop.thresholds > by_disagreement.thresholds
+
+    def test_too_few_texts_show_nothing(self) -> None:
+        with pytest.raises(
+            PolicyError,
+            match=r"367 texts cannot show that accuracy drops by less than 0.01: give at least 368",
+        ):
+            choose_by_drop(*labelled(367), most=0.01, confidence=0.95)
+        assert choose_by_drop(*labelled(368), most=0.01, confidence=0.95) is not None
+
+    def test_it_is_of_one_label_a_text(self) -> None:
+        trace = Trace(
+            layers=(1, 2), logits=torch.zeros(2, 500, 2), lengths=np.full(500, 3), problem=MULTI_LABEL
+        )
+
+        with pytest.raises(
+            PolicyError, match=r"models that choose one label: calibrate by the score to keep"
+        ):
+            choose_by_drop(trace, torch.zeros(500, 2), most=0.1, confidence=0.95)
 
 
 def test_a_regression_is_calibrated_by_certainty() -> None:
