@@ -276,7 +276,7 @@ class _Attempt:
 
     def _missing(self) -> str:
         missing = len(self._run.shards.keys() - self._output.parts())
-        return f"{missing} of {len(self._run.shards)} shards are not committed; the same command resumes"
+        return f"{missing} of {len(self._run.shards)} shards are not committed; the same command tries them again"
 
     def _write(self, status: RunStatus, error: str | None) -> None:
         attempt = Attempt(
