@@ -164,11 +164,6 @@ def trace(
     )
 
 
-def off_ramp_accuracy(trace: Trace, labels: Tensor) -> tuple[float, ...]:
-    """Mean agreement of each off-ramp alone with the labels, in the order of `trace.layers`."""
-    return off_ramp_scores(trace, labels)
-
-
 def off_ramp_scores(trace: Trace, labels: Tensor, metric: Metric | None = None) -> tuple[float, ...]:
     """`metric` of each off-ramp alone, in the order of `trace.layers`; mean agreement where none is named."""
     judge = metric or trace.mean_agreement

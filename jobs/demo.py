@@ -16,6 +16,7 @@ import tarfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,21 +26,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from deebert.calibration import choose_threshold
-from deebert.checkpoint import load_checkpoint, store_operating_point
 from deebert.cost import expected_saving, mean_exit_layer
-from deebert.encoder import PackedEncoder
-from deebert.evaluation import off_ramp_accuracy, trace
+from jobs.calibrate import CalibrateJob, calibrate
+from jobs.evaluate import CERTAINTY_THRESHOLDS, ENTROPY_THRESHOLDS
 from jobs.flags import flag, parse_job
-from jobs.labelled import load_labelled
 from jobs.terminal import native_messages_aside, quiet_libraries
 from jobs.train import TrainJob, train
+from jobs.what_if import read_what_if
 from pipeline.config import ClassifyConfig
 from pipeline.errors import UsageError
 from pipeline.records import RunRecord
 from pipeline.report import write_report
 from pipeline.run import classify
-from pipeline.tokenization import TextTokenizer
 
 log = logging.getLogger(__name__)
 
@@ -75,13 +73,21 @@ def execute(argv: Sequence[str], *, prog: str) -> int:
     started = time.monotonic()
     corpus = _step("the texts", folder / "corpus", _write_corpus)
     model = _step("the model", folder / "model", lambda at: _train(corpus, at))
-    _step("the operating point", folder / "calibration.json", lambda at: _calibrate(corpus, model, at, job))
+    trace = _step(
+        "the operating point", folder / "trace.parquet", lambda at: _calibrate(corpus, model, at, job)
+    )
     with native_messages_aside():
         exits = _classify(corpus, model, folder / "with-exits", control=job.control)
         full = _classify(corpus, model, folder / "full-depth", entropy_threshold=-1.0)
     result = _compare(folder, exits, full)
     (folder / "result.json").write_text(json.dumps(result, indent=1))
-    report = write_report(str(folder / "with-exits"), price_per_hour=None)
+    what_if = partial(
+        read_what_if,
+        str(trace),
+        thresholds=ENTROPY_THRESHOLDS,
+        certainty_thresholds=CERTAINTY_THRESHOLDS,
+    )
+    report = write_report(str(folder / "with-exits"), price_per_hour=None, what_if=what_if)
     _show(result)
     print(f"\n{time.monotonic() - started:.0f} s; the report with its plots: {report.path}")
     return 0
@@ -185,30 +191,18 @@ def _train(corpus: Path, folder: Path) -> None:
     )
 
 
-def _calibrate(corpus: Path, model: Path, at: Path, job: DemoJob) -> None:
-    """Choose an operating point and store it with the model."""
-    checkpoint = load_checkpoint(str(model))
-    tokenizer = TextTokenizer(checkpoint.tokenizer, max_length=checkpoint.default_max_length)
-    data = load_labelled(
-        str(corpus / "calibration.parquet"),
-        text_column="text",
-        text_pair_column=None,
-        label_column="label",
-        names=_LABELS,
-    ).tokenized(tokenizer)
-    traced = trace(PackedEncoder.of(checkpoint.model), data.tokens)
-    point = choose_threshold(traced, data.labels, keep_accuracy=job.keep_accuracy)
-    store_operating_point(model, point.policy)
-    accuracies = off_ramp_accuracy(traced, data.labels)
-    at.write_text(json.dumps({**point.policy.to_dict(), "off_ramp_accuracy": accuracies}))
-    log.info(
-        "operating point: entropy threshold %s, accuracy %.3f of %.3f, layer speed-up %.2f on %d rows",
-        point.policy.to_dict()["thresholds"],
-        point.accuracy,
-        accuracies[-1],
-        point.speed_up,
-        len(data),
+def _calibrate(corpus: Path, model: Path, trace: Path, job: DemoJob) -> None:
+    """Choose an operating point and store it with the model; what every off-ramp said goes to `trace`."""
+    said = calibrate(
+        CalibrateJob(
+            model=str(model),
+            data=str(corpus / "calibration.parquet"),
+            trace=str(trace),
+            keep=job.keep_accuracy,
+        )
     )
+    for line in said.splitlines():
+        log.info("%s", line)
 
 
 def _classify(corpus: Path, model: Path, output: Path, **options: Any) -> RunRecord:

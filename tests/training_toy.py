@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from deebert.encoder import PackedEncoder
-from deebert.evaluation import LabelledSequences, off_ramp_accuracy, trace
+from deebert.evaluation import LabelledSequences, off_ramp_scores, trace
 from deebert.modeling import DeeBertForSequenceClassification
 from deebert.packing import PackedTokens
 from deebert.training import BackboneStage, OffRampStage
@@ -47,4 +47,4 @@ def changed(before: dict[str, Tensor], model: DeeBertForSequenceClassification) 
 
 
 def accuracies(model: DeeBertForSequenceClassification, data: LabelledSequences) -> tuple[float, ...]:
-    return off_ramp_accuracy(trace(PackedEncoder.of(model), data.tokens), data.labels)
+    return off_ramp_scores(trace(PackedEncoder.of(model), data.tokens), data.labels)

@@ -17,7 +17,6 @@ from deebert.evaluation import (
     exits,
     flop_saving,
     length_sorted_batches,
-    off_ramp_accuracy,
     off_ramp_scores,
     predictions,
     score,
@@ -51,7 +50,7 @@ def test_texts_in_windows_are_scored_as_texts_and_counted_as_windows() -> None:
     # At the second: 0.01, 0.01 and 0.1. At the last: 0.5, 0.9 and 0.9; then 0.99 alone.
     labels = torch.tensor([0, 1])
 
-    assert off_ramp_accuracy(IN_WINDOWS, labels) == (1.0, 0.5, 0.5)
+    assert off_ramp_scores(IN_WINDOWS, labels) == (1.0, 0.5, 0.5)
     assert predictions(IN_WINDOWS, FULL_DEPTH).tolist() == [0, 0]
     found = score(IN_WINDOWS, labels, EntropyThreshold(0.1))
     # They leave after layers 1, 2, 3 and 3: 0.99, 0.01 and 0.9, 0.633 on average; then 0.99.
@@ -156,7 +155,7 @@ def test_sweep_scores_each_threshold() -> None:
 
 
 def test_each_off_ramp_has_its_accuracy() -> None:
-    assert off_ramp_accuracy(LITERAL, LABELS) == (0.75, 0.5, 0.5)
+    assert off_ramp_scores(LITERAL, LABELS) == (0.75, 0.5, 0.5)
 
 
 def wrong_share(labels: torch.Tensor, predictions: torch.Tensor) -> float:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from deebert.encoder import PackedEncoder
 from deebert.errors import DataError, RecipeError
-from deebert.evaluation import LabelledSequences, off_ramp_accuracy, trace
+from deebert.evaluation import LabelledSequences, off_ramp_scores, trace
 from deebert.modeling import DeeBertForSequenceClassification
 from deebert.packing import PackedTokens
 from deebert.training import (
@@ -109,7 +109,7 @@ class TestProblems:
         first, last = by_layer(tmp_path, 1)
         assert all(last[layer] < 0.6 * first[layer] for layer in last)
         held_out = marked_sets(200, seed=2)
-        exact = off_ramp_accuracy(trace(PackedEncoder.of(model), held_out.tokens), held_out.labels)
+        exact = off_ramp_scores(trace(PackedEncoder.of(model), held_out.tokens), held_out.labels)
         assert min(exact) > 0.5  # of 8 possible sets
 
     @pytest.mark.parametrize("name", RECIPES)
