@@ -136,8 +136,17 @@ def trace(
     *,
     windows: IntArray | None = None,
     micro_batch_tokens: int = 4096,
+    on_tokens: Callable[[int], None] | None = None,
 ) -> Trace:
-    """Run all samples at full depth and keep what every off-ramp said; `windows` as in `Trace`."""
+    """Run all samples at full depth and keep what every off-ramp said.
+
+    Args:
+        encoder: the model.
+        tokens: N samples.
+        windows: as in `Trace`.
+        micro_batch_tokens: most tokens that run at once, but for a sample that is longer.
+        on_tokens: told after each micro-batch how many tokens it had, the shortest samples first.
+    """
     layers = tuple(sorted(encoder.off_ramp_layers))
     place = {layer: i for i, layer in enumerate(layers)}
     logits = torch.empty(len(layers), len(tokens), encoder.num_labels)
@@ -154,6 +163,8 @@ def trace(
             logits[place[layer], rows] = answer.logits.cpu()
             if certainties is not None and answer.certainty is not None:
                 certainties[place[layer], rows] = answer.certainty.cpu()
+        if on_tokens is not None:
+            on_tokens(batch.layout.total_tokens)
     return Trace(
         layers=layers,
         logits=logits,

@@ -16,7 +16,8 @@ import torch
 
 from deebert.baselines import StaticStyle, kept_layers
 from deebert.checkpoint import store_int8_agreement
-from deebert.evaluation import LabelledSequences, predictions, trace
+from deebert.encoder import PackedEncoder
+from deebert.evaluation import LabelledSequences, Trace, predictions, trace
 from deebert.exit_policy import FULL_DEPTH, StoredPolicy
 from deebert.precision import LEAST_INT8_AGREEMENT, resolve_precision
 from deebert.problem import REGRESSION
@@ -25,6 +26,7 @@ from jobs.labelled import LabelledSource, sample
 from jobs.scoring import evaluated
 from jobs.static import StaticBaseline, train_static
 from jobs.subject import Subject, load_subject, origin_of, packed_encoder
+from jobs.terminal import showing_tokens
 from jobs.timing import Contender, choose_samples, measure
 from jobs.traces import (
     StaticRecord,
@@ -108,10 +110,15 @@ def traced_file(job: SubjectFlags, subject: Subject | None) -> TraceFile:
         return file
     assert subject is not None  # as `evaluate` checked
     sets = {
-        name: TracedSet(trace=trace(subject.encoder, data.tokens, windows=data.windows), labels=data.labels)
+        name: TracedSet(trace=_traced("tracing", subject.encoder, data), labels=data.labels)
         for name, data in subject.data.items()
     }
     return _kept(job, TraceFile(origin=origin_of(subject), sets=sets))
+
+
+def _traced(what: str, encoder: PackedEncoder, data: LabelledSequences) -> Trace:
+    with showing_tokens(what, data.tokens.layout.total_tokens) as seen:
+        return trace(encoder, data.tokens, windows=data.windows, on_tokens=seen)
 
 
 def _agreement(subject: Subject, file: TraceFile) -> float | None:
@@ -121,7 +128,7 @@ def _agreement(subject: Subject, file: TraceFile) -> float | None:
         return None
     encoder = packed_encoder(subject.checkpoint.model, "float32")
     same = [
-        predictions(trace(encoder, data.tokens, windows=data.windows), FULL_DEPTH)
+        predictions(_traced("tracing in float32", encoder, data), FULL_DEPTH)
         == predictions(file.sets[name].trace, FULL_DEPTH)
         for name, data in subject.data.items()
     ]
@@ -233,7 +240,7 @@ def _with_answers(
         answers = dict(sets[name].static_predictions)
         for static in fresh:
             encoder = packed_encoder(static.model, subject.precision)
-            answered = trace(encoder, data.tokens, windows=data.windows)
+            answered = _traced(f"tracing {static.record.name}", encoder, data)
             answers[static.record.name] = predictions(answered, FULL_DEPTH)
         sets[name] = replace(sets[name], static_predictions=answers)
     records = {record.name: record for record in (*file.statics, *(static.record for static in fresh))}

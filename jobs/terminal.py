@@ -1,4 +1,4 @@
-"""Keeps the terminal for what the user should read.
+"""Keeps the terminal for what the user should read, and shows there how far long work is.
 
 Ray's C++ side writes to descriptor 2, at every start, warnings about Ray Data's own actors that nobody can
 act on, and Ray's driver prints to stdout what it hears of dying processes. While a command runs, both go to a
@@ -12,10 +12,13 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
+
+from tqdm import tqdm
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +28,43 @@ def quiet_libraries() -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
+
+
+@contextmanager
+def showing_tokens(
+    what: str,
+    total: int,
+    *,
+    interval_seconds: float = 10.0,
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[Callable[[int], None]]:
+    """Yields what takes note of tokens as they are done: a bar on a terminal, a log line now and then elsewhere.
+
+    Tokens, not texts: texts run sorted by length, so that the first are the fastest.
+    """
+    if sys.stderr.isatty():
+        with tqdm(total=total, desc=what, unit=" tokens", unit_scale=True, leave=False) as bar:
+            yield bar.update
+        return
+    started = shown = clock()
+    done = 0
+
+    def seen(tokens: int) -> None:
+        nonlocal done, shown
+        done, now = done + tokens, clock()
+        if done < total and now - shown >= interval_seconds:
+            shown, rate = now, done / (now - started)
+            left = tqdm.format_interval((total - done) / rate)
+            log.info(
+                "%s: %s of %s tokens, %s tokens/s, %s left",
+                what,
+                f"{done:,}",
+                f"{total:,}",
+                f"{rate:,.0f}",
+                left,
+            )
+
+    yield seen
 
 
 @contextmanager

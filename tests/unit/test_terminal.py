@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+from jobs.terminal import showing_tokens
 
 PROGRAM = """
 import logging, os, sys
@@ -55,3 +60,15 @@ def test_a_process_that_is_ended_from_below_leaves_the_messages(tmp_path: Path) 
     assert run(tmp_path, "die") == ["before", "printed", "logged"]
     (file,) = tmp_path.iterdir()
     assert file.read_text().startswith("native\n")
+
+
+def test_tokens_done_are_logged_now_and_then_and_never_at_the_end(caplog: pytest.LogCaptureFixture) -> None:
+    seconds = iter([0.0, 4.0, 8.0, 11.0, 13.0, 40.0])
+    caplog.set_level(logging.INFO, "jobs.terminal")
+    with showing_tokens("tracing", 5_000, interval_seconds=5.0, clock=lambda: next(seconds)) as seen:
+        for _ in range(5):
+            seen(1_000)
+    assert caplog.messages == [
+        "tracing: 2,000 of 5,000 tokens, 250 tokens/s, 00:12 left",
+        "tracing: 4,000 of 5,000 tokens, 308 tokens/s, 00:03 left",
+    ]
