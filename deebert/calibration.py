@@ -111,7 +111,7 @@ def choose_by_disagreement(
         trace,
         lambda policy: disagreement(trace, policy, confidence=confidence).bound,
         most=most,
-        least_texts=math.log(1 - confidence) / math.log(1 - most),
+        least_texts=math.log(1 - confidence) / math.log1p(-most),
         claim=f"less than {most:g} of all differ from full depth",
         steps=steps,
     )
@@ -142,7 +142,7 @@ def choose_by_drop(
         trace,
         lambda policy: drop(trace, labels, policy, confidence=confidence).bound,
         most=most,
-        least_texts=math.log((1 - confidence) / 2) / math.log(1 - most),
+        least_texts=math.log((1 - confidence) / 2) / math.log1p(-most),
         claim=f"accuracy drops by less than {most:g}",
         steps=steps,
     )

@@ -136,7 +136,7 @@ def trace(
     *,
     windows: IntArray | None = None,
     micro_batch_tokens: int = 4096,
-    on_tokens: Callable[[int], None] | None = None,
+    on_tokens: Callable[[int], object] | None = None,
 ) -> Trace:
     """Run all samples at full depth and keep what every off-ramp said.
 

@@ -117,11 +117,14 @@ class _ByThreshold(ABC):
     def __str__(self) -> str:
         """``entropy < 0.2 nats``; of several thresholds, layer 1's first; ``full depth`` where none can fire."""
         on_embeddings, *of_layers = (None if v is None or self._never_fires(v) else v for v in self._values)
-        if on_embeddings is None and not any(v is not None for v in of_layers):
-            return "full depth"
-        words = ", ".join("none" if v is None else f"{v:g}" for v in of_layers)
-        embeddings = "" if on_embeddings is None else f" ({on_embeddings:g} on the embeddings)"
-        return self.rule.format(words) + embeddings
+        # Twelve digits: a threshold that is read here can be given again, and is the same.
+        embeddings = "none" if on_embeddings is None else f"{on_embeddings:.12g}"
+        if all(value is None for value in of_layers):
+            return (
+                "full depth" if on_embeddings is None else f"{self.rule.format(embeddings)} on the embeddings"
+            )
+        words = self.rule.format(", ".join("none" if v is None else f"{v:.12g}" for v in of_layers))
+        return words if self.layer_0 is None else f"{words} ({embeddings} on the embeddings)"
 
     def at(self, layer: int) -> float | None:
         """The threshold after `layer` (1-based, 0: the embeddings), None where it cannot fire."""

@@ -43,6 +43,7 @@ class CalibrateJob(SubjectFlags):
     """What `deebert calibrate` takes."""
 
     model: str = flag("folder of a DeeBERT model: the operating point is stored in its config.json")
+    split: str | None = flag("of a data set; left out, validation (MNLI: say which)", default=None)
     keep: float | None = flag(
         "target: the largest saving that keeps this share of full depth's score, e.g. 0.99",
         default=None,
@@ -171,11 +172,11 @@ def _said(
 ) -> Iterator[tuple[str, str]]:
     yield "operating point", str(point.policy)
     yield metric, f"{100 * point.score:.2f} % on {found.texts} texts; {100 * full.score:.2f} % at full depth"
-    # A bound holds for the target that the threshold was chosen by, not for what a choice by another one came to.
-    bounded = "" if job.max_disagreement is None else _bound(job, found.bound)
+    # What was tested is the target, not what the bound came to where the tests ended.
+    bounded = "" if job.max_disagreement is None else _bound(job, job.max_disagreement)
     yield "other answers", f"{100 * found.share:.2f} % differ from full depth's{bounded}"
     if lost is not None:
-        bounded = "" if job.max_drop is None else _bound(job, lost.bound)
+        bounded = "" if job.max_drop is None else _bound(job, job.max_drop)
         yield (
             "drop in accuracy",
             f"{100 * lost.share:.2f} %: {lost.lost} right answers lost, {lost.won} won{bounded}",
@@ -185,7 +186,7 @@ def _said(
 
 
 def _bound(job: CalibrateJob, share: float) -> str:
-    return f"; of all such texts less than {100 * share:.2f} % ({100 * job.confidence:g} % confidence)"
+    return f"; of all such texts less than {100 * share:g} % ({100 * job.confidence:g} % confidence)"
 
 
 if __name__ == "__main__":

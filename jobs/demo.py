@@ -193,6 +193,7 @@ def _train(corpus: Path, folder: Path) -> None:
 
 def _calibrate(corpus: Path, model: Path, trace: Path, job: DemoJob) -> None:
     """Choose an operating point and store it with the model; what every off-ramp said goes to `trace`."""
+    trace.unlink(missing_ok=True)  # that a demo left which was ended here
     said = calibrate(
         CalibrateJob(
             model=str(model),

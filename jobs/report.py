@@ -7,8 +7,9 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
+
+import fsspec
 
 from jobs.evaluate import CERTAINTY_THRESHOLDS, ENTROPY_THRESHOLDS, numbers
 from jobs.flags import flag, parse_job
@@ -21,15 +22,22 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+MOST_DOCUMENTS = 1e15
 SUMMARY_PAGE = "deebert-report.html"
 
 
 def _documents(text: str) -> int:
     """``250000000``, ``250_000_000`` or ``2.5e8``."""
     value = float(text)
-    if not (value >= 1 and value.is_integer()):
+    if not (1 <= value <= MOST_DOCUMENTS and value.is_integer()):
         raise ValueError(f"{text!r} is not a number of documents")
     return int(value)
+
+
+def _currency(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError(f"{text!r} cannot be printed")
+    return text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +52,7 @@ class ReportJob:
         default=None,
         parse=positive_number,
     )
-    currency: str = flag("shown in front of amounts", default="$")
+    currency: str = flag("shown in front of amounts", default="$", parse=_currency)
     project: int | None = flag(
         "documents of a corpus, e.g. 2.5e8: what it would take at the run's rates",
         default=None,
@@ -79,8 +87,11 @@ def execute(argv: Sequence[str], *, prog: str) -> int:
         ReportJob, words, prog=prog, description="Account for runs: `report OUT [OUT ...] [flags]`."
     )
     _check(job)
-    from pipeline.report import write_report
+    from pipeline.report import read_record, write_report
 
+    _check_each_is_another(job.output)
+    for output in job.output:  # before the parts of any are read
+        read_record(output)
     reports = [
         write_report(
             output,
@@ -99,12 +110,24 @@ def execute(argv: Sequence[str], *, prog: str) -> int:
 
 
 def _check(job: ReportJob) -> None:
-    if len(set(job.output)) < len(job.output):
-        raise UsageError("an output is given twice, and would be summed twice: give each once")
     if len(job.output) == 1 and job.page is not None:
         raise UsageError("--page is of several outputs: the page of one is in its folder")
     if len(job.output) > 1 and (job.project is not None or job.what_if is not None):
         raise UsageError("--project and --what-if rest on one run's figures: give one output")
+
+
+def _check_each_is_another(outputs: Sequence[str]) -> None:
+    from pipeline.inputs import real_path
+    from pipeline.sink import Output
+
+    places: dict[str, str] = {}
+    for output in outputs:
+        place = real_path(Output(output).path("")).rstrip("/")
+        if place in places:
+            raise UsageError(
+                f"{output!r} is {places[place]!r} given twice, and would be summed twice: give each once"
+            )
+        places[place] = output
 
 
 def _what_if(job: ReportJob) -> Callable[[RunRecord], WhatIf] | None:
@@ -124,9 +147,14 @@ def _print_one(report: Report) -> None:
     print(report.text)
     if report.problem is None:
         print(f"\n{report.path}")
-    else:
-        sys.stdout.flush()  # the table comes first, also in a file
-        log.warning("no page beside the table: %s", report.problem)
+    _warn_of_missing_pages([report])
+
+
+def _warn_of_missing_pages(reports: Sequence[Report]) -> None:
+    sys.stdout.flush()  # the table comes first, also in a file
+    for report in reports:
+        if report.problem is not None:
+            log.warning("no page beside the table: %s", report.problem)
 
 
 def _print_many(job: ReportJob, reports: Sequence[Report]) -> None:
@@ -134,14 +162,14 @@ def _print_many(job: ReportJob, reports: Sequence[Report]) -> None:
 
     summary = summarise(reports, price_per_hour=job.price_per_hour, currency=job.currency)
     print(summary.text)
-    page = Path(job.page or SUMMARY_PAGE)
+    _warn_of_missing_pages(reports)
+    page = job.page or SUMMARY_PAGE
     try:
-        page.write_text(summary.page, encoding="utf-8")
-    except OSError as error:
-        sys.stdout.flush()
-        log.warning("no page beside the table: cannot write %r: %s", str(page), error.strerror or error)
-    else:
-        print(f"\n{page}")
+        filesystem, path = fsspec.core.url_to_fs(page)
+        filesystem.pipe_file(path, summary.page.encode())
+    except Exception as error:  # not only OSError: each store has errors of its own
+        raise UsageError(f"cannot write the page {page!r}: {error}; name another with --page") from error
+    print(f"\n{page}")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def showing_tokens(
     *,
     interval_seconds: float = 10.0,
     clock: Callable[[], float] = time.monotonic,
-) -> Iterator[Callable[[int], None]]:
+) -> Iterator[Callable[[int], object]]:
     """Yields what takes note of tokens as they are done: a bar on a terminal, a log line now and then elsewhere.
 
     Tokens, not texts: texts run sorted by length, so that the first are the fastest.

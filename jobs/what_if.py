@@ -5,13 +5,13 @@ Knows nothing of seconds, money or pages.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from deebert.calibration import disagreement
-from deebert.evaluation import flop_saving, predictions, score
+from deebert.evaluation import Trace, flop_saving, predictions, score
 from deebert.exit_policy import FULL_DEPTH, StoredPolicy, policy_from_dict
-from deebert.problem import REGRESSION, problem_of
+from deebert.problem import REGRESSION
 from jobs.glue import find_task
 from jobs.metrics import metrics_of
 from jobs.traces import TraceFile, TraceOrigin, read_traces, traced_policies
@@ -36,20 +36,27 @@ def read_what_if(
         certainty_thresholds: to try where the model learns to exit.
 
     Raises:
-        UsageError: the trace is of another model, of texts cut otherwise, or of several sets.
+        UsageError: there is no file, or the trace is of another model, of texts cut otherwise, or of several sets.
+        PolicyError: a threshold that the model cannot have.
         DataError: the file is not a trace.
     """
-    file = read_traces(Path(path))
+    file = _read(path)
     _check(path, file, record.identity)
     (traced,) = file.sets.values()
-    policies = traced_policies(file, thresholds=thresholds, certainty_thresholds=certainty_thresholds)
     origin, trace, labels = file.origin, traced.trace, traced.labels
-    problem = problem_of(origin.problem_type)
-    task = find_task(origin.task) if origin.task else None
-    metric = metrics_of(task, origin.labels, problem)[0]
+    own = policy_from_dict(record.identity.exit_policy)
+    others = traced_policies(file, thresholds=thresholds, certainty_thresholds=certainty_thresholds)
+    for policy in (own, *others.values()):
+        policy.check(
+            problem=trace.problem,
+            num_labels=len(origin.labels),
+            num_layers=trace.num_layers,
+            learns_to_exit=trace.certainties is not None,
+        )
+    metric = metrics_of(find_task(origin.task) if origin.task else None, origin.labels, trace.problem)[0]
 
     def point(mark: str, policy: StoredPolicy) -> TracedPoint:
-        other = None if problem is REGRESSION else disagreement(trace, policy, confidence=0.95).share
+        other = None if trace.problem is REGRESSION else disagreement(trace, policy, confidence=0.95).share
         return TracedPoint(
             name=str(policy),
             mark=mark,
@@ -59,14 +66,36 @@ def read_what_if(
             flops_saved=flop_saving(trace, policy, origin.shape),
         )
 
-    own = policy_from_dict(record.identity.exit_policy)
     return WhatIf(
         texts=len(labels),
+        precision=origin.precision,
         metric=metric.name,
         full=point("full depth", FULL_DEPTH),
         own=point("this run", own),
-        others=tuple(point(mark, policy) for mark, policy in policies.items() if policy != own),
+        others=tuple(point(mark, policy) for mark, policy in _unlike((FULL_DEPTH, own), others, trace)),
     )
+
+
+def _unlike(
+    known: Sequence[StoredPolicy], policies: Mapping[str, StoredPolicy], trace: Trace
+) -> Iterator[tuple[str, StoredPolicy]]:
+    """Those of `policies` that do otherwise than all before them, on the layers that have an off-ramp."""
+
+    def rule(policy: StoredPolicy) -> tuple[object, ...]:
+        exits = tuple(policy.at(layer) if policy.can_fire(layer) else None for layer in trace.layers[:-1])
+        return ("never",) if all(at is None for at in exits) else (policy.name, *exits)
+
+    seen = set(map(rule, known))
+    for mark, policy in policies.items():
+        if rule(policy) not in seen:
+            seen.add(rule(policy))
+            yield mark, policy
+
+
+def _read(path: str) -> TraceFile:
+    if not Path(path).is_file():
+        raise UsageError(f"there is no trace file {path!r} here: make one with `deebert evaluate --trace`")
+    return read_traces(Path(path))
 
 
 def _check(path: str, file: TraceFile, identity: Identity) -> None:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
 
-from deebert.exit_policy import policy_from_dict
 from pipeline.errors import OutputError, UsageError
 from pipeline.records import RunRecord, Totals
-from pipeline.report.accounting import Accounting, account
+from pipeline.report.accounting import DOCUMENTS_PER_PRICE, Accounting, account
 from pipeline.report.evidence import Evidence, EvidenceError, Finding, gather_evidence, verify_parts
 from pipeline.report.facts import Facts, state_facts
 from pipeline.report.html import render_page
+from pipeline.report.ledger import brief_policy
 from pipeline.report.outlook import WhatIf, look_ahead
 from pipeline.report.summary import Summary, summarise
 from pipeline.report.table import render_text
@@ -30,11 +31,14 @@ __all__ = [
     "WhatIf",
     "account",
     "gather_evidence",
+    "read_record",
     "summarise",
     "verify_parts",
     "write_report",
 ]
 
+
+log = logging.getLogger(__name__)
 
 PAGE = f"{META}/report.html"
 
@@ -81,23 +85,27 @@ def write_report(
     if price_per_hour is not None and not (math.isfinite(price_per_hour) and price_per_hour > 0):
         raise UsageError(f"the price per hour must be a positive number, not {price_per_hour}.")
     folder = Output(output)
-    record = folder.read_run()
-    if record is None:
-        raise UsageError(f"{output!r} holds no run: give the folder that `deebert classify` wrote")
+    record = read_record(output)
+    traced = None if what_if is None else what_if(record)  # refused before all parts are read
     parts = folder.parts()
     if record.status != "succeeded":
         record = _up_to_date(record, folder, parts)
     accounting = account(record, price_per_hour=price_per_hour, currency=currency)
     evidence = gather_evidence([folder.path(name) for name in sorted(parts)], record)
-    outlook = look_ahead(
-        accounting,
-        policy=str(policy_from_dict(record.identity.exit_policy)),
-        num_layers=record.model.num_layers,
-        documents=documents,
-        what_if=None if what_if is None else what_if(record),
-        price_per_hour=price_per_hour,
-        currency=currency,
-    )
+    outlook = None
+    if documents is not None or traced is not None:
+        outlook = look_ahead(
+            accounting,
+            policy=brief_policy(record.identity.exit_policy),
+            precision=record.identity.precision,
+            num_layers=record.model.num_layers,
+            documents=DOCUMENTS_PER_PRICE if documents is None else documents,
+            what_if=traced,
+            price_per_hour=price_per_hour,
+            currency=currency,
+        )
+        if outlook is None:
+            log.warning("nothing ran yet in %r: there is nothing to project", output)
     facts = state_facts(record, accounting, evidence, outlook)
     page = render_page(output, record, accounting, evidence, facts, outlook)
     problem = None
@@ -115,6 +123,18 @@ def write_report(
         accounting=accounting,
         evidence=evidence,
     )
+
+
+def read_record(output: str) -> RunRecord:
+    """The record of the run in `output`.
+
+    Raises:
+        UsageError: there is none.
+    """
+    record = Output(output).read_run()
+    if record is None:
+        raise UsageError(f"{output!r} holds no run: give the folder that `deebert classify` wrote")
+    return record
 
 
 def _up_to_date(record: RunRecord, folder: Output, parts: set[str]) -> RunRecord:

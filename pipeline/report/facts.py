@@ -47,9 +47,10 @@ def state_facts(
 ) -> Facts:
     """The words for one run."""
     ahead = () if outlook is None else (outlook_table(outlook),)
+    unlike = () if outlook is None else tuple(outlook_warnings(outlook))
     return Facts(
         status=record.status,
-        warnings=(*_warnings(record, accounting, evidence), *outlook_warnings(outlook)),
+        warnings=(*_warnings(record, accounting, evidence), *unlike),
         headline=tuple(_headline(record, accounting)),
         account=tuple(_account(record, accounting)),
         tables=(*ahead, *state_tables(record, accounting, evidence)),

@@ -6,12 +6,16 @@ Cells are spelled here, once for the page and for the terminal; how a table look
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+from deebert.errors import PolicyError
 from deebert.exit_policy import policy_from_dict
 from pipeline.records import Identity, RunRecord
 from pipeline.report import quantities as q
 from pipeline.report.accounting import Accounting, LayerAccount
 from pipeline.report.evidence import Evidence
+
+MAX_POLICY_CHARS = 40
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +119,7 @@ def _identity_table(record: RunRecord) -> Table:
             ("Model", model.path),
             ("Layers", f"{model.num_layers} layers of {model.hidden_size}; off-ramps after {off_ramps}"),
             ("Labels", ", ".join(model.labels)),
-            ("Exit policy", str(policy_from_dict(identity.exit_policy))),
+            ("Exit policy", spell_policy(identity.exit_policy)),
             ("Text columns", ", ".join(identity.text_columns)),
             ("Max length", f"{q.count(identity.max_length)} tokens"),
             *_windows(identity),
@@ -141,6 +145,20 @@ def _hardware(record: RunRecord) -> str:
     """Seconds and money are of these machines."""
     found = sorted(record.totals.hardware.items(), key=lambda item: -item[1])
     return "; ".join(f"{name} ({q.count(rows)} rows)" for name, rows in found) or "not recorded"
+
+
+def spell_policy(policy: dict[str, Any]) -> str:
+    """``entropy < 0.2 nats``; of a policy that this version does not know, what was recorded."""
+    try:
+        return str(policy_from_dict(policy))
+    except PolicyError:
+        return "; ".join(f"{name}: {value}" for name, value in policy.items())
+
+
+def brief_policy(policy: dict[str, Any]) -> str:
+    """The same for a cell: thresholds of many layers are not spelled out."""
+    spelled = spell_policy(policy)
+    return spelled if len(spelled) <= MAX_POLICY_CHARS else f"{policy.get('type')}, thresholds per layer"
 
 
 def _attempt_table(record: RunRecord) -> Table:

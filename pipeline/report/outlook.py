@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pipeline.report import quantities as q
-from pipeline.report.accounting import DOCUMENTS_PER_PRICE, SECONDS_PER_HOUR, Accounting, FullDepth
+from pipeline.report.accounting import SECONDS_PER_HOUR, Accounting, FullDepth
 from pipeline.report.ledger import Table
 
 LARGEST_DRIFT = 0.05
 """Of the FLOPs saved, between trace and run: beyond it their texts are not alike."""
+WELL_KNOWN_SAVING = 0.2
+"""Of the FLOPs: from a run that saved so many on, its seconds beside full depth's tell what others would take."""
 _UNKNOWN = "–"
 
 Kind = Literal["full depth", "this run", "other"]
@@ -41,6 +43,8 @@ class WhatIf:
     """A trace of the run's model, read at several operating points."""
 
     texts: int
+    precision: str
+    """That the texts were traced in."""
     metric: str
     """Of the scores."""
     full: TracedPoint
@@ -75,6 +79,8 @@ class Outlook:
     """Full depth first, then from the slowest to the fastest."""
     price_per_hour: float | None
     currency: str
+    precision: str
+    """Of the run."""
     what_if: WhatIf | None
     drift: float
     """FLOPs saved by the run's operating point: on the trace, less those on the run's rows."""
@@ -96,26 +102,27 @@ def look_ahead(
     accounting: Accounting,
     *,
     policy: str,
+    precision: str,
     num_layers: int,
-    documents: int | None,
+    documents: int,
     what_if: WhatIf | None,
     price_per_hour: float | None,
     currency: str,
 ) -> Outlook | None:
-    """The outlook of a run; None where neither documents nor a trace ask for one, or nothing ran yet.
+    """The outlook of a run; None where nothing ran yet.
 
     Args:
         accounting: of the run.
         policy: the run's operating point, in words.
+        precision: of the run.
         num_layers: of its model.
-        documents: to project to; a million where only a trace is given.
+        documents: to project to.
         what_if: the trace of other operating points.
         price_per_hour: of one replica.
         currency: shown in front of amounts.
     """
     full_depth, mean_exit_layer = accounting.full_depth, accounting.mean_exit_layer
-    nothing_asked = documents is None and what_if is None
-    if nothing_asked or full_depth is None or mean_exit_layer is None or accounting.compute_seconds <= 0:
+    if full_depth is None or mean_exit_layer is None or accounting.compute_seconds <= 0:
         return None
     full = Prospect(
         name="full depth",
@@ -145,34 +152,40 @@ def look_ahead(
         for point in (what_if.others if what_if else ())
     )
     return Outlook(
-        documents=DOCUMENTS_PER_PRICE if documents is None else documents,
+        documents=documents,
         rows=accounting.rows,
         prospects=(full, *sorted((own, *others), key=lambda prospect: -prospect.seconds)),
         price_per_hour=price_per_hour,
         currency=currency,
+        precision=precision,
         what_if=what_if,
         drift=what_if.own.flops_saved - (accounting.flops_saved or 0.0) if what_if else 0.0,
     )
 
 
 def _seconds(accounting: Accounting, full_depth: FullDepth, flops: float) -> float:
-    """On the line through the two points that are known: the run's, and full depth.
+    """Between the run and full depth on the line through both; beyond the run on that line, or nearer to proportion.
 
     What does not shrink with the FLOPs (steps, embeddings, emptier micro-batches) shows in the line's height at none.
-    Where exits brought no time, or nobody left, seconds are taken in proportion.
+    But of a run that hardly saved FLOPs the line's slope is the difference of two all but equal measurements: the less
+    it saved, the more the slope is that of proportion.
     """
-    spent, executed = accounting.compute_seconds, accounting.executed_flops
-    fewer = accounting.full_depth_flops - executed
-    slope = (full_depth.seconds - spent) / fewer if fewer > 0 else 0.0
-    proportional = spent / executed
-    # A steeper line than the proportional one would promise more than all of the time.
-    slope = min(slope, proportional) if slope > 0 else proportional
+    spent, executed, full = accounting.compute_seconds, accounting.executed_flops, accounting.full_depth_flops
+    if flops >= full:  # off-ramps that nobody left at
+        return full_depth.seconds * flops / full
+    fewer = full - executed
+    line = (full_depth.seconds - spent) / fewer if fewer > 0 else 0.0
+    if flops >= executed:
+        return spent + (flops - executed) * line
+    # The line is never steeper than proportion (`FullDepth.seconds`); exits that cost time do not earn it back.
+    weight = min(1.0, max(0.0, fewer / full) / WELL_KNOWN_SAVING)
+    slope = weight * max(0.0, line) + (1.0 - weight) * spent / executed
     return spent + (flops - executed) * slope
 
 
-def outlook_warnings(outlook: Outlook | None) -> Iterator[str]:
+def outlook_warnings(outlook: Outlook) -> Iterator[str]:
     """What a reader must know before believing the other operating points."""
-    if outlook is None or outlook.what_if is None or abs(outlook.drift) <= LARGEST_DRIFT:
+    if outlook.what_if is None or abs(outlook.drift) <= LARGEST_DRIFT:
         return
     traced = outlook.what_if.own.flops_saved
     yield (
@@ -227,5 +240,8 @@ def _note(outlook: Outlook) -> Iterator[str]:
         yield (
             f"Scores, other answers (than full depth's) and the mean exit layers of other operating points are of the "
             f"{q.count(outlook.what_if.texts)} texts of the trace; their seconds lie on the line through this run's "
-            "and full depth's, at the FLOPs that they execute there."
+            "and full depth's, at the FLOPs that they execute there; of a run that saved less than a fifth of them, "
+            "nearer to proportion."
         )
+        if outlook.what_if.precision != outlook.precision:
+            yield f"The trace is in {outlook.what_if.precision}, the run was in {outlook.precision}."

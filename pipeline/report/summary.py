@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
-from deebert.exit_policy import policy_from_dict
 from pipeline.report import quantities as q
 from pipeline.report.accounting import SECONDS_PER_HOUR, Accounting
 from pipeline.report.facts import Fact, Facts
-from pipeline.report.ledger import Table
+from pipeline.report.ledger import Table, brief_policy
 from pipeline.report.svg import EXECUTED, FULL_WIDTH_INCHES, INK, LINE, SAVED, TEXT_POINTS, new_axes, to_svg
 from pipeline.report.table import render_text
 from pipeline.report.templates import render
@@ -42,6 +41,9 @@ class _Sum:
     full_depth: float
     expected_runs: int
     """Whose full depth is expected from FLOPs, not measured."""
+
+    bounded_runs: int
+    """Whose control sample was slower than their saved FLOPs allow."""
 
     @property
     def saved(self) -> float | None:
@@ -78,6 +80,7 @@ def _total(accounts: Sequence[Accounting]) -> _Sum:
         spent=sum(spent for spent, _ in known),
         full_depth=sum(full.seconds for _, full in known),
         expected_runs=sum(full.basis == "expected" for _, full in known),
+        bounded_runs=sum(full.is_bounded for _, full in known),
     )
 
 
@@ -87,11 +90,10 @@ def _status(reports: Sequence[Report]) -> str:
 
 
 def _headline(total: _Sum, price_per_hour: float | None, currency: str) -> Iterator[Fact]:
-    basis = "measured on control rows at full depth"
-    if total.expected_runs:
-        basis = f"of {total.expected_runs} of {total.runs} runs expected from FLOPs, not measured"
-    yield Fact(name="Compute time saved", value=q.percent(total.saved), basis=basis)
+    yield Fact(name="Compute time saved", value=q.percent(total.saved), basis=_basis(total))
     yield Fact(name="Rows classified", value=q.count(total.rows), basis=f"in {q.count(total.runs)} runs")
+    if total.saved is None:
+        return
     yield Fact(
         name="Compute time",
         value=q.duration(total.spent),
@@ -106,6 +108,15 @@ def _headline(total: _Sum, price_per_hour: float | None, currency: str) -> Itera
             basis=f"{q.money(full, currency)} at full depth; at {price} per replica-hour, without start-up and idle "
             "time",
         )
+
+
+def _basis(total: _Sum) -> str:
+    if total.saved is None:
+        return "nothing ran yet"
+    if total.expected_runs:
+        return f"of {total.expected_runs} of {total.runs} runs expected from FLOPs, not measured"
+    bounded = f"; of {total.bounded_runs} no more than the FLOPs saved" if total.bounded_runs else ""
+    return f"measured on control rows at full depth{bounded}"
 
 
 def _cost(seconds: float, price_per_hour: float) -> float:
@@ -155,7 +166,7 @@ def _row(report: Report, price_per_hour: float | None, currency: str) -> tuple[s
     return (
         report.output,
         record.status,
-        str(policy_from_dict(record.identity.exit_policy)),
+        brief_policy(record.identity.exit_policy),
         q.count(accounting.rows),
         "–" if accounting.mean_exit_layer is None else f"{accounting.mean_exit_layer:.2f}",
         q.duration(accounting.compute_seconds),

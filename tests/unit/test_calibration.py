@@ -162,6 +162,29 @@ class TestByDisagreement:
         assert isinstance(many, float)
         assert few < many
 
+    def test_what_comes_after_the_first_failure_is_not_tried(self) -> None:
+        # The first to leave lose a tenth of the answers, those after them win as many back.
+        entropy_of = {0.2: torch.tensor([3.0, 0.0]), 0.5: torch.tensor([1.4, 0.0])}
+        logits = torch.zeros(2, 1_000, 2)
+        logits[1, :, 0] = 5.0
+        logits[0, :, 0] = 9.0
+        logits[0, :100] = entropy_of[0.2].flip(0)
+        labels = torch.zeros(1_000, dtype=torch.int64)
+        labels[100:200] = 1
+        logits[0, 100:200] = entropy_of[0.5].flip(0)
+        trace = Trace(layers=(1, 2), logits=logits, lengths=np.full(1_000, 3))
+        assert drop(trace, labels, EntropyThreshold(0.3), confidence=0.9).bound > 0.05
+        assert drop(trace, labels, EntropyThreshold(0.6), confidence=0.9).bound < 0.05
+
+        policy = choose_by_drop(trace, labels, most=0.05, confidence=0.9)
+
+        assert isinstance(policy.thresholds, float)
+        assert policy.thresholds < 0.3
+
+    def test_shares_of_no_size_are_no_division_by_nothing(self) -> None:
+        with pytest.raises(PolicyError, match="give at least"):
+            choose_by_disagreement(drawn(10), most=1e-17, confidence=0.95)
+
     def test_too_few_texts_show_nothing(self) -> None:
         with pytest.raises(
             PolicyError, match=r"298 texts cannot show that less than 0.01 of all .* at least 299"

@@ -28,7 +28,7 @@ from pipeline.report.outlook import (
     outlook_table,
     outlook_warnings,
 )
-from tests.run_by_hand import EMPTY, HOSTILE, LABELS, RECORD, UNMEASURED, write_run
+from tests.run_by_hand import EMPTY, HOSTILE, LABELS, RECORD, UNMEASURED, with_totals, write_run
 
 # The run by hand: 1,792 of 3,040 FLOPs in 4.0 s; full depth was measured as 6.6 s.
 SAVED = 1 - 1792 / 3040
@@ -41,14 +41,43 @@ def point(name: str, flops_saved: float, **rest: Any) -> TracedPoint:
 
 def what_if(*others: TracedPoint, own: float = SAVED) -> WhatIf:
     full = point("full depth", 0.0, other_answers=0.0)
-    return WhatIf(texts=7, metric="accuracy", full=full, own=point("own", own), others=others)
+    return WhatIf(
+        texts=7, precision="float32", metric="accuracy", full=full, own=point("own", own), others=others
+    )
 
 
 def outlook_of(record: RunRecord, **asked: Any) -> Outlook:
-    given: dict[str, Any] = {"documents": None, "what_if": None, "price_per_hour": None, **asked}
-    outlook = look_ahead(account(record), policy="entropy < 0.2 nats", num_layers=2, currency="$", **given)
+    given: dict[str, Any] = {"documents": 10, "what_if": None, "price_per_hour": None, **asked}
+    outlook = look_ahead(
+        account(record),
+        policy="entropy < 0.2 nats",
+        precision="float32",
+        num_layers=2,
+        currency="$",
+        **given,
+    )
     assert outlook is not None
     return outlook
+
+
+def slower(seconds: float) -> RunRecord:
+    """The run, but its compute took so long."""
+    compute = dataclasses.replace(RECORD.totals.compute, seconds=(seconds, 0.0), embedding_seconds=0.0)
+    return with_totals(compute=compute)
+
+
+def barely_early(seconds: float) -> RunRecord:
+    """A run without off-ramps computed in vain, of which one token was spared the last layer, in so many seconds."""
+    compute = dataclasses.replace(
+        RECORD.totals.compute,
+        tokens=(12, 11),
+        squared_tokens=(42, 41),
+        samples=(4, 4),
+        seconds=(seconds, 0.0),
+        embedding_seconds=0.0,
+        off_ramp_samples=(0, 0, 4),
+    )
+    return with_totals(compute=compute)
 
 
 def named(outlook: Outlook, name: str) -> Prospect:
@@ -87,12 +116,42 @@ class TestLookAhead:
         assert account(record).flops_saved == 0.0
         assert named(outlook, "half").seconds == pytest.approx(3.0)
 
-    def test_exits_that_cost_time_promise_no_more_of_it_to_others(self) -> None:
-        slow = dataclasses.replace(RECORD.totals.compute, seconds=(30.0, 0.5))
-        record = dataclasses.replace(RECORD, totals=dataclasses.replace(RECORD.totals, compute=slow))
-        outlook = outlook_of(record, what_if=what_if(point("half", 0.5)))
-        assert account(record).seconds_saved is not None
-        assert named(outlook, "half").seconds == pytest.approx(31.0 * 1520 / 1792)
+    def test_exits_that_cost_time_do_not_earn_it_back_where_more_leave(self) -> None:
+        outlook = outlook_of(slower(31.0), what_if=what_if(point("half", 0.5), point("a bit", 0.1)))
+        full, half, a_bit = outlook.prospects[0], named(outlook, "half"), named(outlook, "a bit")
+        assert full.seconds == pytest.approx(6.6)
+        assert half.seconds == 31.0
+        assert 6.6 < a_bit.seconds < 31.0  # between the two that are known
+
+    def test_where_exits_bring_no_time_a_little_noise_changes_little(self) -> None:
+        # 6.6 s at full depth: runs that took a hair less and a hair more.
+        less, more = (
+            named(outlook_of(slower(spent), what_if=what_if(point("half", 0.5))), "half").seconds
+            for spent in (6.599, 6.601)
+        )
+        assert less == pytest.approx(more, abs=0.01)
+
+    def test_a_run_that_hardly_saved_tells_by_proportion_what_exits_would(self) -> None:
+        # 104 of 3,040 FLOPs are saved; the seconds are those of full depth, but for noise either way.
+        less, more = (
+            named(outlook_of(barely_early(seconds), what_if=what_if(point("half", 0.5), own=0.01)), "half")
+            for seconds in (6.59, 6.61)
+        )
+        assert less.seconds == pytest.approx(more.seconds, rel=0.02)
+        # Of the slope, a sixth (104 / 3,040 of a fifth) is the line's, all but level, and the rest proportion's.
+        weight = 104 / 3040 / 0.2
+        slope = weight * (6.6 - 6.59) / 104 + (1 - weight) * 6.59 / 2936
+        assert less.seconds == pytest.approx(6.59 - (2936 - 1520) * slope)
+
+    def test_off_ramps_at_which_nobody_leaves_cost_more_than_full_depth(self) -> None:
+        outlook = outlook_of(RECORD, what_if=what_if(point("never", -0.01)))
+        assert named(outlook, "never").seconds == pytest.approx(6.6 * 1.01)
+
+    def test_another_precision_is_said(self) -> None:
+        int8 = dataclasses.replace(what_if(), precision="int8")
+        said = outlook_table(outlook_of(RECORD, what_if=int8)).note
+        assert said.endswith("The trace is in int8, the run was in float32.")
+        assert "int8" not in outlook_table(outlook_of(RECORD, what_if=what_if())).note
 
     def test_points_stand_from_the_slowest_to_the_fastest_below_full_depth(self) -> None:
         outlook = outlook_of(RECORD, what_if=what_if(point("half", 0.5), point("a bit", 0.1)))
@@ -104,12 +163,18 @@ class TestLookAhead:
         assert outlook.replica_hours(full) == pytest.approx(6.6 / 3600 * 500_000)
         assert outlook.cost(own) == pytest.approx(4.0 / 3600 * 500_000 * 3.0)
 
-    @pytest.mark.parametrize(("record", "asked"), [(RECORD, {"documents": None}), (EMPTY, {"documents": 5})])
-    def test_nothing_asked_or_nothing_ran_is_no_outlook(
-        self, record: RunRecord, asked: dict[str, Any]
-    ) -> None:
-        given = {"what_if": None, "price_per_hour": None, "currency": "$", "num_layers": 2, "policy": "p"}
-        assert look_ahead(account(record), **given, **asked) is None
+    def test_where_nothing_ran_there_is_no_outlook(self) -> None:
+        outlook = look_ahead(
+            account(EMPTY),
+            policy="p",
+            precision="float32",
+            num_layers=2,
+            documents=5,
+            what_if=None,
+            price_per_hour=None,
+            currency="$",
+        )
+        assert outlook is None
 
     @pytest.mark.parametrize(("own", "warnings"), [(SAVED, 0), (SAVED + 0.04, 0), (SAVED - 0.06, 1)])
     def test_a_trace_of_other_texts_is_said_to_be_one(self, own: float, warnings: int) -> None:
@@ -130,6 +195,7 @@ LOGITS = torch.tensor(
         [[5.0, -5.0], [0.0, 3.0], [0.0, 5.0], [0.0, 5.0]],
     ]
 )
+LABELS_OF_TEXTS = torch.tensor([0, 1, 0, 1])  # full depth is wrong about the third
 ORIGIN = TraceOrigin(
     model="model",
     model_digest=RECORD.identity.model_digest,
@@ -144,7 +210,7 @@ ORIGIN = TraceOrigin(
 
 def write_trace(path: Path, sets: int = 1, **origin: Any) -> str:
     trace = Trace(layers=(1, 2), logits=LOGITS, lengths=np.array([3, 2, 5, 2]))
-    traced = TracedSet(trace=trace, labels=torch.tensor([0, 1, 1, 1]))
+    traced = TracedSet(trace=trace, labels=LABELS_OF_TEXTS)
     named_sets = {str(i): traced for i in range(sets)}
     write_traces(path, TraceFile(origin=dataclasses.replace(ORIGIN, **origin), sets=named_sets))
     return str(path)
@@ -170,10 +236,10 @@ class TestCommand:
         text = capsys.readouterr().out
         lines = {line.split("  ")[0]: line.split() for line in text.splitlines() if line}
         # Of four texts, one leaves at 0.1 nats, two at 0.3 (of which one says otherwise), three at 0.65.
-        assert lines["full depth"][2:6] == ["100.00", "0.00", "%", "2.00"]
-        assert lines["entropy < 0.1 nats"][4:8] == ["100.00", "0.00", "%", "1.75"]
-        assert lines["entropy < 0.3 nats"][4:8] == ["75.00", "25.00", "%", "1.50"]
-        assert lines["entropy < 0.65 nats"][4:8] == ["75.00", "25.00", "%", "1.25"]
+        assert lines["full depth"][2:6] == ["75.00", "0.00", "%", "2.00"]
+        assert lines["entropy < 0.1 nats"][4:8] == ["75.00", "0.00", "%", "1.75"]
+        assert lines["entropy < 0.3 nats"][4:8] == ["50.00", "25.00", "%", "1.50"]
+        assert lines["entropy < 0.65 nats"][4:8] == ["50.00", "25.00", "%", "1.25"]
         assert lines["full depth"][-2:] == ["917", "$916.67"]
         page = (folder / "_deebert" / "report.html").read_text(encoding="utf-8")
         assert "Looking ahead: 2,000,000 documents" in page
@@ -209,7 +275,54 @@ class TestCommand:
         assert cli.main(["report", str(folder), "--what-if", trace]) == 2
         assert said in capsys.readouterr().err
 
-    @pytest.mark.parametrize("number", ["0", "-1", "1.5", "inf", "nan", "many"])
+    def test_a_point_is_listed_once_however_it_is_written(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        own = dataclasses.replace(RECORD.identity, exit_policy={"type": "entropy", "thresholds": [0.3]})
+        folder = write_run(tmp_path / "out", dataclasses.replace(RECORD, identity=own))
+        trace = write_trace(tmp_path / "t.parquet")
+        words = ["--what-if", trace, "--thresholds", "0,-1,0.1,0.10,0.3"]
+        assert cli.main(["report", str(folder), *words]) == 0
+        text = capsys.readouterr().out
+        table = text[text.index("What 1,000,000 documents") : text.index("Model compute for documents")]
+        assert sum("  " in line for line in table.splitlines()) == 1 + 3  # a head, full depth, the run's, 0.1
+
+    @pytest.mark.parametrize(
+        ("words", "said"),
+        [
+            (["--what-if", "none.parquet"], "there is no trace file 'none.parquet' here: make one with"),
+            (["--what-if", "s3://b/t.parquet"], "there is no trace file 's3://b/t.parquet' here"),
+            (["--what-if", "TRACE", "--thresholds", "5"], "the entropy threshold 5 is above ln(2) = 0.6931"),
+            (["--currency", "A\x01"], "argument --currency: 'A\\x01' cannot be printed"),
+        ],
+    )
+    def test_misuse_is_refused_before_any_part_is_read(
+        self, words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        folder = write_run(tmp_path / "out")
+        for part in folder.glob("part-*"):
+            part.write_bytes(b"no Parquet")
+        trace = write_trace(tmp_path / "t.parquet")
+        assert cli.main(["report", str(folder), *(trace if w == "TRACE" else w for w in words)]) == 2
+        assert said in capsys.readouterr().err
+
+    def test_a_run_in_which_nothing_ran_projects_nothing_and_says_so(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        write_empty(tmp_path / "out")
+        with caplog.at_level(logging.WARNING):
+            assert cli.main(["report", str(tmp_path / "out"), "--project", "5"]) == 0
+        assert "there is nothing to project" in caplog.text
+
+    def test_a_policy_of_a_version_to_come_is_shown_as_it_was_recorded(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        later = dataclasses.replace(RECORD.identity, exit_policy={"type": "patience", "steps": 3})
+        folder = write_run(tmp_path / "out", dataclasses.replace(RECORD, identity=later))
+        assert cli.main(["report", str(folder), "--project", "5"]) == 0
+        assert "this run (type: patience; steps: 3)" in capsys.readouterr().out
+
+    @pytest.mark.parametrize("number", ["0", "-1", "1.5", "inf", "nan", "many", "1e300"])
     def test_a_corpus_of_no_number_of_documents_is_refused(
         self, number: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -234,8 +347,14 @@ class TestManyRuns:
         text = capsys.readouterr().out
         # 4 + 4 of 6.6 + 4 * 3040 / 1792 seconds.
         saved = f"{100 * (1 - 8 / (6.6 + 4 * 3040 / 1792)):.1f} %"
-        for said in (saved, "of 1 of 2 runs expected from FLOPs", "$2.00", "8 ", "(e)"):
+        for said in (saved, "of 1 of 2 runs expected from FLOPs", "in 2 runs", "(e)"):
             assert said in text
+        # At $900 an hour a second costs a quarter.
+        of_first, of_all = (
+            next(x for x in text.splitlines() if x.startswith(n)) for n in (str(first), "all ")
+        )
+        assert of_first.split()[-2:] == ["$1.00", "$0.65"]
+        assert of_all.split()[-2:] == ["$2.00", f"${(6.6 + 4 * 3040 / 1792 - 8) / 4:.2f}"]
         written = page.read_text(encoding="utf-8")
         assert saved in written
         assert written.count("<svg") == 1
@@ -258,7 +377,8 @@ class TestManyRuns:
         page = summarise([report, report], price_per_hour=None, currency="$").page
         assert "<b>" not in page
         assert "<script" not in page
-        assert "$a_1$" in page
+        plot = page[page.index("<svg") : page.index("</svg>")]
+        assert "$a_1$" in plot  # money, or a name: no formula
 
     def test_runs_in_which_nothing_ran_are_listed(self, tmp_path: Path) -> None:
         folder = write_run(tmp_path / "a", dataclasses.replace(RECORD, status="succeeded"))
@@ -271,11 +391,21 @@ class TestManyRuns:
         assert "not all finished" in summary.page
         only_empty = summarise(reports[1:], price_per_hour=1.0, currency="$")
         assert "<svg" not in only_empty.page
+        assert "nothing ran yet" in only_empty.text
+        assert "measured on control rows" not in only_empty.text
+        assert "$0.00 at full depth" not in only_empty.text
+        assert 'class="status succeeded"' in summarise(reports[:1], price_per_hour=None, currency="$").page
+
+    def test_a_saving_that_is_bounded_by_flops_is_said_to_be(self, tmp_path: Path) -> None:
+        folder = write_run(tmp_path / "a", slower(1.0))
+        report = write_report(str(folder), price_per_hour=None)
+        assert (
+            "of 1 no more than the FLOPs saved" in summarise([report], price_per_hour=None, currency="$").text
+        )
 
     @pytest.mark.parametrize(
         ("words", "said"),
         [
-            (["a", "a"], "given twice"),
             (["a", "--page", "p.html"], "--page is of several outputs"),
             (["a", "b", "--project", "5"], "give one output"),
             (["a", "b", "--what-if", "t.parquet"], "give one output"),
@@ -287,13 +417,53 @@ class TestManyRuns:
         assert cli.main(["report", *words]) == 2
         assert said in capsys.readouterr().err
 
-    def test_a_page_that_cannot_be_written_is_a_problem_of_the_page(
+    @pytest.mark.parametrize("spelled", ["a", "a/", "./a", "b/../a", "link"])
+    def test_an_output_given_twice_is_not_summed_twice(
+        self,
+        spelled: str,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        write_run(tmp_path / "a")
+        (tmp_path / "b").mkdir()
+        (tmp_path / "link").symlink_to("a")
+        monkeypatch.chdir(tmp_path)
+        assert cli.main(["report", "a", spelled]) == 2
+        assert "given twice" in capsys.readouterr().err
+
+    def test_an_output_that_is_none_is_refused_before_another_is_read(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        folder = write_run(tmp_path / "a")
+        assert cli.main(["report", str(folder), str(tmp_path / "none")]) == 2
+        assert "holds no run" in capsys.readouterr().err
+        assert not (folder / "_deebert" / "report.html").exists()
+
+    def test_a_page_of_one_that_cannot_be_written_is_said(
         self, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
-        outputs = [str(write_run(tmp_path / name)) for name in "ab"]
+        outputs = [write_run(tmp_path / name) for name in "ab"]
+        (outputs[1] / "_deebert" / "report.html").mkdir()
         with caplog.at_level(logging.WARNING):
-            assert cli.main(["report", *outputs, "--page", str(tmp_path / "none" / "p.html")]) == 0
+            words = ["report", *map(str, outputs), "--page", str(tmp_path / "p.html")]
+            assert cli.main(words) == 0
         assert "no page beside the table" in caplog.text
+
+    def test_a_page_that_was_asked_for_and_cannot_be_written_is_misuse(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        outputs = [str(write_run(tmp_path / name)) for name in "ab"]
+        assert cli.main(["report", *outputs, "--page", str(tmp_path / "none" / "p.html")]) == 2
+        out, err = capsys.readouterr()
+        assert "Run by run" in out
+        assert err.count("\n") == 1
+        assert "cannot write the page" in err
+
+    def test_the_page_may_be_a_url(self, tmp_path: Path) -> None:
+        outputs = [str(write_run(tmp_path / name)) for name in "ab"]
+        assert cli.main(["report", *outputs, "--page", f"file://{tmp_path}/p.html"]) == 0
+        assert "<svg" in (tmp_path / "p.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -307,6 +477,12 @@ class TestManyRuns:
         ),
         ({"type": "entropy", "thresholds": None}, "full depth"),
         ({"type": "entropy", "thresholds": -1.0}, "full depth"),
+        ({"type": "entropy", "thresholds": 1.609437}, "entropy < 1.609437 nats"),
+        ({"type": "entropy", "thresholds": None, "layer_0": 0.3}, "entropy < 0.3 nats on the embeddings"),
+        (
+            {"type": "entropy", "thresholds": 0.2, "layer_0": -1.0},
+            "entropy < 0.2 nats (none on the embeddings)",
+        ),
         ({"type": "learning-to-exit", "thresholds": 0.9}, "certainty > 0.9"),
         ({"type": "learning-to-exit", "thresholds": 1.0}, "full depth"),
     ],
