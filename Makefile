@@ -65,11 +65,19 @@ bench: setup
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python -m jobs.bench --suite all
 
-# One call on a machine with a GPU: parity first, then speed, regrouping against shrinking over micro-batch budgets.
-bench-gpu: setup
-	$(BIN)/python -m pytest -q tests/gpu
-	$(BIN)/python -m jobs.bench --suite engine --device cuda --precision bfloat16 --model bert-base \
-	  --lengths 128 --samples 16384 --micro-batch-tokens 4096,16384,65536,262144 --batch-size 256
+# One call on a machine with a GPU: parity, and speed whatever parity says; regrouping against shrinking over
+# micro-batch budgets, the first of which is the roofline's. GPU_PYTHON=python3 takes an interpreter that has all
+# that is needed, and installs nothing; OUT=FOLDER is where the results go.
+GPU_PYTHON ?=
+GPU_BENCH = $(or $(GPU_PYTHON),$(BIN)/python) -m jobs.bench --suite engine --device cuda --precision bfloat16 \
+  --model bert-base --samples 16384 --batch-size 256 --repetitions 3 --mean-exit-layers 3,6,9 \
+  --output $(or $(OUT),jobs/bench_results)
+bench-gpu: $(if $(GPU_PYTHON),,setup)
+	status=0; \
+	$(or $(GPU_PYTHON),$(BIN)/python) -m pytest -q tests/gpu || status=1; \
+	$(GPU_BENCH) --lengths 128 --micro-batch-tokens 65536,16384,262144 || status=1; \
+	$(GPU_BENCH) --lengths short --micro-batch-tokens 65536 || status=1; \
+	exit $$status
 
 clean:
 	rm -rf $(VENV) .demo .replicate build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

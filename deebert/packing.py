@@ -29,18 +29,25 @@ class SequenceLayout:
 
     lengths: IntArray
     """(N,) int64, on the host; every length is at least 1."""
-    cu_seqlens: Tensor
-    """(N + 1,) int32, on the device: sequence i is rows ``cu_seqlens[i]:cu_seqlens[i + 1]``."""
+    device: torch.device
+    """Where the tokens are."""
 
     @classmethod
     def of(cls, lengths: npt.ArrayLike, device: torch.device | str = "cpu") -> SequenceLayout:
         """The layout of sequences with these lengths, in this order."""
-        array = np.asarray(lengths, dtype=np.int64)
-        offsets = torch.from_numpy(_offsets(array).astype(np.int32))
-        return cls(lengths=array, cu_seqlens=to_device(offsets, device))
+        return cls(lengths=np.asarray(lengths, dtype=np.int64), device=torch.device(device))
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    @cached_property
+    def cu_seqlens(self) -> Tensor:
+        """(N + 1,) int32, on the device: sequence i is rows ``cu_seqlens[i]:cu_seqlens[i + 1]``.
+
+        Made when it is first read: most layouts are of slices and concatenations that no layer ever sees.
+        """
+        with torch.inference_mode(False):  # whoever trains on it may not be the first to read it
+            return to_device(torch.from_numpy(self.offsets.astype(np.int32)), self.device)
 
     @cached_property
     def offsets(self) -> IntArray:
@@ -197,7 +204,7 @@ class PackedTokens:
         return PackedTokens(
             input_ids=to_device(self.input_ids, device),
             token_type_ids=None if types is None else to_device(types, device),
-            layout=SequenceLayout(lengths=layout.lengths, cu_seqlens=to_device(layout.cu_seqlens, device)),
+            layout=SequenceLayout.of(layout.lengths, device),
         )
 
 

@@ -32,7 +32,7 @@ from deebert.precision import DTYPES, resolve_precision
 from deebert.windows import text_sums
 from pipeline import sabotage
 from pipeline.board import History
-from pipeline.engine import EngineConfig
+from pipeline.engine import EngineConfig, warm_up
 from pipeline.engine.budget import is_out_of_memory
 from pipeline.errors import BadRowsError, NotFiniteError, OutputError, OutputFullError, ReadError
 from pipeline.hardware import device_name
@@ -126,6 +126,8 @@ class Replica:
         self._with_certainty = policy.reads_certainty
         self._num_layers = encoder.num_layers
         self._tokenizer = model.tokenizer
+        if spec.device == "cuda":
+            warm_up(encoder, policy)
         self._lanes = Lanes(
             encoder,
             policy,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from deebert.exit_policy import OffRampAnswer
+from deebert.transfer import to_device
 
 Shares = npt.NDArray[np.float64]
 
@@ -55,7 +56,8 @@ class ScriptedExits:
         # The k-th sample leaves when k·share reaches the next whole number (half a number early, so that
         # a layer's rounding is even-handed).
         reached = np.floor(np.arange(first, first + len(answer) + 1) * share + 0.5)
-        return torch.from_numpy(np.diff(reached) > 0).to(answer.logits.device)
+        # Not waited for, or no two micro-batches would ever be under way at once.
+        return to_device(torch.from_numpy(np.diff(reached) > 0), answer.logits.device)
 
     def to_dict(self) -> dict[str, Any]:
         """See `ExitPolicy`."""

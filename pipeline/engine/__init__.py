@@ -8,8 +8,8 @@
 Pure torch: no Ray, no Arrow, no files.
 """
 
-from pipeline.engine.engine import Engine, EngineConfig
+from pipeline.engine.engine import Engine, EngineConfig, warm_up
 from pipeline.engine.runner import Exits
 from pipeline.engine.stats import EngineStats
 
-__all__ = ["Engine", "EngineConfig", "EngineStats", "Exits"]
+__all__ = ["Engine", "EngineConfig", "EngineStats", "Exits", "warm_up"]

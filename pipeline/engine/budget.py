@@ -13,12 +13,16 @@ from deebert.memory import LARGEST_KEPT_BYTES
 
 _MOST_ON_CPU, _LEAST = 4096, 512
 _LEAST_ON_GPU = 2048
-# FLOPs of a layer that take a GPU of 600 TFLOP/s 0.4 ms, where queueing it takes the host 0.1 to 0.2.
-_LAYER_FLOPS = 2.4e11
+# With exits most steps run one layer. FLOPs of one that take a GPU of 600 TFLOP/s 1.6 ms, where a step takes the host
+# about 1 (`DECISIONS.md`).
+_LAYER_FLOPS = 1e12
+# Nothing leaves before so many tokens wait, or input is at an end.
+_MOST_ON_GPU = 1 << 18
 # Of the memory that is free once the weights are there: the audit lane's engine has as much again.
 _MEMORY_SHARE = 0.4
 # Input, query, key and value, what attention gives, and the output.
 _STATES_OF_A_LAYER = 6
+_NO_MEMORY = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 def under_way(device: torch.device) -> int:
@@ -50,6 +54,8 @@ def micro_batch_tokens(
     if device.type != "cuda":
         return on_cpu(intermediate_size=intermediate_size, value_bytes=value_bytes)
     free, _ = torch.cuda.mem_get_info(device)
+    # What torch keeps for reuse is not in use.
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     at_once = under_way(device)
     return on_gpu(
         hidden_size=hidden_size,
@@ -84,17 +90,17 @@ def on_gpu(
     token_bytes = value_bytes * (states * hidden_size + 2 * intermediate_size)
     layer_flops = 2 * (4 * hidden_size * hidden_size + 2 * hidden_size * intermediate_size)
     budget = min(_MEMORY_SHARE * free_bytes / token_bytes, _LAYER_FLOPS / layer_flops)
-    return max(_LEAST_ON_GPU, _power_of_two(int(budget)))
+    return max(_LEAST_ON_GPU, min(_MOST_ON_GPU, _power_of_two(int(budget))))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether it says that memory ran out: a GPU's, or the process's.
 
-    torch's allocator on CPUs has no type of its own for that: it raises a plain RuntimeError.
+    torch's allocator on CPUs has no type of its own for that, nor has cuBLAS: they raise a plain RuntimeError.
     """
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
 
 
 def _power_of_two(most: int) -> int:

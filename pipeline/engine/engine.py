@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,8 +26,9 @@ from pipeline.engine.budget import is_out_of_memory, micro_batch_tokens, under_w
 from pipeline.engine.layer_buffer import LayerBuffer
 from pipeline.engine.runner import Exits, Runner, Step
 from pipeline.engine.scheduler import next_layer
+from pipeline.engine.span import Span
 from pipeline.engine.stats import EngineStats, StatsCounter
-from pipeline.errors import InvariantError
+from pipeline.errors import InvariantError, NotFiniteError
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +42,15 @@ class EngineConfig:
     Halved when the device runs out of memory."""
     under_way: int | None = None
     """Micro-batches started before the oldest is waited for. None: 2 on a GPU, 1 on a CPU."""
+
+
+def warm_up(encoder: PackedEncoder, policy: ExitPolicy) -> None:
+    """Let a device do what it does once (load kernels, make workspaces), so that it is not the first samples' time."""
+    engine = Engine(encoder, policy, EngineConfig(micro_batch_tokens=encoder.longest_input))
+    engine.submit(np.arange(2), PackedTokens.pack([[1, 1, 1], [1, 1]]))
+    with suppress(NotFiniteError):  # of a model that has diverged: its rows will say so
+        for _ in engine.drain():
+            pass
 
 
 class Engine:
@@ -161,13 +172,23 @@ class Engine:
             layer = next_layer(self._buffers, drain=drain and not self._under_way)
             if layer is None:
                 return
-            batch = self._buffers[layer].take()
+            batch: SampleBatch | None = None
             try:
-                self._under_way.append(self._runner.start(layer, batch))
+                with Span(self._runner.device) as forming:
+                    batch = self._buffers[layer].take()
+                self._under_way.append(self._runner.start(layer, batch, forming))
+                continue
             except Exception as error:
-                if len(batch) == 1 or not is_out_of_memory(error):
+                is_hopeless = batch is not None and len(batch) == 1 and not self._under_way
+                if is_hopeless or not is_out_of_memory(error):
                     raise
-                self._halve(layer, batch)
+            # Behind the handler: with the error goes what the attempt held.
+            if batch is not None:
+                self._buffers[layer].put_back(batch)
+                if len(batch) == 1:
+                    return  # what is under way gives its memory back when it is finished
+            tokens = self._buffers[layer].micro_batch_tokens if batch is None else batch.layout.total_tokens
+            self._shrink(tokens // 2)
 
     def _finish(self) -> Exits | None:
         """Who leaves the oldest micro-batch under way; None when there was no memory to tell, and it must run again."""
@@ -177,7 +198,12 @@ class Engine:
         except Exception as error:
             if len(step) == 1 or not is_out_of_memory(error):
                 raise
-            self._halve(step.first, step.batch)
+            exits = None
+        if exits is None:
+            first, batch = step.first, step.batch
+            del step  # and with it the states that it came to
+            self._buffers[first].put_back(batch)
+            self._shrink(batch.layout.total_tokens // 2)
             return None
         if survivors is not None:
             # Layers are 0-based in here (-1: the embeddings), 1-based wherever users see them. This segment's last
@@ -186,14 +212,12 @@ class Engine:
         self._in_flight -= len(exits)
         return exits
 
-    def _halve(self, layer: int, batch: SampleBatch) -> None:
-        """Halve micro-batches for good, and give back the one that did not fit.
+    def _shrink(self, tokens: int) -> None:
+        """Make micro-batches smaller for good.
 
         What did not fit once will not fit again: without remembering, every full micro-batch would fail first.
         """
-        tokens = batch.layout.total_tokens // 2
         log.warning("out of memory: micro-batches have %d tokens from now on", tokens)
-        self._buffers[layer].put_back(batch)
         for buffer in self._buffers.values():
             buffer.shrink(tokens)
         if torch.cuda.is_available():

@@ -63,30 +63,36 @@ class LayerBuffer:
         """From now on, take at most this many tokens at a time, or as few as before."""
         self._micro_batch_tokens = min(self._micro_batch_tokens, micro_batch_tokens)
 
+    @property
+    def micro_batch_tokens(self) -> int:
+        """Most tokens that are taken at a time, but for a sample that is longer."""
+        return self._micro_batch_tokens
+
     def take(self) -> SampleBatch:
-        """Remove the oldest samples that fit into one micro-batch, at least one; returned sorted by length."""
+        """Remove the oldest samples that fit into one micro-batch, at least one; returned sorted by length.
+
+        Where there is no memory to put them together, they stay.
+        """
         parts: list[SampleBatch] = []
-        room = max(self._micro_batch_tokens, self._first_length())
-        while self._chunks and (part := self._take_from_first_chunk(room)) is not None:
-            parts.append(part)
-            room -= part.layout.total_tokens
+        room, start, emptied = max(self._micro_batch_tokens, self._first_length()), self._taken, 0
+        for chunk in self._chunks:
+            offsets = chunk.layout.offsets
+            stop = int(np.searchsorted(offsets, offsets[start] + room, side="right")) - 1
+            if stop == start:
+                break
+            parts.append(chunk.slice(start, stop))
+            room -= parts[-1].layout.total_tokens
+            if stop < len(chunk):
+                start = stop
+                break
+            start, emptied = 0, emptied + 1
         batch = SampleBatch.concat(parts).sorted_by_length()
+        for _ in range(emptied):
+            self._chunks.popleft()
+        self._taken = start
         self.samples -= len(batch)
         self.tokens -= batch.layout.total_tokens
         return batch
 
     def _first_length(self) -> int:
         return int(self._chunks[0].layout.lengths[self._taken]) if self._chunks else 0
-
-    def _take_from_first_chunk(self, room: int) -> SampleBatch | None:
-        chunk, start = self._chunks[0], self._taken
-        offsets = chunk.layout.offsets
-        stop = int(np.searchsorted(offsets, offsets[start] + room, side="right")) - 1
-        if stop == start:
-            return None
-        if stop == len(chunk):
-            self._chunks.popleft()
-            self._taken = 0
-        else:
-            self._taken = stop
-        return chunk.slice(start, stop)

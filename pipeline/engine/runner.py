@@ -11,6 +11,7 @@ of the engine that touches the model. Knows nothing of buffers or of what runs n
 from __future__ import annotations
 
 import time
+from collections import deque
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -75,8 +76,10 @@ class Step:
     """Of that layer's off-ramp, on the host, valid when `spans` are over; so is `leaves`."""
     leaves: Tensor | None
     """(N,) bool; None behind the last layer, where all leave."""
+    embedding: Span | None
+    """Time spent in the embeddings, where the segment begins with them."""
     spans: tuple[Span, ...]
-    """Time spent: in the embeddings, where the segment begins with them, and in the layers."""
+    """Time spent putting the micro-batch together, and in the layers."""
 
     def __len__(self) -> int:
         return len(self.batch)
@@ -88,26 +91,33 @@ class Runner:
     def __init__(self, encoder: PackedEncoder, policy: ExitPolicy) -> None:
         self._encoder = encoder
         self._policy = policy
+        self._gathers: deque[tuple[int, int, Span]] = deque()
+        """Of survivors, by first and last layer of their segment: on a GPU not over yet."""
         self.segments = _segments(encoder, policy)
         """Last layer of each segment by its first, both 0-based, shallowest first; the embeddings alone are -1."""
         self.admission = next(iter(self.segments))
         """The first of the first segment, 0 or -1: where samples come in as token ids."""
 
+    @property
+    def device(self) -> torch.device:
+        """That runs the model."""
+        return self._encoder.device
+
     @torch.inference_mode()
-    def start(self, first: int, batch: SampleBatch) -> Step:
+    def start(self, first: int, batch: SampleBatch, forming: Span | None = None) -> Step:
         """Send a micro-batch through the segment that begins with layer `first` (0-based); wait for nothing.
 
         Args:
             first: one of `segments`.
             batch: token ids at `admission`, else states.
+            forming: time spent putting it together, where it counts.
         """
-        spans, went_in = [], batch
+        embedding, went_in = None, batch
         if first == self.admission:
-            with Span(self._encoder.device) as span:
+            with Span(self.device) as embedding:
                 batch = self._embed(batch)
-            spans.append(span)
         last, layout, (states,) = self.segments[first], batch.layout, batch.token_rows
-        with Span(self._encoder.device) as span:
+        with Span(self.device) as layers:
             for index in range(max(first, 0), last + 1):
                 states = self._encoder.layer(index, states, layout)
             answer = self._encoder.answer(last, states, layout, with_certainty=self._policy.reads_certainty)
@@ -120,7 +130,8 @@ class Runner:
             after=SampleBatch(sample_ids=batch.sample_ids, layout=layout, token_rows=(states,)),
             answer=answer,
             leaves=leaves,
-            spans=(*spans, span),
+            embedding=embedding,
+            spans=(layers,) if forming is None else (forming, layers),
         )
 
     @torch.inference_mode()
@@ -137,7 +148,7 @@ class Runner:
         Raises:
             NotFiniteError: those that leave have answers that are not finite numbers.
         """
-        *embedding, seconds = [span.seconds() for span in step.spans]
+        seconds = sum(span.seconds() for span in step.spans)
         started = time.perf_counter()
         last, after, layout = self.segments[step.first], step.after, step.after.layout
         leaves = np.ones(len(after), np.bool_) if step.leaves is None else step.leaves.numpy()
@@ -146,20 +157,36 @@ class Runner:
         if not leaves.any():
             survivors = after
         elif not leaves.all():
-            survivors = after.take(np.flatnonzero(~leaves))
-        stats.count_embedding(sum(embedding))
+            with Span(self.device) as gather:
+                survivors = after.take(np.flatnonzero(~leaves))
+            self._gathers.append((step.first, last, gather))
+        if (
+            self.device.type == "cuda"
+        ):  # which meanwhile is at the next micro-batch: the host's time is not its own
+            self._count_gathers(stats)
+        else:
+            self._gathers.clear()
+            seconds += time.perf_counter() - started
+        if step.embedding is not None:
+            stats.count_embedding(step.embedding.seconds())
         stats.count_layers(
             step.first,
             last,
             samples=len(after),
             tokens=layout.total_tokens,
             squared_tokens=layout.squared_tokens,
-            seconds=seconds + time.perf_counter() - started,
+            seconds=seconds,
         )
         return exits, survivors
 
+    def _count_gathers(self, stats: StatsCounter) -> None:
+        """Those that the device has come to the end of: nobody waits for them."""
+        while self._gathers and self._gathers[0][2].is_over():
+            first, last, gather = self._gathers.popleft()
+            stats.count_seconds(first, last, gather.seconds())
+
     def _embed(self, batch: SampleBatch) -> SampleBatch:
-        tokens = batch.to_tokens().to(self._encoder.device)
+        tokens = batch.to_tokens().to(self.device)
         states = self._encoder.embed(tokens)
         return SampleBatch(sample_ids=batch.sample_ids, layout=tokens.layout, token_rows=(states,))
 

@@ -39,6 +39,10 @@ class Span:
         last.synchronize()
         return float(first.elapsed_time(last)) / 1000
 
+    def is_over(self) -> bool:
+        """Whether the device has come to the end of it."""
+        return isinstance(self._last, float) or self._last.query()
+
     def _now(self) -> float | torch.cuda.Event:
         if not self._on_gpu:
             return time.perf_counter()

@@ -103,15 +103,21 @@ class StatsCounter:
         Through -1..-1: through the off-ramp on the embeddings alone.
         """
         self._off_ramp_samples[last + 1] += samples
+        self.count_seconds(first, last, seconds)
         if last < 0:
-            self._embedding_seconds += seconds
             return
         span = slice(first, last + 1)
         self._ints[0, span] += 1
         self._ints[1, span] += samples
         self._ints[2, span] += tokens
         self._ints[3, span] += squared_tokens
-        self._seconds[span] += seconds / (last + 1 - first)
+
+    def count_seconds(self, first: int, last: int, seconds: float) -> None:
+        """More seconds in layers `first`..`last`; see `count_layers`."""
+        if last < 0:
+            self._embedding_seconds += seconds
+        else:
+            self._seconds[first : last + 1] += seconds / (last + 1 - first)
 
     def count_embedding(self, seconds: float) -> None:
         """The embeddings of one micro-batch took `seconds`."""

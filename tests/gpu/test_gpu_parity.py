@@ -54,7 +54,7 @@ def test_heads_that_the_variable_length_kernel_does_not_take(size: int) -> None:
     layout = SequenceLayout.of(np.array([1, 3, 3, 40]))
     qkv = torch.randn(layout.total_tokens, 3, 3, size, generator=torch.Generator().manual_seed(0))
     exact = varlen_attention(qkv, layout)
-    there = SequenceLayout(lengths=layout.lengths, cu_seqlens=layout.cu_seqlens.cuda())
+    there = SequenceLayout.of(layout.lengths, "cuda")
     on_gpu = varlen_attention(qkv.to("cuda", torch.bfloat16), there)
     torch.testing.assert_close(on_gpu.float().cpu(), exact, atol=0.03, rtol=0)
 

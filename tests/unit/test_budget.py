@@ -31,7 +31,7 @@ def chosen(hidden_size: int, free_gib: float, *, value_bytes: int = 2) -> int:
 
 
 def test_with_room_the_smaller_model_takes_more_tokens() -> None:
-    assert [chosen(width, 100) for width in (384, 768, 1024)] == [65536, 16384, 8192]
+    assert [chosen(width, 100) for width in (384, 768, 1024)] == [262144, 65536, 32768]
 
 
 @pytest.mark.parametrize("free_gib", [1, 2])
@@ -50,6 +50,10 @@ def test_on_a_cpu_the_largest_activations_stay_below_what_is_kept(
 ) -> None:
     assert on_cpu(intermediate_size=intermediate_size, value_bytes=value_bytes) == tokens
     assert tokens * intermediate_size * value_bytes < LARGEST_KEPT_BYTES or tokens == 512
+
+
+def test_a_tiny_model_does_not_wait_for_millions_of_tokens() -> None:
+    assert chosen(32, 100) == 262144
 
 
 def test_hardly_any_memory_still_runs() -> None:
@@ -76,5 +80,8 @@ def test_torch_says_in_words_that_a_cpu_has_no_more_memory() -> None:
 def test_what_is_an_end_of_memory() -> None:
     assert is_out_of_memory(torch.OutOfMemoryError())
     assert is_out_of_memory(MemoryError())
+    assert is_out_of_memory(
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`")
+    )
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert not is_out_of_memory(ValueError("can't allocate memory"))

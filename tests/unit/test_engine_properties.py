@@ -8,6 +8,7 @@ the real encoder is what `tests/parity` shows.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,8 +24,9 @@ from deebert.encoder import PackedEncoder
 from deebert.exit_policy import FULL_DEPTH, EntropyThreshold, LearningToExit, OffRampAnswer, entropy
 from deebert.packing import IntArray, PackedTokens, SequenceLayout
 from deebert.problem import SINGLE_LABEL
-from pipeline.engine import Engine, EngineConfig, Exits
+from pipeline.engine import Engine, EngineConfig, Exits, warm_up
 from pipeline.engine.batch import SampleBatch
+from pipeline.engine.runner import Runner, Step
 from pipeline.errors import InvariantError, NotFiniteError
 from tests.conftest import make_model
 from tests.examples import examples
@@ -576,3 +578,89 @@ def test_memory_that_fails_while_survivors_are_gathered_costs_no_sample(
     monkeypatch.setattr(SampleBatch, "take", with_little_memory)
     left = {int(i): exits.exit_layer for exits in engine.drain() for i in exits.sample_ids}
     assert left == {0: 1, 1: 3, 2: 1, 3: 3, 4: 3, 5: 1, 6: 3, 7: 1}
+
+
+@pytest.mark.parametrize("under_way", [1, 2])
+@pytest.mark.parametrize("part", ["concat", "sorted_by_length"])
+def test_memory_that_fails_while_a_micro_batch_is_put_together_costs_no_sample(
+    monkeypatch: pytest.MonkeyPatch, under_way: int, part: str
+) -> None:
+    engine, _ = engine_of(under_way=under_way)
+    submit(engine, 1, 3, 1)
+    submit(engine, 3, 3, 1, 3, 1, first=3)
+    whole, refused = getattr(SampleBatch, part), []
+
+    def with_little_memory(given: Any) -> SampleBatch:
+        first = given[0] if isinstance(given, list) else given
+        is_states = first.token_rows[0].dim() > 1  # not token ids, which are the host's
+        if is_states and len(given) > 1:  # batches to join, or samples to sort
+            refused.append(len(given))
+            raise torch.OutOfMemoryError
+        made: SampleBatch = whole(given)
+        return made
+
+    patched = staticmethod(with_little_memory) if part == "concat" else with_little_memory
+    monkeypatch.setattr(SampleBatch, part, patched)
+    left = {int(i): exits.exit_layer for exits in engine.drain() for i in exits.sample_ids}
+    assert left == {0: 1, 1: 3, 2: 1, 3: 3, 4: 3, 5: 1, 6: 3, 7: 1}
+    assert refused
+
+
+class ForgetfulEncoder(SmallEncoder):
+    """A small encoder that remembers, weakly, what it held when it was refused."""
+
+    held: weakref.ref[Tensor]
+
+    def layer(self, index: int, states: Tensor, layout: SequenceLayout) -> Tensor:
+        inner = states * 2
+        if layout.total_tokens > self.capacity:
+            self.held = weakref.ref(inner)
+            raise torch.OutOfMemoryError
+        return super().layer(index, states, layout)
+
+
+def test_what_a_failed_micro_batch_held_is_free_before_memory_is_asked_for_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    encoder = ForgetfulEncoder(2, (1,))
+    encoder.capacity = 4
+    engine = Engine(encoder, HALF_A_NAT, EngineConfig(micro_batch_tokens=16))  # type: ignore[arg-type]
+    shrink, alive = Engine._shrink, []
+
+    def looking(engine: Engine, tokens: int) -> None:
+        alive.append(encoder.held() is not None)
+        shrink(engine, tokens)
+
+    monkeypatch.setattr(Engine, "_shrink", looking)
+    submit(engine, *[1] * 8)
+    assert sum(map(len, engine.drain())) == 8
+    assert alive == [False, False]
+
+
+def test_a_single_sample_waits_for_the_memory_of_what_is_under_way(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine, _ = engine_of(micro_batch_tokens=2, under_way=2)
+    submit(engine, 1, 3, 3)
+    start, refused = Runner.start, []
+
+    def with_room_for_one(runner: Runner, *given: Any) -> Step:
+        if engine._under_way:
+            refused.append(given)
+            raise torch.OutOfMemoryError
+        return start(runner, *given)
+
+    monkeypatch.setattr(Runner, "start", with_room_for_one)
+    assert sorted(int(i) for exits in engine.drain() for i in exits.sample_ids) == [0, 1, 2]
+    assert refused
+    assert not caplog.messages  # micro-batches stay as they are
+
+
+def test_a_warm_up_leaves_nothing_behind() -> None:
+    model = make_model()
+    encoder = PackedEncoder.of(model)
+    warm_up(encoder, HALF_A_NAT)
+    ramp: Any = model.off_ramps[-1]
+    with torch.no_grad():
+        ramp.classifier.bias[1] = torch.nan
+    warm_up(PackedEncoder.of(model), HALF_A_NAT)  # what has diverged is the rows' to say
