@@ -15,7 +15,6 @@ from pipeline.report.accounting import DOCUMENTS_PER_PRICE, Accounting, account
 from pipeline.report.evidence import Evidence, EvidenceError, Finding, gather_evidence, verify_parts
 from pipeline.report.facts import Facts, state_facts
 from pipeline.report.html import render_page
-from pipeline.report.ledger import brief_policy
 from pipeline.report.outlook import WhatIf, look_ahead
 from pipeline.report.summary import Summary, summarise
 from pipeline.report.table import render_text
@@ -95,10 +94,8 @@ def write_report(
     outlook = None
     if documents is not None or traced is not None:
         outlook = look_ahead(
+            record,
             accounting,
-            policy=brief_policy(record.identity.exit_policy),
-            precision=record.identity.precision,
-            num_layers=record.model.num_layers,
             documents=DOCUMENTS_PER_PRICE if documents is None else documents,
             what_if=traced,
             price_per_hour=price_per_hour,

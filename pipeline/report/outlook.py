@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from pipeline.records import RunRecord
 from pipeline.report import quantities as q
 from pipeline.report.accounting import SECONDS_PER_HOUR, Accounting, FullDepth
-from pipeline.report.ledger import Table
+from pipeline.report.ledger import Table, brief_policy
 
 LARGEST_DRIFT = 0.05
 """Of the FLOPs saved, between trace and run: beyond it their texts are not alike."""
@@ -99,11 +100,9 @@ class Outlook:
 
 
 def look_ahead(
+    record: RunRecord,
     accounting: Accounting,
     *,
-    policy: str,
-    precision: str,
-    num_layers: int,
     documents: int,
     what_if: WhatIf | None,
     price_per_hour: float | None,
@@ -112,10 +111,8 @@ def look_ahead(
     """The outlook of a run; None where nothing ran yet.
 
     Args:
-        accounting: of the run.
-        policy: the run's operating point, in words.
-        precision: of the run.
-        num_layers: of its model.
+        record: of the run.
+        accounting: of the same.
         documents: to project to.
         what_if: the trace of other operating points.
         price_per_hour: of one replica.
@@ -128,38 +125,39 @@ def look_ahead(
         name="full depth",
         mark="full depth",
         kind="full depth",
-        mean_exit_layer=float(num_layers),
+        mean_exit_layer=float(record.model.num_layers),
         seconds=full_depth.seconds,
         traced=what_if.full if what_if else None,
     )
     own = Prospect(
-        name=f"this run ({policy})",
+        name=f"this run ({brief_policy(record.identity.exit_policy)})",
         mark="this run",
         kind="this run",
         mean_exit_layer=mean_exit_layer,
         seconds=accounting.compute_seconds,
         traced=what_if.own if what_if else None,
     )
-    others = tuple(
-        Prospect(
-            name=point.name,
-            mark=point.mark,
-            kind="other",
-            mean_exit_layer=point.mean_exit_layer,
-            seconds=_seconds(accounting, full_depth, (1.0 - point.flops_saved) * accounting.full_depth_flops),
-            traced=point,
-        )
-        for point in (what_if.others if what_if else ())
-    )
+    others = () if what_if is None else (_foretold(point, accounting, full_depth) for point in what_if.others)
     return Outlook(
         documents=documents,
         rows=accounting.rows,
         prospects=(full, *sorted((own, *others), key=lambda prospect: -prospect.seconds)),
         price_per_hour=price_per_hour,
         currency=currency,
-        precision=precision,
+        precision=record.identity.precision,
         what_if=what_if,
         drift=what_if.own.flops_saved - (accounting.flops_saved or 0.0) if what_if else 0.0,
+    )
+
+
+def _foretold(point: TracedPoint, accounting: Accounting, full_depth: FullDepth) -> Prospect:
+    return Prospect(
+        name=point.name,
+        mark=point.mark,
+        kind="other",
+        mean_exit_layer=point.mean_exit_layer,
+        seconds=_seconds(accounting, full_depth, (1.0 - point.flops_saved) * accounting.full_depth_flops),
+        traced=point,
     )
 
 

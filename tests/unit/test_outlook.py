@@ -49,10 +49,8 @@ def what_if(*others: TracedPoint, own: float = SAVED) -> WhatIf:
 def outlook_of(record: RunRecord, **asked: Any) -> Outlook:
     given: dict[str, Any] = {"documents": 10, "what_if": None, "price_per_hour": None, **asked}
     outlook = look_ahead(
+        record,
         account(record),
-        policy="entropy < 0.2 nats",
-        precision="float32",
-        num_layers=2,
         currency="$",
         **given,
     )
@@ -165,10 +163,8 @@ class TestLookAhead:
 
     def test_where_nothing_ran_there_is_no_outlook(self) -> None:
         outlook = look_ahead(
+            EMPTY,
             account(EMPTY),
-            policy="p",
-            precision="float32",
-            num_layers=2,
             documents=5,
             what_if=None,
             price_per_hour=None,
