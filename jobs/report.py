@@ -13,6 +13,7 @@ import fsspec
 
 from jobs.evaluate import CERTAINTY_THRESHOLDS, ENTROPY_THRESHOLDS, numbers
 from jobs.flags import flag, parse_job
+from jobs.terminal import showing
 from pipeline.config import positive_number
 from pipeline.errors import UsageError
 
@@ -99,6 +100,7 @@ def execute(argv: Sequence[str], *, prog: str) -> int:
             currency=job.currency,
             documents=job.project,
             what_if=_what_if(job),
+            watch=partial(showing, f"reading {output}", unit="parts"),
         )
         for output in job.output
     ]

@@ -31,36 +31,36 @@ def quiet_libraries() -> None:
 
 
 @contextmanager
-def showing_tokens(
+def showing(
     what: str,
     total: int,
+    unit: str,
     *,
     interval_seconds: float = 10.0,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[Callable[[int], object]]:
-    """Yields what takes note of tokens as they are done: a bar on a terminal, a log line now and then elsewhere.
-
-    Tokens, not texts: texts run sorted by length, so that the first are the fastest.
-    """
+    """Yields what takes note of units as they are done: a bar on a terminal, a log line now and then elsewhere."""
     if sys.stderr.isatty():
-        with tqdm(total=total, desc=what, unit=" tokens", unit_scale=True, leave=False) as bar:
+        with tqdm(total=total, desc=what, unit=f" {unit}", unit_scale=True, leave=False) as bar:
             yield bar.update
         return
     started = shown = clock()
     done = 0
 
-    def seen(tokens: int) -> None:
+    def seen(count: int) -> None:
         nonlocal done, shown
-        done, now = done + tokens, clock()
+        done, now = done + count, clock()
         if done < total and now - shown >= interval_seconds:
             shown, rate = now, done / (now - started)
             left = tqdm.format_interval((total - done) / rate)
             log.info(
-                "%s: %s of %s tokens, %s tokens/s, %s left",
+                "%s: %s of %s %s, %s %s/s, %s left",
                 what,
                 f"{done:,}",
                 f"{total:,}",
+                unit,
                 f"{rate:,.0f}",
+                unit,
                 left,
             )
 

@@ -12,7 +12,15 @@ from operator import add
 from pipeline.errors import OutputError, UsageError
 from pipeline.records import RunRecord, Totals
 from pipeline.report.accounting import DOCUMENTS_PER_PRICE, Accounting, account
-from pipeline.report.evidence import Evidence, EvidenceError, Finding, gather_evidence, verify_parts
+from pipeline.report.evidence import (
+    Evidence,
+    EvidenceError,
+    Finding,
+    Watch,
+    gather_evidence,
+    unwatched,
+    verify_parts,
+)
 from pipeline.report.facts import Facts, state_facts
 from pipeline.report.html import render_page
 from pipeline.report.outlook import WhatIf, look_ahead
@@ -67,6 +75,7 @@ def write_report(
     currency: str = "$",
     documents: int | None = None,
     what_if: Callable[[RunRecord], WhatIf] | None = None,
+    watch: Watch = unwatched,
 ) -> Report:
     """Accounts for the run in `output` and writes ``output/_deebert/report.html``, if that can be written.
 
@@ -76,6 +85,7 @@ def write_report(
         currency: Shown in front of amounts.
         documents: Size of a corpus to project to; None projects to none.
         what_if: Reads a trace of the run's model, to show other operating points.
+        watch: Shows how far the reading of the parts is.
 
     Raises:
         UsageError: `output` holds no run, or a part that is not its own, or the price makes no sense.
@@ -90,7 +100,7 @@ def write_report(
     if record.status != "succeeded":
         record = _up_to_date(record, folder, parts)
     accounting = account(record, price_per_hour=price_per_hour, currency=currency)
-    evidence = gather_evidence([folder.path(name) for name in sorted(parts)], record)
+    evidence = gather_evidence([folder.path(name) for name in sorted(parts)], record, watch=watch)
     outlook = None
     if documents is not None or traced is not None:
         outlook = look_ahead(

@@ -1,17 +1,19 @@
 """Recounts the parts, independently of everything that wrote them, and compares with the run record.
 
 Reads with fastparquet because the pipeline writes with pyarrow: a mistake of the writing library, or of
-ours, shows up here instead of being read back the way it was written. Holds one row group at a time.
-Knows nothing of how findings are shown.
+ours, shows up here instead of being read back the way it was written. Holds one row group of each part that
+is being read. Knows nothing of how findings are shown.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
 import numpy as np
@@ -28,9 +30,13 @@ COLUMNS = ("exit_layer", "num_tokens", "truncated", "audit_prediction")
 WINDOWS_COLUMN = "num_windows"
 """Beside them, where longer texts were classified in windows."""
 SCORE_BINS = 200
-FOOTER_THREADS = 8
+# Parts may be far away: on object stores, waiting for them one by one is all the time.
+READING_THREADS = 8
 
+Watch = Callable[[int], AbstractContextManager[Callable[[int], object]]]
+"""Told how many parts there are; its block's function hears of parts as they have been read."""
 Ints = npt.NDArray[np.int64]
+T = TypeVar("T")
 
 
 class EvidenceError(PipelineError):
@@ -91,12 +97,18 @@ class Evidence:
     """Empty when parts and record agree."""
 
 
-def gather_evidence(paths: Sequence[str], record: RunRecord) -> Evidence:
+def unwatched(total: int) -> AbstractContextManager[Callable[[int], object]]:
+    """A `Watch` that shows nothing."""
+    return nullcontext(lambda parts: None)
+
+
+def gather_evidence(paths: Sequence[str], record: RunRecord, *, watch: Watch = unwatched) -> Evidence:
     """Reads the needed columns of every part, counts, and compares with `record`.
 
     Args:
         paths: Local paths or URLs of the parts.
         record: The run they belong to.
+        watch: Shows how far the reading is.
 
     Raises:
         EvidenceError: A part cannot be read.
@@ -104,9 +116,16 @@ def gather_evidence(paths: Sequence[str], record: RunRecord) -> Evidence:
     has_windows = record.identity.window_stride is not None
     recount = _Recount(record.model, record.identity.max_length)
     columns = (*recount.columns, WINDOWS_COLUMN) if has_windows else recount.columns
-    for path in paths:
+    counting = threading.Lock()
+
+    def count(path: str) -> None:
         for frame in _row_groups(path, columns):
-            recount.add(frame)
+            with counting:
+                recount.add(frame)
+
+    with watch(len(paths)) as seen:
+        for _ in _in_threads(count, paths):
+            seen(1)
     return recount.conclude(len(paths), record)
 
 
@@ -119,15 +138,22 @@ def verify_parts(expected_rows: Mapping[str, int]) -> None:
     Raises:
         EvidenceError: A part is missing or unreadable, or holds another number of rows.
     """
-    # Footers are small and far away: on object stores, waiting for them one by one is all the time.
-    with ThreadPoolExecutor(FOOTER_THREADS) as pool:
-        counts = pool.map(_footer_rows, expected_rows)
+    counts = _in_threads(_footer_rows, expected_rows)
     for (path, expected), rows in zip(expected_rows.items(), counts, strict=True):
         if rows != expected:
             raise EvidenceError(
                 f"the part {path!r} holds {rows:,} rows, but {expected:,} were committed: it was changed; "
                 "delete it and run the same command again"
             )
+
+
+def _in_threads(read: Callable[[str], T], paths: Iterable[str]) -> Iterator[T]:
+    """What `read` gives for each path, in order; the first that fails ends it."""
+    with ThreadPoolExecutor(READING_THREADS) as pool:
+        try:
+            yield from pool.map(read, paths)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _open(path: str) -> Any:

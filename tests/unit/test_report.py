@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -217,6 +219,29 @@ class TestEvidence:
         got = gather_evidence(parts(tmp_path), dataclasses.replace(EMPTY, totals=Totals.zero(2)))
         assert [finding.quantity for finding in got.findings] == ["parts"]
 
+    def test_parts_are_read_beside_each_other(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        paths = parts(write_run(tmp_path / "out"))
+        all_open = threading.Barrier(len(paths), timeout=60)
+
+        class Slow(evidence.ParquetFile):  # type: ignore[misc]
+            def __init__(self, *args: Any, **kwargs: Any) -> None:
+                all_open.wait()  # breaks where one waits for another's end
+                super().__init__(*args, **kwargs)
+
+        monkeypatch.setattr(evidence, "ParquetFile", Slow)
+        assert gather_evidence(paths, RECORD).findings == ()
+
+    def test_it_tells_how_far_the_reading_is(self, tmp_path: Path) -> None:
+        told: list[int] = []
+
+        @contextmanager
+        def watch(total: int) -> Iterator[Callable[[int], object]]:
+            told.append(total)
+            yield told.append
+
+        gather_evidence(parts(write_run(tmp_path / "out")), RECORD, watch=watch)
+        assert told == [2, 1, 1]
+
     def test_it_reads_with_fastparquet(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         opened = []
 
@@ -230,7 +255,7 @@ class TestEvidence:
         monkeypatch.setattr(pq, "ParquetFile", None)
         monkeypatch.setattr(pq, "read_table", None)
         assert gather_evidence(paths, RECORD).findings == ()
-        assert opened == paths
+        assert sorted(opened) == paths
         assert evidence.ParquetFile.__mro__[1].__module__.startswith("fastparquet")
 
     def test_verify_parts_reads_footers_only(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

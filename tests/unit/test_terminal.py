@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.terminal import showing_tokens
+from jobs.terminal import showing
 
 PROGRAM = """
 import logging, os, sys
@@ -65,7 +65,7 @@ def test_a_process_that_is_ended_from_below_leaves_the_messages(tmp_path: Path) 
 def test_tokens_done_are_logged_now_and_then_and_never_at_the_end(caplog: pytest.LogCaptureFixture) -> None:
     seconds = iter([0.0, 4.0, 8.0, 11.0, 13.0, 40.0])
     caplog.set_level(logging.INFO, "jobs.terminal")
-    with showing_tokens("tracing", 5_000, interval_seconds=5.0, clock=lambda: next(seconds)) as seen:
+    with showing("tracing", 5_000, "tokens", interval_seconds=5.0, clock=lambda: next(seconds)) as seen:
         for _ in range(5):
             seen(1_000)
     assert caplog.messages == [
