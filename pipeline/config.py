@@ -210,9 +210,10 @@ class ClassifyConfig:
         default="auto",
         choices=PRECISIONS,
     )
-    shard_rows: int = flag(
-        "rows per shard: the unit of work, commit and retry; CSV and compressed files are one shard each",
-        default=4096,
+    shard_rows: int | None = flag(
+        "rows per shard: the unit of work, commit and retry; left out, 4,096, in a corpus of more than 67 million "
+        "rows up to 65,536; CSV and compressed files are one shard each",
+        default=None,
         parse=positive,
     )
     control: float = flag(

@@ -11,13 +11,17 @@ import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from pipeline.errors import BrokenFileError, InputError
 from pipeline.inputs import InputFile
 from pipeline.opening import arrow_schema, head, open_parquet, refusing
+
+if TYPE_CHECKING:
+    from pipeline.catalog import Catalog
 
 FIRST_BLOCK_BYTES = 1 << 20
 OTHER_BLOCK_BYTES = 1 << 16
@@ -39,22 +43,29 @@ class InputSchema:
 
 
 def check_columns(
-    files: Sequence[InputFile], text_columns: Sequence[str], other_columns: Sequence[str]
+    files: Sequence[InputFile],
+    text_columns: Sequence[str],
+    other_columns: Sequence[str],
+    *,
+    catalog: Catalog | None = None,
 ) -> InputSchema:
     """Check that every file has the columns, with one type; `other_columns` are ids and kept columns.
 
     Types of JSON lines come from the first block (a column without values there is a string); CSV
     columns are strings; a text file has the one column ``text``. Dictionaries, views and large strings
     are kept as plain strings. A file that cannot be read is left out here and named by its shard.
+    What `catalog` knows is not looked up again.
 
     Raises InputError, also when no file at all can be read.
     """
     first_jsonl = next((file for file in files if file.format == "jsonl" and file.size_bytes != 0), None)
 
     def probe(file: InputFile) -> Columns | BrokenFileError | None:
+        block_bytes = FIRST_BLOCK_BYTES if file is first_jsonl else OTHER_BLOCK_BYTES
+        look = partial(_columns, file, block_bytes)
         try:
             with refusing(file):
-                return _columns(file, FIRST_BLOCK_BYTES if file is first_jsonl else OTHER_BLOCK_BYTES)
+                return look() if catalog is None else catalog.columns(file, block_bytes, look)
         except BrokenFileError as error:
             return error
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +17,14 @@ from deebert.checkpoint import Checkpoint, load_checkpoint, weights_digest
 from deebert.exit_policy import EntropyThreshold, LearningToExit, StoredPolicy, policy_from_dict
 from deebert.precision import resolve_precision
 from deebert.problem import REGRESSION
+from pipeline.catalog import Catalog
 from pipeline.config import ClassifyConfig, Thresholds
-from pipeline.errors import UsageError
+from pipeline.errors import OutputError, UsageError
 from pipeline.input_schema import InputSchema, check_columns
 from pipeline.inputs import InputFile, discover, real_path
 from pipeline.records import Identity, ModelRecord, RunRecord
 from pipeline.schema import RESERVED_COLUMNS, Answers, part_table
-from pipeline.shards import Shard, parse_part_name, part_name, plan, source_key
+from pipeline.shards import Shard, parse_part_name, part_name, plan, source_key, suitable_shard_rows
 from pipeline.sink import SUCCESS, Output
 from pipeline.tokenization import TextTokenizer, check_windows
 
@@ -38,9 +40,12 @@ class RunPlan:
     identity: Identity
     model: ModelRecord
     files: tuple[InputFile, ...]
+    catalog: Catalog
+    """What is known of them now, for the next run on the output."""
     schema: InputSchema
     columns: tuple[str, ...]
     """Name and Arrow type of each output column."""
+    shard_rows: int
     shards: dict[str, Shard]
     """Every shard of the inputs, by the name of its part."""
 
@@ -58,7 +63,12 @@ def make_plan(config: ClassifyConfig, *, has_gpu: bool) -> RunPlan:
     """
     output = Output(config.output)
     files = _inputs(config, output)
-    schema = check_columns(files, _text_columns(config), _other_columns(config))
+    try:
+        shard_rows = _shard_rows(config, output, files)
+        catalog = Catalog.of(output, shard_rows=shard_rows)
+    except OutputError as error:
+        raise UsageError(f"{error}; mend that, or choose another output") from error
+    schema = check_columns(files, _text_columns(config), _other_columns(config), catalog=catalog)
     checkpoint = load_checkpoint(config.model)
     if config.probabilities and checkpoint.model.config.problem is REGRESSION:
         raise UsageError(
@@ -66,15 +76,17 @@ def make_plan(config: ClassifyConfig, *, has_gpu: bool) -> RunPlan:
             "--probabilities out"
         )
     identity = _identity(config, checkpoint, has_gpu=has_gpu)
-    shards = plan(files, shard_rows=config.shard_rows)
+    shards = plan(files, shard_rows=shard_rows, catalog=catalog)
     return RunPlan(
         config=config,
         checkpoint=checkpoint,
         identity=identity,
         model=_model_record(checkpoint),
         files=files,
+        catalog=catalog,
         schema=schema,
         columns=_columns(config, schema, checkpoint, identity),
+        shard_rows=shard_rows,
         shards={part_name(shard, identity.digest): shard for shard in shards},
     )
 
@@ -117,7 +129,7 @@ def can_go_on(run: RunPlan, earlier: RunRecord | None) -> bool:
         earlier is not None
         and earlier.status != "succeeded"
         and earlier.identity.digest == run.identity.digest
-        and earlier.shard_rows == run.config.shard_rows
+        and earlier.shard_rows == run.shard_rows
         and earlier.columns == run.columns
     )
 
@@ -143,7 +155,7 @@ def _check_same_run(run: RunPlan, output: Output, earlier: RunRecord) -> None:
             f"the output {output.url!r} holds another run: its {name.replace('_', ' ')} is {_short(theirs[name])}, "
             f"this one's is {_short(mine[name])}; {go_on}choose another output, or discard it with --overwrite"
         )
-    if earlier.shard_rows != run.config.shard_rows:
+    if earlier.shard_rows != run.shard_rows:
         raise UsageError(
             f"the output {output.url!r} was begun with --shard-rows {earlier.shard_rows}, which names its parts: "
             f"go on with that, or start over with --overwrite"
@@ -171,6 +183,16 @@ def _inputs(config: ClassifyConfig, output: Output) -> tuple[InputFile, ...]:
             f"the input {', '.join(config.input)} holds nothing but the output: give the texts' path"
         )
     return files
+
+
+def _shard_rows(config: ClassifyConfig, output: Output, files: Sequence[InputFile]) -> int:
+    """What was asked for, else what the output was begun with, else what suits the corpus."""
+    if config.shard_rows is not None:
+        return config.shard_rows
+    earlier = output.read_run()
+    if earlier is None or (config.overwrite and earlier.status == "succeeded"):
+        return suitable_shard_rows(files)
+    return earlier.shard_rows
 
 
 def _text_columns(config: ClassifyConfig) -> tuple[str, ...]:

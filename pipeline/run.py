@@ -93,6 +93,7 @@ def _resume(session: RaySession, run: RunPlan, output: Output) -> ClassifyResult
         output.set_aside()
         earlier = None
     done = check_output(run, output, earlier)
+    run.catalog.save(output)
     if len(done) == len(run.shards) and earlier is not None and _still_holds(earlier, output):
         log.info("nothing to do: all %d shards of %d files are committed", len(done), len(run.files))
         _seal(output)  # a kill may have come between the record and the mark
@@ -304,7 +305,7 @@ class _Attempt:
             inputs=self._run.config.input,
             planned_shards=len(self._run.shards),
             planned_files=len(self._run.files),
-            shard_rows=self._run.config.shard_rows,
+            shard_rows=self._run.shard_rows,
             columns=self._run.columns,
             totals=self._totals,
             attempts=(*self._earlier, attempt),

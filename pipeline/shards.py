@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -21,10 +23,18 @@ from pipeline.errors import BrokenFileError, UsageError
 from pipeline.inputs import InputFile, is_local
 from pipeline.opening import arrow_batches, head, open_file, open_parquet, refusing
 
+if TYPE_CHECKING:
+    from pipeline.catalog import Catalog
+
+LEAST_SHARD_ROWS = 4096
+MOST_SHARD_ROWS = 65_536
+# Each costs the driver some 10 ms and every reader of the output a file to open.
+ENOUGH_SHARDS = 16_384
 SPLIT_ABOVE_BYTES = 8 << 20
 SCAN_BLOCK_BYTES = 8 << 20
 ESTIMATE_BYTES = 1 << 16
 _MAX_CONNECTIONS = 16
+_FILES_TO_ESTIMATE_BY = 32
 _MAY_NOT_SEEK = ("http://", "https://")
 _NEWLINE = 10
 _PART_NAME = re.compile(r"part-([0-9a-f]{12})-(\d{12,})-([0-9a-f]{8})\.parquet")
@@ -61,7 +71,11 @@ class PartName:
 
 
 def plan(
-    files: Sequence[InputFile], *, shard_rows: int, split_above_bytes: int = SPLIT_ABOVE_BYTES
+    files: Sequence[InputFile],
+    *,
+    shard_rows: int,
+    split_above_bytes: int = SPLIT_ABOVE_BYTES,
+    catalog: Catalog | None = None,
 ) -> tuple[Shard, ...]:
     """Cut files into shards of about `shard_rows` rows, in the order of the files and their rows.
 
@@ -70,12 +84,46 @@ def plan(
     (which have no index) are one shard each, and so are lines from a server that may not seek: one that
     tells no size, and any HTTP server up to `split_above_bytes`.
     Files without rows give none; files that cannot be read give one, with the `flaw`.
+    Files that `catalog` knows are not opened.
     """
     if shard_rows < 1:
         raise UsageError(f"a shard must have at least 1 row, not {shard_rows}")
-    plan_one = partial(_plan_file, shard_rows=shard_rows, split_above_bytes=split_above_bytes)
+
+    def plan_file(file: InputFile) -> list[Shard]:
+        cut = partial(_cut, file, shard_rows, split_above_bytes)
+        try:
+            return cut() if catalog is None else catalog.shards(file, cut)
+        except BrokenFileError as error:
+            return [_flawed(file, str(error))]
+
     with ThreadPoolExecutor(_MAX_CONNECTIONS) as pool:
-        return tuple(itertools.chain.from_iterable(pool.map(plan_one, files)))
+        return tuple(itertools.chain.from_iterable(pool.map(plan_file, files)))
+
+
+def suitable_shard_rows(files: Sequence[InputFile]) -> int:
+    """4,096, or as many (a power of two, at most 65,536) as cut a very large corpus into 16,384 shards.
+
+    Its rows are estimated from some of the files.
+    """
+    sized = [file for file in files if file.size_bytes]
+    total_bytes = sum(file.size_bytes or 0 for file in sized)
+    if total_bytes <= ENOUGH_SHARDS * LEAST_SHARD_ROWS:  # a row takes a byte at least
+        return LEAST_SHARD_ROWS
+    some = sized[:: math.ceil(len(sized) / _FILES_TO_ESTIMATE_BY)]
+    with ThreadPoolExecutor(_MAX_CONNECTIONS) as pool:
+        estimates = dict(zip(some, pool.map(_rows_if_readable, some), strict=True))
+    known = {file: rows for file, rows in estimates.items() if rows is not None}
+    rows = total_bytes * sum(known.values()) / max(1, sum(file.size_bytes or 0 for file in known))
+    wanted = 1 << max(0, math.ceil(rows / ENOUGH_SHARDS) - 1).bit_length()
+    return min(MOST_SHARD_ROWS, max(LEAST_SHARD_ROWS, wanted))
+
+
+def _rows_if_readable(file: InputFile) -> int | None:
+    try:
+        with refusing(file):
+            return _estimate_rows(file)
+    except BrokenFileError:  # its shard will say so
+        return None
 
 
 def source_key(file: InputFile) -> str:
@@ -103,13 +151,8 @@ def parse_part_name(name: str) -> PartName | None:
     return PartName(source_key=match[1], first_row=int(match[2]), tag=match[3])
 
 
-def _plan_file(file: InputFile, *, shard_rows: int, split_above_bytes: int) -> list[Shard]:
-    try:
-        return _cut(file, shard_rows, split_above_bytes)
-    except BrokenFileError as error:
-        return [
-            Shard(source=file, first_row=0, num_rows=None, byte_range=None, estimated_rows=0, flaw=str(error))
-        ]
+def _flawed(file: InputFile, reason: str) -> Shard:
+    return Shard(source=file, first_row=0, num_rows=None, byte_range=None, estimated_rows=0, flaw=reason)
 
 
 def _cut(file: InputFile, shard_rows: int, split_above_bytes: int) -> list[Shard]:
@@ -201,6 +244,9 @@ def _scan_lines(file: InputFile, shard_rows: int) -> tuple[list[int], int]:
 
 
 def _estimate_rows(file: InputFile) -> int:
+    if file.format == "parquet":
+        with open_parquet(file) as parquet:
+            return int(parquet.metadata.num_rows)
     if file.format == "arrow":
         batch = next(arrow_batches(file), None)
         return round((file.size_bytes or 0) * batch.num_rows / max(1, batch.nbytes)) if batch else 0

@@ -8,6 +8,7 @@ retry replaces it. Knows nothing of engines, shards or Ray.
     OUT/_SUCCESS                       planned = committed
     OUT/_deebert/run.json              the run record
     OUT/_deebert/shards/*.jsonl        shard records, one file per attempt
+    OUT/_deebert/inputs.arrow          what planning found in the input files (`pipeline.catalog`)
     OUT/_deebert/dead_letters/*.jsonl  rows that could not be classified, one file per shard
     OUT/_deebert/report.html           what `deebert report` wrote
     OUT/_deebert/lock                  who writes here (`pipeline.lock`)
@@ -42,6 +43,8 @@ from pipeline.schema import RECORD_KEY
 META = "_deebert"
 SUCCESS = "_SUCCESS"
 LOCK = f"{META}/lock"
+# Not Parquet: some readers of a folder take all files of that suffix, whatever the names of the folders.
+CATALOG = f"{META}/inputs.arrow"
 _TMP = f"{META}/tmp"
 _RUN = f"{META}/run.json"
 _SHARDS = f"{META}/shards"
@@ -138,11 +141,17 @@ class Output:
             temporary.unlink(missing_ok=True)  # what could not be written whole takes no room
 
     def read(self, name: str) -> bytes | None:
-        """The content of a file, None where there is none."""
+        """The content of a file, None where there is none.
+
+        Raises:
+            OutputError: there may be one, but it cannot be read.
+        """
         try:
             return bytes(self._fs.cat_file(self._at(name)))
         except (FileNotFoundError, NotADirectoryError):
             return None
+        except OSError as error:
+            raise OutputError(f"cannot read {self.path(name)}: {_reason(error)}") from error
 
     def commit_part(self, name: str, table: pa.Table, metadata: dict[bytes, bytes]) -> None:
         """Write a part: with this, its shard is committed."""

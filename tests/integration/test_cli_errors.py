@@ -419,7 +419,7 @@ def begin_run(config: ClassifyConfig) -> None:
             inputs=config.input,
             planned_shards=len(run.shards),
             planned_files=len(run.files),
-            shard_rows=config.shard_rows,
+            shard_rows=run.shard_rows,
             columns=run.columns,
             totals=Totals.zero(run.model.num_layers),
             attempts=(),

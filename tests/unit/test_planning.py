@@ -43,7 +43,7 @@ def planned(config: ClassifyConfig) -> RunPlan:
 def record_of(run: RunPlan) -> SimpleNamespace:
     """What `check_output` reads of the record of a run like this one."""
     return SimpleNamespace(
-        identity=run.identity, shard_rows=run.config.shard_rows, columns=run.columns, status="succeeded"
+        identity=run.identity, shard_rows=run.shard_rows, columns=run.columns, status="succeeded"
     )
 
 
