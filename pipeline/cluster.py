@@ -46,6 +46,7 @@ class Resources:
     """What there is to place replicas on."""
 
     cores: int
+    """0 where no node that has any has started yet."""
     cores_of_largest_node: int
     """What one replica can reserve at most: it runs on one node."""
     gpus: int
@@ -92,13 +93,23 @@ def place(
     each = threads or max(1, min(there_is.cores // chosen.most, largest))
     if on_gpus and not there_is.gpus:
         log.warning("the cluster has no GPU yet: waiting for one")
+    if not on_gpus and not there_is.cores:
+        log.warning("the cluster has no core yet: waiting for one")
     return Placement(
         replicas=chosen,
         device="cuda" if on_gpus else "cpu",
         threads=each,
-        # More replicas or threads than cores are the caller's wish: Ray must not wait for cores that never come.
-        num_cpus=1.0 if on_gpus else min(each, there_is.cores / chosen.most, largest),
+        num_cpus=1.0 if on_gpus else _reserved(there_is, chosen, each),
     )
+
+
+def _reserved(there_is: Resources, replicas: Replicas, threads: int) -> float:
+    """Cores that a replica reserves, of which it uses `threads`."""
+    if not there_is.cores:
+        return threads
+    # More replicas or threads than cores are the caller's wish: Ray must not wait for cores that never come. Those
+    # beyond the least are to come with the cores: a cluster grows only for what does not fit.
+    return min(threads, there_is.cores / replicas.least, there_is.cores_of_largest_node)
 
 
 class RaySession:
@@ -158,7 +169,7 @@ class RaySession:
 
     def resources(self) -> Resources:
         """What the cluster, or this machine, has."""
-        cores = max(1, int(self._count("CPU")))
+        cores = int(self._count("CPU"))
         return Resources(
             cores=cores,
             cores_of_largest_node=_cores_of_largest_node() if ray.is_initialized() else cores,
@@ -167,11 +178,20 @@ class RaySession:
         )
 
     def _connect(self, address: str) -> None:
+        if address.startswith("ray://"):
+            raise UsageError(
+                f"{address!r} is of a Ray Client, which cannot run this: submit the command with `ray job submit`, or "
+                "run it on a node of the cluster with --ray-address auto"
+            )
         try:
             _knock(address)
             _init(address=address)
         except (OSError, RuntimeError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = " ".join(str(error).split())
+            if "ersion mismatch" in reason:
+                raise UsageError(
+                    f"the Ray cluster {address!r} runs other versions ({reason}): use its Ray and Python"
+                ) from error
             raise UsageError(
                 f"cannot reach the Ray cluster {address!r} ({reason}): check --ray-address, or leave it out"
             ) from error
@@ -196,7 +216,7 @@ def _cores_of_largest_node() -> int:
 
 def _knock(address: str) -> None:
     """Raise OSError where nobody listens: Ray itself would try for minutes."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
+    host, _, port = address.rpartition(":")
     if host and port.isdigit():
         socket.create_connection((host, int(port)), timeout=_KNOCK_SECONDS).close()
 

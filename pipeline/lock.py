@@ -56,6 +56,11 @@ def _flocked(output: Output, holder: dict[str, Any]) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             _refuse(output, path.read_bytes())
+        except OSError as error:
+            raise UsageError(
+                f"the file system of the output {output.url!r} has no locks ({error.strerror}): mount it with them "
+                "(Lustre: -o flock, NFS: lockd), or choose another output"
+            ) from error
         file.truncate(0)
         file.write(json.dumps(holder))
         file.flush()
@@ -90,9 +95,12 @@ def _beating(output: Output, holder: dict[str, Any], beat_seconds: float) -> Ite
     finally:
         ended.set()
         beating.join()
-        # Whoever took it over while we were not heard keeps it.
-        if name.encode() in (output.read(LOCK) or b""):
-            output.remove([LOCK])
+        try:
+            # Whoever took it over while we were not heard keeps it.
+            if name.encode() in (output.read(LOCK) or b""):
+                output.remove([LOCK])
+        except Exception as error:  # it goes stale by itself, and what the run has done is done
+            log.warning("the lock of the output %r could not be removed: %s", output.url, error)
 
 
 def _changes(read: Callable[[], bytes | None], found: bytes, *, within_seconds: float) -> bool:

@@ -20,6 +20,8 @@ from pipeline.errors import BrokenFileError, PipelineError
 from pipeline.inputs import InputFile, first_line, is_local, locate
 
 PARQUET_BUFFER_BYTES = 4 << 20
+# What is fetched beyond a read, of URLs that are read from front to back; where reads are large it would be wasted.
+_AHEAD_BYTES = 8 << 20
 _MAX_HEAD_BYTES = 8 << 20  # of decompressed content, however well it is compressed
 
 READ_FAILURES = (pa.ArrowException, OSError, EOFError, csv.Error, zlib.error, zstandard.ZstdError)
@@ -27,16 +29,26 @@ READ_FAILURES = (pa.ArrowException, OSError, EOFError, csv.Error, zlib.error, zs
 
 
 def open_file(file: InputFile) -> Any:
-    """The stored bytes as a seekable `pyarrow.NativeFile`."""
+    """The stored bytes as a seekable `pyarrow.NativeFile`; each read of a URL is a request, for no more than it."""
+    # Some stores' drivers fetch 50 MB more with every read.
+    return pa.OSFile(file.path) if is_local(file.path) else _open_url(file, cache_type="none")
+
+
+def _open_reading_ahead(file: InputFile) -> Any:
+    """The same for small reads, one after the other."""
     if is_local(file.path):
         return pa.OSFile(file.path)
+    return _open_url(file, cache_type="readahead", block_size=_AHEAD_BYTES)
+
+
+def _open_url(file: InputFile, **caching: Any) -> Any:
     filesystem, path = locate(file.path)
-    return pa.PythonFile(filesystem.open(path, "rb"), mode="r")
+    return pa.PythonFile(filesystem.open(path, "rb", **caching), mode="r")
 
 
 def open_stream(file: InputFile) -> Any:
     """The content, decompressed, as a `pyarrow.NativeFile` to read from front to back."""
-    stored = open_file(file)
+    stored = _open_reading_ahead(file)
     return stored if file.compression is None else pa.CompressedInputStream(stored, file.compression)
 
 
@@ -60,7 +72,7 @@ def arrow_batches(file: InputFile, *, only_field: int | None = None) -> Iterator
 
 
 def _arrow_reader(file: InputFile, only_field: int | None) -> Any:
-    source = pa.memory_map(file.path) if is_local(file.path) else open_file(file)
+    source = pa.memory_map(file.path) if is_local(file.path) else _open_reading_ahead(file)
     options = pa.ipc.IpcReadOptions(included_fields=None if only_field is None else [only_field])
     is_file_kind = source.read(6) == b"ARROW1"  # `datasets` writes the stream kind, which has no magic
     source.seek(0)

@@ -117,9 +117,7 @@ def check_output(run: RunPlan, output: Output, earlier: RunRecord | None) -> set
         log.info("%d parts belong to inputs that changed: doing them again", len(stale))
         # Old answers go before new ones come: a kill in between leaves rows missing, never twice.
         output.remove([SUCCESS])
-        for part in sorted(stale):
-            output.write_dead_letters(part, ())  # before its part: without that, nobody would look for them
-            output.remove([part])
+        output.remove_parts(stale)
     return existing & run.shards.keys()
 
 

@@ -45,7 +45,7 @@ from pipeline.schema import Answers, footer, part_table
 from pipeline.shard_work import RowsInLanes, ShardWork
 from pipeline.shards import Shard, part_name
 from pipeline.sink import Output
-from pipeline.source import BadRow, SourceBatch, read_shard
+from pipeline.source import BadRow, ParquetReaders, SourceBatch, read_shard
 from pipeline.tokenization import TextTokenizer
 from pipeline.turns import Turns
 from pipeline.watchdog import Watchdog
@@ -118,7 +118,7 @@ class Replica:
         precision = resolve_precision(spec.identity.precision, has_gpu=spec.device == "cuda")
         encoder = PackedEncoder(model.fused, device=spec.device, dtype=DTYPES[precision])
         self._spec = spec
-        self._turns = Turns()
+        self._turns, self._readers = Turns(), ParquetReaders()
         self._watchdog = Watchdog(spec.hang_seconds)
         self._labels, self._problem = model.labels, encoder.problem
         self._hardware = device_name(spec.device)
@@ -199,6 +199,7 @@ class Replica:
             other_columns=spec.schema.kept.names,
             schema=spec.schema,
             batch_rows=_BATCH_ROWS,
+            readers=self._readers,
         )
         while True:
             with work.timing("read_seconds"), self._watchdog.limit(f"a read of {path}"):

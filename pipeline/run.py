@@ -134,6 +134,7 @@ class _Attempt:
         self._new: dict[str, ShardRecord] = {}
         # Of all parts in the folder, and of those alone that this run is about: an earlier one may have had others.
         self._totals = self._planned = Totals.zero(run.model.num_layers)
+        self._max_bad_rows = _max_bad_rows(run)
         self._written_at = 0.0
 
     @property
@@ -250,12 +251,6 @@ class _Attempt:
     def _may_exit(self) -> bool:
         return policy_from_dict(self._run.identity.exit_policy) != FULL_DEPTH
 
-    @property
-    def _max_bad_rows(self) -> int:
-        asked = self._run.config.max_bad_rows
-        share = int(_BAD_ROW_SHARE * self._run.estimated_rows)
-        return max(_LEAST_BAD_ROWS, share) if asked is None else asked
-
     def _check_bad_rows(self) -> None:
         count, limit = self._planned.bad_rows, self._max_bad_rows
         if count > limit:
@@ -312,6 +307,11 @@ class _Attempt:
         )
         self._output.write_run(self._record)
         self._written_at = time.monotonic()
+
+
+def _max_bad_rows(run: RunPlan) -> int:
+    asked = run.config.max_bad_rows
+    return max(_LEAST_BAD_ROWS, int(_BAD_ROW_SHARE * run.estimated_rows)) if asked is None else asked
 
 
 def _served(run: RunPlan) -> ServedModel:

@@ -22,9 +22,9 @@ import errno
 import json
 import os
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,7 +150,7 @@ class Output:
             return bytes(self._fs.cat_file(self._at(name)))
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except OSError as error:
+        except Exception as error:  # not only OSError: each store has errors of its own
             raise OutputError(f"cannot read {self.path(name)}: {_reason(error)}") from error
 
     def commit_part(self, name: str, table: pa.Table, metadata: dict[bytes, bytes]) -> None:
@@ -163,7 +163,7 @@ class Output:
     def write_dead_letters(self, part: str, letters: Iterable[dict[str, Any]]) -> None:
         """Write one shard's bad rows, replacing those of an earlier try; no rows, no file."""
         lines = b"".join(_json_line(letter) for letter in letters)
-        name = f"{_DEAD}/{Path(part).stem}.jsonl"
+        name = _letters_of(part)
         if lines:
             self.write(name, lines)
         elif self._fs.exists(self._at(name)):
@@ -181,10 +181,17 @@ class Output:
         return [str(f).rstrip("/").rsplit("/", 1)[-1] for f in found]
 
     def remove(self, names: Iterable[str]) -> None:
-        """Remove files that may exist."""
+        """Remove files or folders that may exist."""
         for name in names:
             if self._fs.exists(self._at(name)):
                 self._fs.rm(self._at(name), recursive=True)
+
+    def remove_parts(self, parts: Collection[str]) -> None:
+        """Remove parts that exist, and first their dead letters: without its part nobody would look for one."""
+        letters = {_letters_of(part) for part in parts} & {f"{_DEAD}/{name}" for name in self._names(_DEAD)}
+        for names in (letters, parts):
+            if names:
+                self._fs.rm([self._at(name) for name in sorted(names)])
 
     def set_aside(self) -> None:
         """Hide a whole run from readers, so that another can take its place.
@@ -195,22 +202,29 @@ class Output:
         self.remove([SUCCESS])
         kept = {LOCK, _ASIDE, _TMP}
         records = [name for entry in self._names(META) if (name := f"{META}/{entry}") not in kept]
-        for name in (*sorted(self.parts()), *sorted(records, key=lambda name: (name == _RUN, name))):
-            self._move(name, f"{_ASIDE}/{name}")
-            sabotage.reach("driver-set-aside")
+        with ThreadPoolExecutor(_MAX_CONNECTIONS) as pool:
+            for _ in pool.map(self._move_aside, sorted(self.parts())):
+                pass
+        for name in sorted(records, key=lambda name: (name == _RUN, name)):
+            self._move_aside(name)
 
     def discard_aside(self) -> None:
         """Remove what was set aside: the new run is complete."""
         self.remove([_ASIDE])
 
-    def _move(self, name: str, new_name: str) -> None:
+    def _move_aside(self, name: str) -> None:
+        new_name = f"{_ASIDE}/{name}"
         source, target = self._at(name), self._at(new_name)
         if self.is_local:
             Path(target).parent.mkdir(parents=True, exist_ok=True)
             self.remove([new_name])
             Path(source).replace(target)
-        else:
+        elif name.startswith(META):
             self._fs.mv(source, target, recursive=True)
+        else:  # a part, of which there may be very many: two requests instead of eight
+            self._fs.cp_file(source, target)
+            self._fs.rm(source)
+        sabotage.reach("driver-set-aside")
 
     def read_run(self) -> RunRecord | None:
         """The run record, None where no run has been.
@@ -304,16 +318,21 @@ class RecordLog:
         else:
             self._lines.append(line)
             # What is not yet written when the driver dies costs a request per part, to read its footer.
-            if len(self._lines) == _RECORDS_PER_OBJECT:
+            if len(self._lines) % _RECORDS_PER_OBJECT == 0:
                 self.close()
 
     def close(self) -> None:
-        """Write what could not be appended."""
+        """Write what could not be appended; where that fails the parts' footers have it, as after a kill."""
         if self._lines:
             name = f"{_SHARDS}/{self._attempt}-{self._objects:06d}.jsonl"
-            self._output.write(name, b"".join(self._lines))
-            self._lines.clear()
-            self._objects += 1
+            with suppress(OutputError):
+                self._output.write(name, b"".join(self._lines))
+                self._lines.clear()
+                self._objects += 1
+
+
+def _letters_of(part: str) -> str:
+    return f"{_DEAD}/{Path(part).stem}.jsonl"
 
 
 def _file_system(url: str) -> tuple[Any, str]:
@@ -327,8 +346,8 @@ def _explaining(path: str) -> Iterator[None]:
     """Turn a failure to write into one sentence."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:  # not only OSError: each store has errors of its own
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OutputFullError(
                 f"no room for {path}: {_reason(error)}; make room, the same command resumes"
             ) from error

@@ -16,15 +16,14 @@ import pyarrow as pa
 from pipeline.errors import ReadError
 from pipeline.input_schema import InputSchema, plain_type
 from pipeline.inputs import current_fingerprint, first_line
-from pipeline.opening import arrow_batches, is_read_failure, open_parquet
+from pipeline.opening import arrow_batches, is_read_failure
 from pipeline.raw_rows import BadRow, RawRows, Rows, excerpt
 from pipeline.shards import Shard
 from pipeline.source_csv import read_csv
 from pipeline.source_lines import read_jsonl, read_text
+from pipeline.source_parquet import ParquetReaders, read_parquet
 
-__all__ = ["BadRow", "SourceBatch", "read_shard"]
-
-MAX_BATCH_BYTES = 64 << 20
+__all__ = ["BadRow", "ParquetReaders", "SourceBatch", "read_shard"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,15 +67,18 @@ def read_shard(
     other_columns: Sequence[str],
     schema: InputSchema,
     batch_rows: int,
+    readers: ParquetReaders | None = None,
 ) -> Iterator[SourceBatch]:
     """Read a shard in batches of at most `batch_rows` good rows, in the order of the file.
+
+    `readers`, where given, spare pieces of one Parquet row group from decoding what lies before them again.
 
     Raises ReadError when the file cannot be read, or is no longer the one that was planned.
     """
     kept = pa.schema([schema.kept.field(name) for name in dict.fromkeys(other_columns)])
     texts = [pa.field(name, pa.string()) for name in dict.fromkeys(text_columns)]
     needed = pa.schema([*texts, *(field for field in kept if field.name not in text_columns)])
-    for raw in _reading(shard, _read(shard, needed, text_columns, batch_rows)):
+    for raw in _reading(shard, _read(shard, needed, text_columns, batch_rows, readers or ParquetReaders())):
         for start in range(0, max(1, len(raw.rows)), batch_rows):
             yield _checked(_slice(raw, start, batch_rows), text_columns, kept)
 
@@ -95,10 +97,12 @@ def _reading(shard: Shard, parts: Iterator[RawRows]) -> Iterator[RawRows]:
         raise ReadError(f"{path} could not be read as {shard.source.format}: {first_line(error)}") from error
 
 
-def _read(shard: Shard, needed: Any, text_columns: Sequence[str], batch_rows: int) -> Iterator[RawRows]:
+def _read(
+    shard: Shard, needed: Any, text_columns: Sequence[str], batch_rows: int, readers: ParquetReaders
+) -> Iterator[RawRows]:
     match shard.source.format:
         case "parquet":
-            return _read_parquet(shard, needed.names, batch_rows)
+            return read_parquet(shard, needed.names, batch_rows, readers)
         case "arrow":
             return _number(shard, arrow_batches(shard.source), 0, needed.names)
         case "csv":
@@ -107,29 +111,6 @@ def _read(shard: Shard, needed: Any, text_columns: Sequence[str], batch_rows: in
             return read_jsonl(shard, needed, text_columns)
         case "text":
             return read_text(shard, needed)
-
-
-def _read_parquet(shard: Shard, names: list[str], batch_rows: int) -> Iterator[RawRows]:
-    with open_parquet(shard.source) as parquet:
-        groups, group_start, row_bytes = _covering_row_groups(parquet.metadata, shard)
-        batches = parquet.iter_batches(
-            batch_size=max(1, min(batch_rows, MAX_BATCH_BYTES // row_bytes)),
-            row_groups=groups,
-            columns=names,
-            use_threads=False,
-        )
-        yield from _number(shard, batches, group_start, names)
-
-
-def _covering_row_groups(footer: Any, shard: Shard) -> tuple[list[int], int, int]:
-    """The row groups that hold the shard's rows, the number of their first row, and bytes per row."""
-    sizes = np.array([footer.row_group(index).num_rows for index in range(footer.num_row_groups)])
-    ends = np.cumsum(sizes)
-    last_row = shard.first_row + (shard.num_rows or 0)
-    covering = np.flatnonzero((ends > shard.first_row) & (ends - sizes < last_row))
-    num_bytes = sum(footer.row_group(int(index)).total_byte_size for index in covering)
-    row_bytes = max(1, num_bytes // int(sizes[covering].sum()))
-    return covering.tolist(), int((ends - sizes)[covering[0]]), row_bytes
 
 
 def _number(shard: Shard, batches: Iterator[Any], row: int, names: list[str]) -> Iterator[RawRows]:
@@ -142,7 +123,7 @@ def _number(shard: Shard, batches: Iterator[Any], row: int, names: list[str]) ->
             columns = pa.table(batch.slice(first - row, last - first).select(names))
             yield RawRows(rows=np.arange(first, last, dtype=np.int64), columns=columns, bad=())
         row += batch.num_rows
-        if row == end:
+        if end is not None and row >= end:
             return
 
 

@@ -31,7 +31,7 @@ WINDOWS_COLUMN = "num_windows"
 """Beside them, where longer texts were classified in windows."""
 SCORE_BINS = 200
 # Parts may be far away: on object stores, waiting for them one by one is all the time.
-READING_THREADS = 8
+READING_THREADS = 16
 
 Watch = Callable[[int], AbstractContextManager[Callable[[int], object]]]
 """Told how many parts there are; its block's function hears of parts as they have been read."""
