@@ -188,7 +188,7 @@ class RaySession:
             _init(address=address)
         except (OSError, RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())
-            if "ersion mismatch" in reason:
+            if reason.startswith("Version mismatch"):
                 raise UsageError(
                     f"the Ray cluster {address!r} runs other versions ({reason}): use its Ray and Python"
                 ) from error

@@ -221,7 +221,7 @@ class Output:
             Path(source).replace(target)
         elif name.startswith(META):
             self._fs.mv(source, target, recursive=True)
-        else:  # a part, of which there may be very many: two requests instead of eight
+        else:  # a part, of which there may be very many: fewer requests than `mv` makes
             self._fs.cp_file(source, target)
             self._fs.rm(source)
         sabotage.reach("driver-set-aside")

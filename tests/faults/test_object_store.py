@@ -10,13 +10,20 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
+import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 import requests
 import s3fs
 
+from pipeline.input_schema import check_columns
+from pipeline.inputs import discover
+from pipeline.shards import plan
+from pipeline.sink import Output
+from pipeline.source import read_shard
 from tests.clusters import free_ports, wait_for
 from tests.faults.harness import DEADLINE_SECONDS, wait_until
 from tests.integration.conftest import sentences
@@ -77,6 +84,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
         "AWS_DEFAULT_REGION": "us-east-1",
     }.items():
         monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()  # of this process: they know the server of the test before
     yield store
     store.stop()
 
@@ -146,3 +154,55 @@ def test_parts_are_listed_not_visited(store: Store, saved_model: Path) -> None:
     assert not [path for _, path in made if "/part-" in path]
     assert not [path for _, path in made if "/in/" in path], "inputs that are known were opened"
     assert len(made) < 40, made
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "csv"])
+def test_reads_fetch_little_more_than_they_need(
+    store: Store, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One shard of a file of 12 MB, and what planning looks at."""
+    texts = pa.table({"text": [os.urandom(100).hex() for _ in range(60_000)]})
+    with store.files.open(f"bucket/in/a.{kind}", "wb") as file:
+        match kind:
+            case "parquet":
+                pq.write_table(texts, file, row_group_size=4_000)
+            case "jsonl":
+                file.write(
+                    b"".join(b'{"text": "%s"}\n' % text.encode() for text in texts["text"].to_pylist())
+                )
+            case "csv":
+                pa.csv.write_csv(texts, file)
+    fetched: list[int] = []
+    fetch = s3fs.core._fetch_range
+
+    def counting(*args: Any, **options: Any) -> bytes:
+        content: bytes = fetch(*args, **options)
+        fetched.append(len(content))
+        return content
+
+    monkeypatch.setattr(s3fs.core, "_fetch_range", counting)
+    files = discover(["s3://bucket/in"])
+    schema = check_columns(files, ["text"], [])
+    assert sum(fetched) < 2.5e6, "of the first block, or of the footer"
+    shards = plan(files, shard_rows=4_000)
+    if kind == "csv":
+        assert len(shards) == 1, "a CSV file is read whole"
+        return
+    fetched.clear()
+    batches = list(
+        read_shard(shards[3], text_columns=["text"], other_columns=[], schema=schema, batch_rows=1024)
+    )
+    assert sum(len(batch.rows) for batch in batches) == 4_000
+    assert sum(fetched) < 2.5e6, "of 4,000 rows of 200 bytes"
+
+
+def test_setting_a_run_aside_takes_three_requests_a_part(store: Store) -> None:
+    output = Output("s3://bucket/old")
+    for i in range(50):
+        output.write(f"part-{i:02d}.parquet", b"rows")
+    output.write("_deebert/run.json", b"{}")
+    before = len(store.requests())
+    output.set_aside()
+    assert len(store.requests()) - before <= 3 * 50 + 20
+    assert output.parts() == set()
+    assert len(store.files.ls("bucket/old/_deebert/aside")) == 51

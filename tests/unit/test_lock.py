@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -76,6 +78,32 @@ def test_an_object_that_no_longer_beats_is_taken_over() -> None:
     with locked(output, beat_seconds=BEAT_SECONDS):
         pass
     assert output.read(LOCK) is None
+
+
+def test_a_file_system_without_locks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(file: object, operation: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with (
+        pytest.raises(UsageError, match=r"has no locks \(Function not implemented\): mount it with them"),
+        locked(Output(str(tmp_path))),
+    ):
+        pass
+
+
+def test_a_lock_that_cannot_be_removed_is_no_failure(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    output = Output(f"memory://{uuid.uuid4()}")
+
+    def remove(self: Output, names: list[str]) -> None:
+        raise ConnectionError("no network")
+
+    with locked(output, beat_seconds=BEAT_SECONDS):
+        wait_for(lambda: output.read(LOCK) is not None)
+        monkeypatch.setattr(Output, "remove", remove)
+    assert caplog.messages == [f"the lock of the output {output.url!r} could not be removed: no network"]
 
 
 @pytest.fixture

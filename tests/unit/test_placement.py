@@ -9,6 +9,7 @@ import pytest
 import ray
 import torch
 
+from pipeline import cluster
 from pipeline.cluster import Placement, RaySession, Resources, place
 from pipeline.config import Replicas
 from pipeline.errors import UsageError
@@ -96,6 +97,40 @@ def test_a_cluster_that_has_yet_to_get_its_gpu(
     caplog.set_level(logging.INFO, "pipeline.cluster")
     assert placed(gpus=gpus, on_gpus=True).num_gpus == 1
     assert caplog.messages == said
+
+
+def test_what_a_range_may_grow_to_needs_cores_of_its_own() -> None:
+    """A cluster that can grow does so only for replicas that do not fit."""
+    assert placed(cores=4, replicas=Replicas(1, 16)).num_cpus == 1
+    assert placed(cores=4, replicas=Replicas(8, 16)).num_cpus == 0.5
+
+
+def test_a_cluster_without_cores_is_waited_for(caplog: pytest.LogCaptureFixture) -> None:
+    wished = placed(cores=0, replicas=Replicas(1, 4), threads=4)
+    assert (wished.num_cpus, wished.threads, wished.replicas.least) == (4, 4, 1)
+    assert placed(cores=0).num_cpus == 1
+    assert caplog.messages == ["the cluster has no core yet: waiting for one"] * 2
+
+
+def test_a_ray_client_is_refused() -> None:
+    with pytest.raises(
+        UsageError, match="'ray://head:10001' is of a Ray Client, which cannot run this: submit"
+    ):
+        RaySession("ray://head:10001").__enter__()
+
+
+def test_other_versions_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def mismatch(**options: object) -> None:
+        raise RuntimeError(
+            "Version mismatch: The cluster was started with:\n    Ray: 2.9.0\n    Python: 3.10.1\n"
+            "This process on node 10.0.0.2 was started with:\n    Ray: 2.60.0\n    Python: 3.11.2\n"
+        )
+
+    monkeypatch.setattr(cluster, "_init", mismatch)
+    with pytest.raises(
+        UsageError, match=r"other versions \(.* Ray: 2.9.0 .* Ray: 2.60.0 .*\): use its Ray and Python"
+    ):
+        RaySession("auto").__enter__()
 
 
 class FakeCluster:

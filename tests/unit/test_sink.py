@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pickle
+import uuid
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
-from pipeline.errors import UsageError
+from pipeline.errors import OutputError, UsageError
+from pipeline.records import ShardRecord, Totals
 from pipeline.sink import Output
 
 
@@ -62,3 +66,93 @@ def test_a_part_that_is_none_is_named(kind: str, tmp_path: Path) -> None:
     output = Output(str(tmp_path))
     with pytest.raises(UsageError, match=rf"the part '{part}' is damaged, or `classify` did not write it \("):
         output.read_shard_records(output.parts())
+
+
+@pytest.fixture(params=["file", "object store"])
+def output(request: pytest.FixtureRequest, tmp_path: Path) -> Output:
+    return Output(str(tmp_path / "out") if request.param == "file" else f"memory://{uuid.uuid4()}")
+
+
+PARTS = [f"part-{i}.parquet" for i in range(40)]
+
+
+def begun(output: Output) -> Output:
+    for part in PARTS:
+        output.write(part, part.encode())
+    for part in PARTS[::2]:
+        output.write_dead_letters(part, [{"row": 1}])
+    output.write("_deebert/run.json", b"{}")
+    output.write("_deebert/shards/a.jsonl", b"")
+    output.mark_success()
+    return output
+
+
+def test_what_is_set_aside_is_all_there_and_hidden(output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[str] = []
+    move = Output._move_aside
+
+    def noting(self: Output, name: str) -> None:
+        move(self, name)
+        moved.append(name)
+
+    monkeypatch.setattr(Output, "_move_aside", noting)
+    begun(output).set_aside()
+    assert output.parts() == set()
+    assert output.read("_SUCCESS") is None
+    assert {part: output.read(f"_deebert/aside/{part}") for part in PARTS} == {p: p.encode() for p in PARTS}
+    assert output.read("_deebert/aside/_deebert/dead_letters/part-0.jsonl") == b'{"row": 1}\n'
+    assert set(moved[:40]) == set(PARTS)
+    assert moved[-1] == "_deebert/run.json", "without it, what is left would be nobody's"
+
+
+def test_parts_go_with_their_dead_letters_and_others_stay(output: Output) -> None:
+    begun(output).remove_parts({PARTS[0], PARTS[1]})
+    assert output.parts() == set(PARTS[2:])
+    assert output.read("_deebert/dead_letters/part-0.jsonl") is None
+    assert output.read("_deebert/dead_letters/part-2.jsonl") is not None
+    output.remove_parts(set())
+    assert output.parts() == set(PARTS[2:])
+
+
+class TestADriverWithErrorsOfItsOwn:
+    """What stores' drivers raise is not always an OSError."""
+
+    @pytest.fixture(autouse=True)
+    def without_credentials(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(*args: object, **options: object) -> None:
+            raise RuntimeError("Unable to locate credentials")
+
+        monkeypatch.setattr(MemoryFileSystem, "cat_file", refuse)
+        monkeypatch.setattr(MemoryFileSystem, "pipe_file", refuse)
+
+    def test_is_misuse_before_the_run(self) -> None:
+        with pytest.raises(UsageError, match="cannot write to the output 'memory://out': Unable to locate"):
+            Output("memory://out").prepare()
+
+    def test_is_one_sentence_where_something_is_read(self) -> None:
+        with pytest.raises(
+            OutputError, match=r"cannot read memory:///?out/_deebert/run.json: Unable to locate"
+        ):
+            Output("memory://out").read_run()
+
+
+def test_records_that_could_not_be_written_come_with_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    output = Output(f"memory://{uuid.uuid4()}")
+    records = output.record_log("now")
+    record = ShardRecord(
+        part="", source_file="in", first_row=0, replica="h:1", finished_at="", totals=Totals.zero(2)
+    )
+    pipe_file, fails = MemoryFileSystem.pipe_file, [True, False]
+
+    def flaky(self: MemoryFileSystem, *args: object, **options: object) -> None:
+        if fails.pop(0):
+            raise RuntimeError("slow down")
+        pipe_file(self, *args, **options)
+
+    monkeypatch.setattr(MemoryFileSystem, "pipe_file", flaky)
+    names = [f"part-{i}.parquet" for i in range(100)]
+    for name in names:
+        records.append(dataclasses.replace(record, part=name))
+    records.close()
+    assert fails == []
+    assert output.read_shard_records(set(names)).keys() == set(names)
