@@ -26,6 +26,7 @@ from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -270,13 +271,13 @@ class Output:
             UsageError: one of them is not a part that `classify` wrote, or no longer.
         """
         records: dict[str, ShardRecord] = {}
-        for name in sorted(self._names(_SHARDS)):
-            for line in self._fs.cat_file(self._at(f"{_SHARDS}/{name}")).splitlines():
+        logs = [self._at(f"{_SHARDS}/{name}") for name in sorted(self._names(_SHARDS))]
+        with ThreadPoolExecutor(_MAX_CONNECTIONS) as pool:
+            for line in chain.from_iterable(map(bytes.splitlines, pool.map(self._fs.cat_file, logs))):
                 # A killed driver may leave half a last line; the part's footer has the record whole.
                 if line.endswith(b"}") and (record := _record(line)) is not None and record.part in parts:
                     records[record.part] = record
-        unknown = sorted(parts - records.keys())
-        with ThreadPoolExecutor(_MAX_CONNECTIONS) as pool:
+            unknown = sorted(parts - records.keys())
             return records | dict(zip(unknown, pool.map(self._record_from_footer, unknown), strict=True))
 
     def committed(self, part: str) -> ShardRecord | None:

@@ -101,6 +101,7 @@ class TestManifests:
         base = re.search(r"^ARG BASE=rayproject/ray:([\d.]+)-", (DEPLOY / "Dockerfile").read_text(), re.M)
         assert base is not None
         spec = ray_job(name)
+        assert spec["submitterConfig"]["backoffLimit"] == 0, "a lost head would hang the attempt"
         (submitter,) = spec["submitterPodTemplate"]["spec"]["containers"]
         assert spec["rayClusterSpec"]["rayVersion"] == base[1]
         assert submitter["image"].startswith(f"rayproject/ray:{base[1]}-")
