@@ -36,6 +36,11 @@ _CLUSTER_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 _LOGS_PREFIX = "deebert-logs-"
 _KNOCK_SECONDS = 10.0
 _STARTS, _GAVE_UP = 4, "timed out during startup"
+# The stragglers of several shards share the deep layers' micro-batches, and while one is written the next is read.
+_SHARDS_IN_FLIGHT = 4
+# A GPU's layer buffers hold many times the tokens, and it is done with a shard in a fraction of what reading and
+# committing one takes.
+_SHARDS_IN_FLIGHT_ON_GPU = 16
 # A replica's process before its model: Python, Ray and torch, and room for micro-batches.
 _PROCESS_BYTES = 1 << 30
 _MEMORY_SHARE = 0.5
@@ -69,6 +74,11 @@ class Placement:
     def num_gpus(self) -> int:
         """GPUs that a replica reserves."""
         return 1 if self.device == "cuda" else 0
+
+    @property
+    def shards_in_flight(self) -> int:
+        """Shards that a replica has in hand at a time."""
+        return _SHARDS_IN_FLIGHT_ON_GPU if self.num_gpus else _SHARDS_IN_FLIGHT
 
 
 def place(
@@ -139,8 +149,10 @@ class RaySession:
             shutil.rmtree(self._temp_dir, ignore_errors=True)
 
     def keep_logs(self) -> None:
-        """Keep a local Ray's logs, whatever the end: there is something to read in them."""
+        """Keep a local Ray's logs, whatever the end: there is something to read in them; say where a cluster's are."""
         self._keeps_logs = True
+        if self._temp_dir is None:
+            log.warning("the replicas' logs are on their nodes, until these go: see `ray logs cluster`")
 
     def start(self) -> None:
         """Make sure that Ray runs."""

@@ -79,6 +79,8 @@ class ReplicaSpec:
     device: str
     threads: int
     """CPU threads for the model."""
+    shards_in_flight: int
+    """That Ray Data hands a replica at a time."""
     micro_batch_tokens: int | None
     """None: as many as suit the replica's device."""
     schema: InputSchema
@@ -118,7 +120,7 @@ class Replica:
         precision = resolve_precision(spec.identity.precision, has_gpu=spec.device == "cuda")
         encoder = PackedEncoder(model.fused, device=spec.device, dtype=DTYPES[precision])
         self._spec = spec
-        self._turns, self._readers = Turns(), ParquetReaders()
+        self._turns, self._readers = Turns(), ParquetReaders(most_kept=spec.shards_in_flight)
         self._watchdog = Watchdog(spec.hang_seconds)
         self._labels, self._problem = model.labels, encoder.problem
         self._hardware = device_name(spec.device)

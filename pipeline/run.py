@@ -49,12 +49,6 @@ log = logging.getLogger(__name__)
 shard_log = logging.getLogger("pipeline.shards_done")
 """One line per committed shard: for collectors of logs, too much for a terminal."""
 
-# Shards that a replica has in hand at a time: their stragglers share the deep layers' micro-batches, and
-# while one is written the next is read.
-_SHARDS_IN_FLIGHT = 4
-# A GPU's layer buffers hold many times the tokens, and it is done with a shard in a fraction of what reading and
-# committing one takes.
-_SHARDS_IN_FLIGHT_ON_GPU = 16
 # How old the numbers of a run under way may be: what its record says if nothing can be said at the end.
 _RECORD_SECONDS = 60.0
 _LEAST_BAD_ROWS = 100
@@ -235,6 +229,7 @@ class _Attempt:
             model=ray.put(_served(run)),
             device=self._placement.device,
             threads=self._placement.threads,
+            shards_in_flight=self._placement.shards_in_flight,
             micro_batch_tokens=config.micro_batch_tokens,
             schema=run.schema,
             id_column=config.id_column,
@@ -363,15 +358,14 @@ def _outcomes(spec: ReplicaSpec, placement: Placement, shards: Any) -> Iterator[
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    in_flight = _SHARDS_IN_FLIGHT_ON_GPU if placement.num_gpus else _SHARDS_IN_FLIGHT
     items = [{"shard": pickle.dumps(shard)} for shard in shards]
     pool = ray.data.ActorPoolStrategy(
         # No more replicas than shards: the others would start for nothing, and Ray Data would warn of them.
         min_size=min(placement.replicas.least, len(items)),
         max_size=min(placement.replicas.most, len(items)),
-        max_concurrent_calls_per_actor=in_flight,
+        max_concurrent_calls_per_actor=placement.shards_in_flight,
         # Twice what runs: the pool grows only when replicas have more than they can work on.
-        max_tasks_in_flight_per_actor=2 * in_flight,
+        max_tasks_in_flight_per_actor=2 * placement.shards_in_flight,
         enable_true_multi_threading=True,
     )
     # Ray retries the shards of a replica that died for ever: the replicas themselves know when to stop.

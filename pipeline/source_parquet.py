@@ -20,16 +20,19 @@ from pipeline.raw_rows import RawRows
 from pipeline.shards import Shard
 
 MAX_BATCH_BYTES = 64 << 20
-_MOST_KEPT = 8
 
 
 class ParquetReaders:
     """Readers that shards left in the middle of a row group, for other shards of this process.
 
     Several threads may ask: who takes a reader has it alone.
+
+    Args:
+        most_kept: One for each thread that reads lets each decode a row group once; each holds some MB.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, most_kept: int = 1) -> None:
+        self._most_kept = most_kept
         self._kept: list[_Reader] = []
         self._guard = threading.Lock()
 
@@ -46,8 +49,8 @@ class ParquetReaders:
         """Keep a reader that has rows left; the one that was kept longest goes when there are too many."""
         with self._guard:
             self._kept.append(reader)
-            too_many = self._kept[:-_MOST_KEPT]
-            self._kept = self._kept[-_MOST_KEPT:]
+            too_many = self._kept[: -self._most_kept]
+            self._kept = self._kept[-self._most_kept :]
         for dropped in too_many:
             dropped.close()
 

@@ -77,6 +77,7 @@ def spec_of(
         ),
         device="cpu",
         threads=1,
+        shards_in_flight=4,
         micro_batch_tokens=1024,
         schema=check_columns([shard.source], ("text",), others),
         id_column=id_column,

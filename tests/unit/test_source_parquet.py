@@ -110,7 +110,7 @@ def test_beside_each_other_each_thread_decodes_it_once_at_most(
     tmp_path: Path, decoded: type[Counting]
 ) -> None:
     write(tmp_path, 4000, 4000)
-    shards, readers = shards_of(tmp_path, 10), ParquetReaders()
+    shards, readers = shards_of(tmp_path, 10), ParquetReaders(most_kept=4)
     with ThreadPoolExecutor(4) as pool:
         for shard, found in zip(shards, pool.map(lambda s: rows_of(s, 10, readers), shards), strict=True):
             assert found == expected(shard)
@@ -138,7 +138,7 @@ def test_few_readers_are_kept_and_files_closed(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(source_parquet, "open_parquet", opening)
     for i in range(20):
         write(tmp_path, 10, 10, f"{i:02d}.parquet")
-    readers, shards = ParquetReaders(), shards_of(tmp_path, 5)
+    readers, shards = ParquetReaders(most_kept=8), shards_of(tmp_path, 5)
     for shard in shards[::2]:  # the first half of each file
         rows_of(shard, 10, readers)
     assert [parquet.closed for parquet in opened] == [True] * 12 + [False] * 8
