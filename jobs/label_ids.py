@@ -58,7 +58,7 @@ def _single(rows: LabelledRows, names: tuple[str, ...] | None) -> tuple[tuple[in
         raise DataError(
             f"{rows.source!r} has rows with several labels: give --problem multi_label_classification"
         )
-    labels = tuple(_whole_number(rows.source, label) for label in rows.labels)
+    labels = tuple(_class(rows.source, label) for label in rows.labels)
     ids, order = _ids(rows, labels, names)
     return tuple(ids[label] for label in labels), order
 
@@ -67,10 +67,11 @@ def _sets(
     rows: LabelledRows, names: tuple[str, ...] | None, separator: str
 ) -> tuple[tuple[tuple[int, ...], ...], tuple[str, ...]]:
     sets = [
-        tuple(_whole_number(rows.source, label) for label in _several(labels, separator))
-        for labels in rows.labels
+        tuple(_class(rows.source, label) for label in _several(labels, separator)) for labels in rows.labels
     ]
     ids, order = _ids(rows, [label for labels in sets for label in labels], names)
+    if not order:
+        raise DataError(f"{rows.source!r} has no label in any row: name the labels with --labels")
     return tuple(tuple(sorted({ids[label] for label in labels})) for labels in sets), order
 
 
@@ -101,10 +102,12 @@ def _ids(
     return {label: int(i or 0) for label, i in ids.items()}, order
 
 
-def _whole_number(source: str, label: Any) -> Any:
-    """Integral floats are integers (a column with gaps becomes float); others are no classes."""
-    if not isinstance(label, float):
+def _class(source: str, label: Any) -> str | int:
+    """A name or an integer; integral floats are integers (a column with gaps becomes float), others no classes."""
+    if isinstance(label, str | int):
         return label
+    if not isinstance(label, float):
+        raise DataError(f"{source!r} has the label {label!r}, which is no class: give names or whole numbers")
     if not label.is_integer():
         raise DataError(
             f"{source!r} has the label {label}, a measure and not a class: give class labels, or --problem regression"

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
 
 from deebert.cost import ModelShape, expected_saving, mean_exit_layer
 from pipeline.engine.stats import EngineStats
@@ -113,7 +116,10 @@ class Accounting:
     flops_saved: float | None
     """Share of full-depth FLOPs, 0 to 1."""
     compute_seconds: float
-    """The exit lane, summed over replicas."""
+    """The exit lane, summed over replicas; of the committed rows, each once."""
+    repeated_seconds: float
+    """The exit lane on rows that a replica had in hand when it died, and that another one did again, or that are
+    not committed yet; not part of `compute_seconds`. What had not been reported when it died is not counted."""
     control_seconds: float
     """The audit lane: what measuring cost; not part of `compute_seconds`."""
     full_depth: FullDepth | None
@@ -149,6 +155,8 @@ def account(record: RunRecord, *, price_per_hour: float | None = None, currency:
         price_per_hour: Price of one replica for an hour; without it no cost is stated.
         currency: Shown in front of amounts.
     """
+    ran = record.totals.compute
+    record = replace(record, totals=replace(record.totals, compute=_once(ran, record.totals.exit_windows)))
     totals, shape = record.totals, _shape(record.model)
     executed = executed_flops(shape, totals.compute)
     at_full_depth = full_depth_flops(shape, totals)
@@ -166,6 +174,7 @@ def account(record: RunRecord, *, price_per_hour: float | None = None, currency:
         full_depth_flops=at_full_depth,
         flops_saved=_saved_share(executed, at_full_depth),
         compute_seconds=totals.compute.total_seconds,
+        repeated_seconds=ran.total_seconds - totals.compute.total_seconds,
         control_seconds=totals.control.total_seconds,
         full_depth=full_depth,
         seconds_saved=_saved_share(totals.compute.total_seconds, full_depth.seconds) if full_depth else None,
@@ -180,6 +189,36 @@ def account(record: RunRecord, *, price_per_hour: float | None = None, currency:
         cost=_cost(record, full_depth, price_per_hour, currency),
         layers=_layers(record),
     )
+
+
+def _once(ran: EngineStats, exit_windows: Sequence[int]) -> EngineStats:
+    """The work on the committed samples, each once.
+
+    A replica reports what its lanes did since it last did so, whichever shards it was for: when it dies, work on
+    shards that it had in hand has been reported already, and comes again with them. How many of the samples that a
+    layer ran were committed is known; they stand for its tokens and seconds.
+
+    Args:
+        ran: what the exit lane did.
+        exit_windows: committed samples by the layer that they left after; entry 0: the embeddings.
+    """
+    committed = np.cumsum(exit_windows[::-1])[::-1]
+    ran_through = np.array((max(ran.off_ramp_samples[0], ran.samples[0]), *ran.samples))
+    shares = np.minimum(1.0, committed / np.maximum(1, ran_through))
+    layers = shares[1:]
+    return EngineStats(
+        steps=_scaled(ran.steps, layers),
+        samples=_scaled(ran.samples, layers),
+        tokens=_scaled(ran.tokens, layers),
+        squared_tokens=_scaled(ran.squared_tokens, layers),
+        off_ramp_samples=_scaled(ran.off_ramp_samples, shares),
+        seconds=tuple((np.array(ran.seconds) * layers).tolist()),
+        embedding_seconds=ran.embedding_seconds * float(shares[0]),
+    )
+
+
+def _scaled(counts: Sequence[int], shares: npt.NDArray[np.float64]) -> tuple[int, ...]:
+    return tuple(round(count * share) for count, share in zip(counts, shares.tolist(), strict=True))
 
 
 def executed_flops(shape: ModelShape, stats: EngineStats) -> float:

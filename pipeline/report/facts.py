@@ -196,6 +196,13 @@ def _time_facts(accounting: Accounting) -> Iterator[Fact]:
         basis=_full_depth_basis(accounting),
     )
     yield _time_saved(accounting)
+    if accounting.repeated_seconds > 0:
+        yield Fact(
+            name="Compute time done again",
+            value=q.duration(accounting.repeated_seconds),
+            basis="of rows that a replica had in hand when it died, or that are not committed yet; not part of the "
+            "above",
+        )
     if accounting.control_seconds > 0:
         yield Fact(
             name="Compute time of the control sample",

@@ -20,6 +20,8 @@ import pyarrow as pa
 import pyarrow.dataset
 import pyarrow.parquet as pq
 
+from pipeline.records import RunRecord
+from pipeline.report import account
 from pipeline.sabotage import POINTS
 from tests.integration.conftest import sentences
 
@@ -168,6 +170,9 @@ def assert_complete(run: Run, expected: Answers) -> None:
     assert record["totals"]["bad_rows"] == len(expected.dead)
     table = pyarrow.dataset.dataset(str(run.output)).to_table(columns=["source_row"])
     assert table.num_rows == len(expected.rows)
+    accounted = account(RunRecord.from_dict(record))
+    assert accounted.layers[0].samples == len(expected.rows), "work that kills had done twice counts once"
+    assert min(layer.saved_tokens for layer in accounted.layers) >= 0
 
 
 def assert_sound(run: Run) -> None:

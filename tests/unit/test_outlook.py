@@ -75,7 +75,7 @@ def barely_early(seconds: float) -> RunRecord:
         embedding_seconds=0.0,
         off_ramp_samples=(0, 0, 4),
     )
-    return with_totals(compute=compute)
+    return with_totals(compute=compute, exit_rows=(0, 0, 4), exit_windows=(0, 0, 4))
 
 
 def named(outlook: Outlook, name: str) -> Prospect:

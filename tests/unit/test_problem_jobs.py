@@ -106,6 +106,11 @@ class TestData:
             assert load(tmp_path / name, problem=MULTI_LABEL).labels == ((1,), (), (0, 1))
             assert load(tmp_path / name).texts == ("x", "z")
 
+    def test_data_without_any_label_are_refused(self, tmp_path: Path) -> None:
+        path = jsonl(tmp_path / "a.jsonl", [{"text": "x", "label": []}, {"text": "y", "label": []}])
+        with pytest.raises(DataError, match="has no label in any row: name the labels with --labels"):
+            load(path)
+
     def test_numbers_are_a_regression_when_asked(self, tmp_path: Path) -> None:
         (tmp_path / "a.csv").write_text("text,label\nx,3.8\ny,1\n")
 
@@ -123,6 +128,8 @@ class TestData:
             ("good", REGRESSION, "the label 'good', which is no number: a regression needs numbers"),
             ([1], SINGLE_LABEL, "has rows with several labels: give --problem multi_label_classification"),
             (["ugly"], MULTI_LABEL, "has the label 'ugly', which is not among dull, good, great"),
+            (["good", None], MULTI_LABEL, "the label None, which is no class: give names or whole numbers"),
+            ({"tone": "good"}, SINGLE_LABEL, "the label {'tone': 'good'}, which is no class"),
         ],
     )
     def test_labels_of_another_problem(self, tmp_path: Path, label: Any, problem: Any, says: str) -> None:

@@ -51,6 +51,28 @@ from tests.run_by_hand import (
 
 
 class TestAccounting:
+    def test_work_that_was_done_again_is_not_the_runs(self) -> None:
+        """A replica had reported half of it, died, and another did all of it."""
+        again = dataclasses.replace(
+            COMPUTE,
+            samples=(6, 2),
+            tokens=(18, 4),
+            squared_tokens=(63, 8),
+            off_ramp_samples=(0, 6, 2),
+            seconds=(4.5, 1.0),
+            embedding_seconds=0.75,
+        )
+        killed, undisturbed = account(with_totals(compute=again)), account(RECORD)
+        assert (undisturbed.repeated_seconds, killed.repeated_seconds) == (0, pytest.approx(2.25))
+        for name in ("compute_seconds", "executed_flops", "flops_saved", "seconds_saved", "cost"):
+            assert getattr(killed, name) == pytest.approx(getattr(undisturbed, name)), name
+        for mine, theirs in zip(killed.layers, undisturbed.layers, strict=True):
+            assert (mine.samples, mine.tokens, mine.saved_tokens) == (
+                theirs.samples,
+                theirs.tokens,
+                theirs.saved_tokens,
+            )
+
     def test_layer_work(self) -> None:
         got = account(RECORD)
         assert got.mean_exit_layer == 1.25  # (3·1 + 1·2) / 4
@@ -371,6 +393,13 @@ class TestWriteReport:
         assert page.count("<svg") == 8
         assert 'role="alert"' not in page
         assert "!!" not in report.text
+
+    def test_work_that_was_done_again_is_told_apart(self, tmp_path: Path) -> None:
+        again = dataclasses.replace(COMPUTE, samples=(8, 2), seconds=(6.0, 1.0), embedding_seconds=1.0)
+        killed = write_report(str(write_run(tmp_path / "a", with_totals(compute=again))), price_per_hour=None)
+        undisturbed = write_report(str(write_run(tmp_path / "b")), price_per_hour=None)
+        assert re.search(r"Compute time done again +4 s", killed.text)
+        assert "done again" not in undisturbed.text
 
     def test_the_page_is_self_contained_and_escapes(self, tmp_path: Path) -> None:
         record = dataclasses.replace(
