@@ -204,8 +204,9 @@ class RaySession:
                 raise UsageError(
                     f"the Ray cluster {address!r} runs other versions ({reason}): use its Ray and Python"
                 ) from error
+            first = str(error).strip().splitlines()[0]
             raise UsageError(
-                f"cannot reach the Ray cluster {address!r} ({reason}): check --ray-address, or leave it out"
+                f"cannot reach the Ray cluster {address!r} ({first}): check --ray-address, or leave it out"
             ) from error
         self._mine = True
 

@@ -194,9 +194,10 @@ def account(record: RunRecord, *, price_per_hour: float | None = None, currency:
 def _once(ran: EngineStats, exit_windows: Sequence[int]) -> EngineStats:
     """The work on the committed samples, each once.
 
-    A replica reports what its lanes did since it last did so, whichever shards it was for: when it dies, work on
-    shards that it had in hand has been reported already, and comes again with them. How many of the samples that a
-    layer ran were committed is known; they stand for its tokens and seconds.
+    A part's record says what its replica's lanes did since the part before, whichever shards it was for. When a
+    replica dies, work on shards that it had in hand has been reported already, and comes again with them; when a
+    part is removed because its input changed, work on others goes with it. How many samples of those that a layer
+    ran are committed is known: they stand for its tokens and seconds.
 
     Args:
         ran: what the exit lane did.
@@ -204,7 +205,7 @@ def _once(ran: EngineStats, exit_windows: Sequence[int]) -> EngineStats:
     """
     committed = np.cumsum(exit_windows[::-1])[::-1]
     ran_through = np.array((max(ran.off_ramp_samples[0], ran.samples[0]), *ran.samples))
-    shares = np.minimum(1.0, committed / np.maximum(1, ran_through))
+    shares = committed / np.maximum(1, ran_through)
     layers = shares[1:]
     return EngineStats(
         steps=_scaled(ran.steps, layers),
