@@ -133,6 +133,15 @@ class TestByDisagreement:
         both_sides = binomtest(differing, texts).proportion_ci(confidence_level=0.9, method="exact")
         assert found.bound == pytest.approx(both_sides.high, abs=1e-9)
 
+    def test_of_many_labels_one_that_differs_is_another_answer(self) -> None:
+        logits = torch.full((2, 100, 3), 5.0)
+        logits[0, :7, 1] = -5.0
+        trace = Trace(layers=(1, 2), logits=logits, lengths=np.full(100, 3), problem=MULTI_LABEL)
+
+        found = disagreement(trace, EntropyThreshold(0.5), confidence=0.95)
+
+        assert (found.texts, found.differing) == (100, 7)
+
     def test_all_different_is_no_bound(self) -> None:
         opposite = Trace(
             layers=(1, 2),
@@ -284,3 +293,18 @@ def test_a_regression_is_calibrated_by_certainty() -> None:
     assert 0.4 <= point.policy.thresholds < 0.8
     assert point.exit_histogram == (0, 2, 1)
     assert point.accuracy == 1.0
+
+
+def test_the_last_certainty_that_is_tried_lets_everybody_leave() -> None:
+    trace = Trace(
+        layers=(1, 2),
+        logits=torch.ones(2, 3, 1),
+        lengths=np.array([3, 3, 3]),
+        problem=REGRESSION,
+        certainties=torch.full((2, 3), 1e-4),
+    )
+
+    point = choose_threshold(trace, torch.ones(3), keep_accuracy=1.0)
+
+    assert point.policy == LearningToExit(0.0)
+    assert point.exit_histogram == (0, 3, 0)

@@ -25,6 +25,7 @@ from deebert.evaluation import (
 )
 from deebert.exit_policy import FULL_DEPTH, EntropyThreshold
 from deebert.packing import PackedTokens
+from deebert.problem import MULTI_LABEL
 from tests.conftest import ModelFactory
 
 NINE, MANY = math.log(9), math.log(99)
@@ -57,6 +58,21 @@ def test_texts_in_windows_are_scored_as_texts_and_counted_as_windows() -> None:
     assert predictions(IN_WINDOWS, EntropyThreshold(0.1)).tolist() == [0, 0]
     assert (found.accuracy, found.mean_exit_layer, found.exit_histogram) == (0.5, 2.25, (0, 1, 1, 2))
     assert exits(IN_WINDOWS, EntropyThreshold(0.1))[0].tolist() == [1, 2, 3, 3]
+
+
+def test_a_text_of_one_window_says_what_the_window_says() -> None:
+    logits = torch.tensor([[[1e-9, -1.0], [3.0, 1.0], [3.0, 1.0]]])
+    assert torch.tensor(1e-9).sigmoid() == 0.5  # as a mean of scores it would not hold
+
+    in_windows = Trace(
+        layers=(1,),
+        logits=logits,
+        lengths=np.array([3, 3, 3]),
+        windows=np.array([1, 2]),
+        problem=MULTI_LABEL,
+    )
+
+    assert predictions(in_windows, FULL_DEPTH).tolist() == [[True, False], [True, True]]
 
 
 @pytest.mark.parametrize(

@@ -149,6 +149,26 @@ class TestQuantizedLinear:
 
 
 @needs_vnni
+def test_each_product_is_smoothed_by_the_normalization_that_it_reads(tiny_model: ModelFactory) -> None:
+    exact = fuse(tiny_model("bert"))
+
+    small = exact.to(torch.device("cpu"), torch.int8)
+
+    before = [exact.embeddings.norm, *(layer.output_norm for layer in exact.layers[:-1])]
+    for layer, quantized, read in zip(exact.layers, small.layers, before, strict=True):
+        for product, found, norm in (
+            (layer.qkv, quantized.qkv, read),
+            (layer.intermediate, quantized.intermediate, layer.attention_norm),
+        ):
+            assert isinstance(product, Linear)
+            assert isinstance(found, QuantizedLinear)
+            expected = QuantizedLinear.of(product, after=norm).smoothing
+            assert found.smoothing is not None
+            assert expected is not None
+            assert torch.equal(found.smoothing, expected)
+
+
+@needs_vnni
 @pytest.mark.parametrize("pooling", ["cls", "mean", "both", "attention"])
 def test_an_int8_model_says_nearly_what_the_exact_one_says(
     tiny_model: ModelFactory, family: str, pooling: str

@@ -72,12 +72,43 @@ def test_a_killed_holder_holds_nothing(tmp_path: Path) -> None:
         pass
 
 
+def test_a_holder_that_has_not_said_its_name_yet_holds_it(tmp_path: Path) -> None:
+    output = Output(str(tmp_path))
+    output.write(LOCK, b"")
+    with Path(output.path(LOCK)).open("a+") as holder:
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        with (
+            pytest.raises(UsageError, match="is being written by a process that has just started: wait"),
+            locked(output),
+        ):
+            pass
+
+
+OTHER = b'{"host": "other", "pid": 1, "since": "2020-01-01", "beat": "a"}'
+
+
 def test_an_object_that_no_longer_beats_is_taken_over() -> None:
     output = Output(f"memory://{uuid.uuid4()}")
-    output.write(LOCK, b'{"host": "gone", "pid": 1, "since": "2020-01-01", "beat": "a"}')
+    output.write(LOCK, OTHER)
     with locked(output, beat_seconds=BEAT_SECONDS):
         pass
     assert output.read(LOCK) is None
+
+
+def test_an_object_that_goes_while_its_beat_is_awaited_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    output = Output(f"memory://{uuid.uuid4()}")
+    output.write(LOCK, OTHER)
+    read = Output.read
+
+    def release_after(self: Output, name: str) -> bytes | None:
+        found = read(self, name)
+        if found == OTHER:
+            self.remove([LOCK])
+        return found
+
+    monkeypatch.setattr(Output, "read", release_after)
+    with locked(output, beat_seconds=BEAT_SECONDS):
+        wait_for(lambda: output.read(LOCK) not in (None, OTHER))
 
 
 def test_a_file_system_without_locks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,9 +196,8 @@ def test_a_lock_that_another_has_taken_over_is_left_to_it(fails: list[Exception]
         wait_for(lambda: output.read(LOCK) is not None)
         fails += [OutputError("no network")] * 10_000
         wait_for(lambda: len(fails) < 10_000)
-        other = b'{"host": "other", "pid": 1, "since": "2020-01-01", "beat": "a"}'
-        fsspec.filesystem("memory").pipe_file(output.path(LOCK).removeprefix("memory:/"), other)
-    assert output.read(LOCK) == other
+        fsspec.filesystem("memory").pipe_file(output.path(LOCK).removeprefix("memory:/"), OTHER)
+    assert output.read(LOCK) == OTHER
 
 
 def test_setting_an_output_aside_keeps_the_lock(tmp_path: Path) -> None:

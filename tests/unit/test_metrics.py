@@ -7,7 +7,7 @@ import torch
 
 from deebert.problem import SINGLE_LABEL
 from jobs.glue import find_task
-from jobs.metrics import ACCURACY, f1_of, metrics_of
+from jobs.metrics import ACCURACY, PEARSON, SPEARMAN, NamedMetric, f1_of, metrics_of
 
 LABELS = torch.tensor([1, 1, 0, 0, 1])
 PREDICTIONS = torch.tensor([1, 0, 1, 0, 1])
@@ -29,6 +29,15 @@ def test_f1_where_nothing_is_positive_is_0() -> None:
 def test_accuracy_is_the_share_that_is_right() -> None:
     assert ACCURACY.compute(LABELS, PREDICTIONS) == pytest.approx(3 / 5)
     assert SINGLE_LABEL.agreement(PREDICTIONS, LABELS).mean().item() == pytest.approx(3 / 5)
+
+
+@pytest.mark.parametrize("metric", [PEARSON, SPEARMAN], ids=lambda metric: metric.name)
+def test_what_never_changes_goes_with_nothing(metric: NamedMetric) -> None:
+    same, rising = torch.ones(3), torch.tensor([1.0, 2.0, 3.0])
+
+    assert metric.compute(same, rising) == 0.0
+    assert metric.compute(rising, same) == 0.0
+    assert metric.compute(rising, rising) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("task", ["sst-2", "qnli", "rte", "mnli", None])

@@ -178,6 +178,10 @@ class TestLookAhead:
         assert len(found) == warnings
         assert all("unlike the run's" in text for text in found)
 
+    def test_the_share_saved_is_said_of_both_texts(self) -> None:
+        (said,) = outlook_warnings(outlook_of(RECORD, what_if=what_if(own=0.6)))
+        assert "60.0 % of the FLOPs are saved on them, 41.1 % on the rows of the run" in said
+
     def test_answers_that_are_numbers_have_no_share_of_others(self) -> None:
         number = point("half", 0.5, other_answers=None)
         table = outlook_table(outlook_of(RECORD, what_if=what_if(number)))

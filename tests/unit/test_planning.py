@@ -60,6 +60,13 @@ def names_of_letters(output: Output) -> set[str]:
     return {path.stem for path in Path(output.path(DEAD_LETTERS)).iterdir()}
 
 
+def test_a_micro_batch_may_hold_one_text_and_no_less(config):
+    run = planned(replace(config, max_length=16, micro_batch_tokens=16))
+    assert run.identity.max_length == 16
+    with pytest.raises(UsageError, match="--micro-batch-tokens 15 cannot hold one text of --max-length 16: "):
+        planned(replace(config, max_length=16, micro_batch_tokens=15))
+
+
 class TestOutputInsideTheInput:
     @pytest.mark.parametrize("output", ["in/out", "jobs/../in/out", "link/out", "./in//out/"])
     @pytest.mark.parametrize("source", ["in", "jobs/../in", "link", "./in"])

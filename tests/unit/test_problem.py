@@ -156,6 +156,11 @@ class TestPredictions:
     def test_labels_hold_above_one_half(self) -> None:
         assert MULTI_LABEL.predict(torch.tensor([[0.1, 0.0, -0.1]])).tolist() == [[True, False, False]]
 
+    def test_labels_hold_above_one_half_of_a_mean_too(self) -> None:
+        assert MULTI_LABEL.predict_scores(torch.tensor([[0.501, 0.5, 0.499]])).tolist() == [
+            [True, False, False]
+        ]
+
     def test_scores(self) -> None:
         assert SINGLE_LABEL.scores(torch.tensor([[LN3, 0.0]])).tolist() == [pytest.approx([0.75, 0.25])]
         assert MULTI_LABEL.scores(torch.tensor([[LN3, 0.0]])).tolist() == [pytest.approx([0.75, 0.5])]
@@ -190,6 +195,7 @@ class TestLabels:
             (MULTI_LABEL, torch.zeros(2, 4), "each of the model's 3 labels"),
             (MULTI_LABEL, torch.full((2, 3), 0.5), "give one 0 or 1 a row and label"),
             (REGRESSION, torch.tensor([1.0, math.nan]), "one finite number a row"),
+            (REGRESSION, torch.zeros(4, 2), "one finite number a row"),
         ],
     )
     def test_others_are_told_apart(self, problem: Problem, labels: Tensor, says: str) -> None:

@@ -31,6 +31,7 @@ from pipeline.report import (
 )
 from pipeline.report import quantities as q
 from pipeline.report.accounting import wilson_interval
+from pipeline.report.ledger import Table, state_tables
 from tests.run_by_hand import (
     ATTEMPT,
     COMPUTE,
@@ -127,6 +128,19 @@ class TestAccounting:
         assert cost.basis == "measured"
         assert account(RECORD).cost is None
 
+    def test_a_pool_that_grows_costs_what_it_may_grow_to(self) -> None:
+        growing = dataclasses.replace(ATTEMPT, replicas="1:4")
+        record = dataclasses.replace(RECORD, attempts=(ATTEMPT, growing))
+        cost = account(record, price_per_hour=3.6).cost
+        assert cost is not None
+        assert cost.wall == pytest.approx(2000 * (1 + 4))
+
+    def test_the_difference_of_a_regression_is_of_the_audited_rows(self) -> None:
+        model = dataclasses.replace(RECORD.model, problem_type="regression")
+        got = account(dataclasses.replace(with_totals(audit_distance=0.5), model=model))
+        assert (got.difference, got.agreement) == (0.25, None)  # of 2 rows
+        assert account(RECORD).difference is None
+
     def test_layers(self) -> None:
         first, second = account(RECORD).layers
         assert (first.layer, first.has_off_ramp, first.exit_rows, first.saved_tokens) == (1, True, 3, 0)
@@ -214,6 +228,7 @@ class TestEvidence:
             ({"exit_layer": [1, 1, 1, 3]}, "rows with an exit layer that the model does not have"),
             ({"num_tokens": [4, 2, 5, 2]}, "tokens"),
             ({"num_tokens": [2, 3, 4, 3]}, "squared tokens"),
+            ({"num_tokens": [3, 2, 2, 5]}, "tokens per exit layer"),
             ({"truncated": [True, True, True, False]}, "truncated rows"),
             ({"audit_prediction": [None, 1, None, 0]}, "audited rows that agree"),
             ({"audit_prediction": [None, None, None, 0]}, "audited rows"),
@@ -312,6 +327,32 @@ class TestEvidence:
         pq.write_table(pa.table({"prediction": [1]}), tmp_path / "part-0.parquet")
         with pytest.raises(PipelineError, match="lacks the column label"):
             gather_evidence(parts(tmp_path), RECORD)
+
+
+class TestTables:
+    @pytest.fixture
+    def tables(self, tmp_path: Path) -> dict[str, Table]:
+        """Those of a run of whose two audited rows both agree, where the record says one."""
+        folder = write_run(tmp_path / "out", audit_prediction=[0, None, None, 0])
+        found = gather_evidence(parts(folder), RECORD)
+        return {table.title: table for table in state_tables(RECORD, account(RECORD), found)}
+
+    def test_bad_rows_are_a_share_of_all_and_truncated_ones_of_the_good(
+        self, tables: dict[str, Table]
+    ) -> None:
+        assert tables["Bad and truncated rows"].rows == (
+            ("Bad rows", "1", "20.0 %"),
+            ("Truncated rows", "1", "25.0 %"),
+        )
+
+    def test_agreement_is_of_the_rows_that_were_audited(self, tables: dict[str, Table]) -> None:
+        assert [row[-2:] for row in tables["Layer by layer"].rows] == [("1", "100.0 %"), ("1", "100.0 %")]
+
+    def test_a_recount_of_more_than_was_recorded_is_not_the_same(self, tables: dict[str, Table]) -> None:
+        assert tables["Recount"].rows[-2:] == (
+            ("Audited rows that agree", "1", "2", "NO"),
+            ("Rows that left before the last layer", "3", "3", "yes"),
+        )
 
 
 def all_plots(record: RunRecord, labels: tuple[str, ...] = LABELS) -> Iterator[str]:
@@ -600,6 +641,13 @@ class TestLayer0:
         assert (embeddings.steps, embeddings.seconds) == (None, 0.5)
         assert embeddings.full_depth_seconds == pytest.approx(0.6)
         assert (first.layer, first.exit_rows, first.saved_tokens) == (1, 2, 3)
+
+    def test_is_run_by_each_window_of_a_text(self) -> None:
+        model = dataclasses.replace(WINDOWED.model, off_ramp_layers=(0, 1))
+
+        embeddings, *_ = account(dataclasses.replace(WINDOWED, model=model)).layers
+
+        assert (WINDOWED.totals.rows, embeddings.samples) == (4, 5)
 
     def test_counts_as_no_layer(self) -> None:
         got = account(LAYER_0)

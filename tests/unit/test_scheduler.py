@@ -65,6 +65,21 @@ class TestLayerBuffer:
     def test_is_full_from_one_micro_batch_of_tokens_on(self, lengths: tuple[int, ...], full: bool) -> None:
         assert buffer(*lengths).is_full is full
 
+    @pytest.mark.parametrize(("tokens", "full"), [(14, False), (15, True), (16, True)])
+    def test_is_worth_running_from_15_16ths_of_a_micro_batch_on(self, tokens: int, full: bool) -> None:
+        waiting = LayerBuffer(16)
+        waiting.put(samples(tokens))
+        assert waiting.is_full is full
+
+    def test_a_bound_that_has_shrunk_never_rises(self) -> None:
+        waiting = buffer(*[4] * 3)
+
+        waiting.shrink(4)
+        waiting.shrink(8)
+
+        assert waiting.micro_batch_tokens == 4
+        assert waiting.take().sample_ids.tolist() == [0]
+
     def test_counts_samples_and_tokens_and_remembers_the_peak(self) -> None:
         waiting = buffer(3, 4)
         waiting.put(samples(2, 6))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import pickle
 import uuid
@@ -13,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from pipeline.errors import OutputError, UsageError
+from pipeline.errors import OutputError, OutputFullError, UsageError
 from pipeline.records import ShardRecord, Totals
 from pipeline.sink import Output
 
@@ -71,6 +72,41 @@ def test_a_part_that_is_none_is_named(kind: str, tmp_path: Path) -> None:
 @pytest.fixture(params=["file", "object store"])
 def output(request: pytest.FixtureRequest, tmp_path: Path) -> Output:
     return Output(str(tmp_path / "out") if request.param == "file" else f"memory://{uuid.uuid4()}")
+
+
+def test_a_file_is_on_the_disk_before_its_name_is_and_its_name_before_it_counts_as_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[tuple[str, int]] = []
+    fsync, replace = os.fsync, Path.replace
+
+    def noting_fsync(descriptor: int) -> None:
+        done.append(("fsync", os.fstat(descriptor).st_ino))
+        fsync(descriptor)
+
+    def noting_replace(self: Path, target: Path) -> Path:
+        done.append(("rename", self.stat().st_ino))
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", noting_fsync)
+    monkeypatch.setattr(Path, "replace", noting_replace)
+    Output(str(tmp_path)).write("part-0.parquet", b"rows")
+    part, folder = (path.stat().st_ino for path in (tmp_path / "part-0.parquet", tmp_path))
+    assert done == [("fsync", part), ("rename", part), ("fsync", folder)]
+
+
+@pytest.mark.parametrize("full", [errno.ENOSPC, errno.EDQUOT])
+def test_what_finds_no_room_takes_none_and_says_so(
+    full: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(descriptor: int) -> None:
+        raise OSError(full, os.strerror(full))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    said = f"no room for .*: {os.strerror(full)}; make room, the same command resumes"
+    with pytest.raises(OutputFullError, match=said):
+        Output(str(tmp_path)).write("part-0.parquet", b"rows")
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 PARTS = [f"part-{i}.parquet" for i in range(40)]
@@ -136,12 +172,21 @@ class TestADriverWithErrorsOfItsOwn:
             Output("memory://out").read_run()
 
 
+RECORD = ShardRecord(
+    part="", source_file="in", first_row=0, replica="h:1", finished_at="", totals=Totals.zero(2)
+)
+
+
+def log_records(output: Output, names: list[str]) -> None:
+    """Records of parts of these names."""
+    records = output.record_log("now")
+    for name in names:
+        records.append(dataclasses.replace(RECORD, part=name))
+    records.close()
+
+
 def test_records_that_could_not_be_written_come_with_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     output = Output(f"memory://{uuid.uuid4()}")
-    records = output.record_log("now")
-    record = ShardRecord(
-        part="", source_file="in", first_row=0, replica="h:1", finished_at="", totals=Totals.zero(2)
-    )
     pipe_file, fails = MemoryFileSystem.pipe_file, [True, False]
 
     def flaky(self: MemoryFileSystem, *args: object, **options: object) -> None:
@@ -151,8 +196,20 @@ def test_records_that_could_not_be_written_come_with_the_next(monkeypatch: pytes
 
     monkeypatch.setattr(MemoryFileSystem, "pipe_file", flaky)
     names = [f"part-{i}.parquet" for i in range(100)]
-    for name in names:
-        records.append(dataclasses.replace(record, part=name))
-    records.close()
+    log_records(output, names)
     assert fails == []
     assert output.read_shard_records(set(names)).keys() == set(names)
+
+
+def test_a_store_gets_an_object_for_every_64_records() -> None:
+    output = Output(f"memory://{uuid.uuid4()}")
+    names = [f"part-{i}.parquet" for i in range(65)]
+    log_records(output, names)
+    objects = MemoryFileSystem().ls(output.path("_deebert/shards"), detail=False)
+    assert [MemoryFileSystem().cat_file(name).count(b"\n") for name in sorted(objects)] == [64, 1]
+    assert output.read_shard_records(set(names)).keys() == set(names)
+
+
+def test_records_of_parts_that_are_gone_do_not_count(output: Output) -> None:
+    log_records(output, ["part-0.parquet", "part-1.parquet"])
+    assert output.read_shard_records({"part-1.parquet"}).keys() == {"part-1.parquet"}

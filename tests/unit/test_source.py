@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import fsspec
@@ -152,6 +153,10 @@ class TestText:
         path = write(tmp_path / "a.txt", "\ufeffone\r\n\n  three\rstill \nfünf")
         assert good(read(path)) == {0: "one", 1: "", 2: "  three\rstill ", 3: "fünf"}
 
+    def test_a_byte_order_mark_is_no_text_where_the_file_is_split(self, tmp_path):
+        path = write(tmp_path / "a.txt", "\ufeffone\ntwo\n")
+        assert good(read(path, shard_rows=1, split=0)) == {0: "one", 1: "two"}
+
     def test_a_line_that_is_not_utf8_is_bad(self, tmp_path):
         batches = read(write(tmp_path / "a.txt", b"one\nt\xffwo\n\xed\xa0\x80\nfour\n"))
         assert good(batches) == {0: "one", 3: "four"}
@@ -233,6 +238,11 @@ class TestJsonLines:
     def test_blank_lines_have_a_number_but_are_no_rows(self, tmp_path):
         path = write(tmp_path / "a.jsonl", '\ufeff{"text": "a"}\r\n\n \t\r\n{"text": "b"}\n\n')
         assert (good(read(path)), bad(read(path))) == ({0: "a", 3: "b"}, {})
+
+    def test_a_byte_order_mark_spoils_no_row_where_the_file_is_split(self, tmp_path):
+        path = write(tmp_path / "a.jsonl", '\ufeff{"text": "a"}\n{"text": "b"}\n')
+        batches = read(path, shard_rows=1, split=0)
+        assert (good(batches), bad(batches)) == ({0: "a", 1: "b"}, {})
 
     def test_an_object_over_two_lines_beside_two_on_one_line_moves_no_row(self, tmp_path):
         path = write(tmp_path / "a.jsonl", '{"text": "a"}{"text": "b"}\n{"text":\n"c"}\n{"text": "d"}\n')
@@ -411,6 +421,15 @@ class TestFailures:
         path = write(tmp_path / name, content)
         with pytest.raises(ReadError, match=rf"{name} could not be read as .*: "):
             read(path)
+
+    def test_a_split_file_that_ends_too_early_is_a_read_error(self, tmp_path):
+        files = discover([str(write(tmp_path / "a.txt", "one\ntwo\n"))])
+        schema = check_columns(files, ["text"], [])
+        _, last = plan(files, shard_rows=1, split_above_bytes=0)
+        assert last.byte_range == (4, 8)
+        longer = replace(last, byte_range=(4, 9))
+        with pytest.raises(ReadError, match=r"a\.txt could not be read as text: the file ends before byte 9"):
+            list(read_shard(longer, text_columns=["text"], other_columns=[], schema=schema, batch_rows=10))
 
     def test_a_file_that_changed_since_it_was_planned_is_a_read_error(self, tmp_path):
         files = discover([str(write(tmp_path / "a.txt", "one\n"))])

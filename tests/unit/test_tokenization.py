@@ -159,6 +159,15 @@ def test_the_digest_ignores_truncation_and_sees_the_vocabulary(tokenizer: PreTra
     assert TextTokenizer(other, max_length=64).digest() != digest
 
 
+def test_the_digest_sees_the_side_that_is_cut(tokenizer: PreTrainedTokenizerFast) -> None:
+    left, right = (
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, truncation_side=side)
+        for side in ("left", "right")
+    )
+
+    assert TextTokenizer(left, max_length=8).digest() != TextTokenizer(right, max_length=8).digest()
+
+
 def test_threads_share_one_tokenizer(tokenizer: PreTrainedTokenizerFast) -> None:
     shared = TextTokenizer(tokenizer, max_length=16)
     batches: list[Sequence[str]] = [[words(i % 20), TEXTS[i % len(TEXTS)]] for i in range(200)]

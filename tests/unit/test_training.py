@@ -39,6 +39,7 @@ from deebert.training import trainer as trainer_module
 from deebert.training.cached_stage import OffRampStack
 from deebert.training.data import LengthGrouped, hold_out
 from deebert.training.frozen import collect_answers, final_logits
+from deebert.training.optimizer import scheduled_adamw
 from deebert.training.trainer import last_checkpoint
 from tests.conftest import ModelFactory
 from tests.training_toy import QUICK_1, QUICK_2, accuracies, changed, toy, weights
@@ -259,6 +260,27 @@ class TestStage2:
 
         assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
+    def test_the_order_of_the_rows_is_the_seeds(
+        self, recipe: Recipe, tiny_model: ModelFactory, run: Run
+    ) -> None:
+        first, second = (without_dropout(tiny_model(num_layers=2)) for _ in range(2))
+
+        for seed, model in enumerate((first, second)):
+            run(model, replace(recipe, seed=seed))
+
+        assert changed(weights(first), second) >= names(first, "off_ramps.0.classifier.")
+
+    def test_the_learning_rate_rises_and_falls(
+        self, recipe: Recipe, tiny_model: ModelFactory, run: Run, tmp_path: Path
+    ) -> None:
+        assert recipe.stage_2 is not None
+        run(tiny_model(num_layers=2), replace(recipe, stage_2=replace(recipe.stage_2, warmup_share=0.5)))
+
+        rates = [r["learning_rate"] for r in read_log(tmp_path / LOG_NAME) if "learning_rate" in r]
+        middle = len(rates) // 2
+        assert rates[0] == 0.0 < rates[1] < rates[middle] == pytest.approx(QUICK_2.learning_rate)
+        assert rates[-1] == pytest.approx(QUICK_2.learning_rate / (len(rates) - middle))
+
     def test_does_nothing_without_off_ramps(self, recipe: Recipe, tiny_model: ModelFactory, run: Run) -> None:
         model = tiny_model(off_ramp_layers=[])
         before = weights(model)
@@ -284,6 +306,15 @@ class TestStage2:
             said = [m(*padded(toy(100, seed=4).tokens)) for m in (alone, taught)]
         agreement = [(s.off_ramp_logits[-1].argmax(-1) == s.logits.argmax(-1)).float().mean() for s in said]
         assert agreement[1] > agreement[0]
+
+
+def test_the_optimizer_of_cached_states_has_what_the_stage_says() -> None:
+    stage = replace(QUICK_2, weight_decay=0.3, adam_epsilon=1e-5, warmup_share=0.5)
+
+    optimizer, _ = scheduled_adamw([torch.nn.Parameter(torch.zeros(1))], stage, 1e-3, 10)
+
+    (group,) = optimizer.param_groups
+    assert (group["weight_decay"], group["eps"], group["initial_lr"]) == (0.3, 1e-5, 1e-3)
 
 
 class TestCachedStates:
@@ -679,6 +710,21 @@ class TestEarlyStopping:
         last = list(judged[-1]["held_out_losses"].values())
         assert all(now < then for now, then in zip(last, before, strict=True))
         assert off_ramp_losses(model, held) == pytest.approx(last, abs=1e-4)
+
+    def test_a_fast_stage_2_trains_with_dropout_and_is_judged_without(
+        self, tiny_model: ModelFactory, run: Run, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        seen: set[tuple[bool, bool]] = set()
+        forward = OffRampStack.forward
+
+        def noting(self: OffRampStack, pooled: Tensor) -> Tensor:
+            seen.add((torch.is_grad_enabled(), self.training))
+            return forward(self, pooled)
+
+        monkeypatch.setattr(OffRampStack, "forward", noting)
+        run(tiny_model(num_layers=2), replace(OFF_RAMPS, early_stopping=EarlyStopping(held_out=0.3)))
+
+        assert seen == {(True, True), (False, False)}
 
     def test_rows_held_out_are_a_share_that_nobody_trains_on(self) -> None:
         data = toy(50, seed=1)

@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from deebert.problem import SINGLE_LABEL
+from deebert.problem import REGRESSION, SINGLE_LABEL
 from deebert.training import Alternating, BackboneStage, Distillation, FinalOnly, Joint, OffRampStage, Teacher
 from deebert.training.equilibrium import gradient_equilibrium, gradient_scales
 from deebert.training.losses import (
     Answers,
     JointLoss,
     backbone_loss,
+    certainty_losses,
     hidden_distance,
     off_ramp_loss,
 )
@@ -72,6 +73,14 @@ class TestParts:
 
         assert targets.grad is None
         assert logits.grad is not None
+
+    def test_numbers_learn_nothing_from_how_sure_the_head_is(self) -> None:
+        logits, certainties = (torch.rand(*shape, requires_grad=True) for shape in ((2, 4, 1), (2, 4)))
+
+        certainty_losses(REGRESSION, certainties, logits, torch.zeros(4)).sum().backward()
+
+        assert logits.grad is None
+        assert certainties.grad is not None
 
     def test_hidden_distance_counts_real_tokens_only(self) -> None:
         states = [torch.zeros(1, 3, 2), torch.ones(1, 3, 2)]
