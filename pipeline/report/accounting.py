@@ -156,7 +156,7 @@ def account(record: RunRecord, *, price_per_hour: float | None = None, currency:
         currency: Shown in front of amounts.
     """
     ran = record.totals.compute
-    record = replace(record, totals=replace(record.totals, compute=_once(ran, record.totals.exit_windows)))
+    record = replace(record, totals=replace(record.totals, compute=_once(record.totals)))
     totals, shape = record.totals, _shape(record.model)
     executed = executed_flops(shape, totals.compute)
     at_full_depth = full_depth_flops(shape, totals)
@@ -191,31 +191,35 @@ def account(record: RunRecord, *, price_per_hour: float | None = None, currency:
     )
 
 
-def _once(ran: EngineStats, exit_windows: Sequence[int]) -> EngineStats:
-    """The work on the committed samples, each once.
+def _once(totals: Totals) -> EngineStats:
+    """The exit lane's work on the committed rows, each once.
 
     A part's record says what its replica's lanes did since the part before, whichever shards it was for. When a
     replica dies, work on shards that it had in hand has been reported already, and comes again with them; when a
-    part is removed because its input changed, work on others goes with it. How many samples of those that a layer
-    ran are committed is known: they stand for its tokens and seconds.
-
-    Args:
-        ran: what the exit lane did.
-        exit_windows: committed samples by the layer that they left after; entry 0: the embeddings.
+    part is removed because its input changed, work on others goes with it. What committed rows took a layer to run
+    is known, in samples and (but for windows, which leave one by one) in tokens: all else of it is scaled by that.
     """
-    committed = np.cumsum(exit_windows[::-1])[::-1]
-    ran_through = np.array((max(ran.off_ramp_samples[0], ran.samples[0]), *ran.samples))
-    shares = committed / np.maximum(1, ran_through)
-    layers = shares[1:]
+    ran = totals.compute
+    samples = (max(ran.off_ramp_samples[0], ran.samples[0]), *ran.samples)
+    by_samples = _passing(totals.exit_windows) / np.maximum(1, samples)
+    if totals.exit_windows == totals.exit_rows:
+        by_tokens = _passing(totals.exit_tokens)[1:] / np.maximum(1, ran.tokens)
+    else:
+        by_tokens = np.minimum(by_samples[1:], totals.tokens / np.maximum(1, ran.tokens))
     return EngineStats(
-        steps=_scaled(ran.steps, layers),
-        samples=_scaled(ran.samples, layers),
-        tokens=_scaled(ran.tokens, layers),
-        squared_tokens=_scaled(ran.squared_tokens, layers),
-        off_ramp_samples=_scaled(ran.off_ramp_samples, shares),
-        seconds=tuple((np.array(ran.seconds) * layers).tolist()),
-        embedding_seconds=ran.embedding_seconds * float(shares[0]),
+        steps=_scaled(ran.steps, by_samples[1:]),
+        samples=_scaled(ran.samples, by_samples[1:]),
+        tokens=_scaled(ran.tokens, by_tokens),
+        squared_tokens=_scaled(ran.squared_tokens, by_tokens),
+        off_ramp_samples=_scaled(ran.off_ramp_samples, by_samples),
+        seconds=tuple((np.array(ran.seconds) * by_tokens).tolist()),
+        embedding_seconds=ran.embedding_seconds * float(by_samples[0]),
     )
+
+
+def _passing(leaving: Sequence[int]) -> npt.NDArray[np.int64]:
+    """How many run through each layer, of how many leave after it."""
+    return np.cumsum(leaving[::-1])[::-1]
 
 
 def _scaled(counts: Sequence[int], shares: npt.NDArray[np.float64]) -> tuple[int, ...]:

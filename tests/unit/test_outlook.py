@@ -75,7 +75,7 @@ def barely_early(seconds: float) -> RunRecord:
         embedding_seconds=0.0,
         off_ramp_samples=(0, 0, 4),
     )
-    return with_totals(compute=compute, exit_rows=(0, 0, 4), exit_windows=(0, 0, 4))
+    return with_totals(compute=compute, exit_rows=(0, 0, 4), exit_windows=(0, 0, 4), exit_tokens=(0, 1, 11))
 
 
 def named(outlook: Outlook, name: str) -> Prospect:
@@ -108,6 +108,7 @@ class TestLookAhead:
             ),
             exit_rows=(0, 0, 4),
             exit_windows=(0, 0, 4),
+            exit_tokens=(0, 0, 12),
         )
         record = dataclasses.replace(UNMEASURED, totals=totals)
         outlook = outlook_of(record, what_if=what_if(point("half", 0.5), own=0.0))

@@ -74,6 +74,26 @@ class TestAccounting:
                 theirs.saved_tokens,
             )
 
+    def test_tokens_are_exact_whatever_rows_were_done_again(self) -> None:
+        longest_again = dataclasses.replace(
+            COMPUTE, samples=(5, 1), tokens=(17, 2), off_ramp_samples=(0, 5, 1)
+        )
+        layers = account(with_totals(compute=longest_again)).layers
+        assert [(layer.samples, layer.tokens, layer.saved_tokens) for layer in layers] == [
+            (4, 12, 0),
+            (1, 2, 10),
+        ]
+
+    def test_windows_done_again_never_save_less_than_nothing(self) -> None:
+        ran = WINDOWED.totals.compute
+        again = dataclasses.replace(
+            ran, samples=tuple(n + 1 for n in ran.samples), tokens=tuple(n + 30 for n in ran.tokens)
+        )
+        totals = dataclasses.replace(WINDOWED.totals, compute=again)
+        layers = account(dataclasses.replace(WINDOWED, totals=totals)).layers
+        assert layers[0].samples == sum(WINDOWED.totals.exit_windows)
+        assert min(layer.saved_tokens for layer in layers) >= 0
+
     def test_layer_work(self) -> None:
         got = account(RECORD)
         assert got.mean_exit_layer == 1.25  # (3·1 + 1·2) / 4
@@ -436,7 +456,7 @@ class TestWriteReport:
         assert "!!" not in report.text
 
     def test_work_that_was_done_again_is_told_apart(self, tmp_path: Path) -> None:
-        again = dataclasses.replace(COMPUTE, samples=(8, 2), seconds=(6.0, 1.0), embedding_seconds=1.0)
+        again = COMPUTE + COMPUTE
         killed = write_report(str(write_run(tmp_path / "a", with_totals(compute=again))), price_per_hour=None)
         undisturbed = write_report(str(write_run(tmp_path / "b")), price_per_hour=None)
         assert re.search(r"Compute time done again +4 s", killed.text)
