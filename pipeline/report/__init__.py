@@ -115,21 +115,25 @@ def write_report(
             log.warning("nothing ran yet in %r: there is nothing to project", output)
     facts = state_facts(record, accounting, evidence, outlook)
     page = render_page(output, record, accounting, evidence, facts, outlook)
-    problem = None
-    try:
-        folder.write(PAGE, page.encode())
-    except OutputError as error:
-        problem = str(error)
     return Report(
         output=output,
         record=record,
         path=folder.path(PAGE),
-        problem=problem,
+        problem=_write_page(folder, page),
         facts=facts,
         text=render_text(facts),
         accounting=accounting,
         evidence=evidence,
     )
+
+
+def _write_page(folder: Output, page: str) -> str | None:
+    """Why it could not be written."""
+    try:
+        folder.write(PAGE, page.encode())
+    except OutputError as error:
+        return str(error)
+    return None
 
 
 def read_record(output: str) -> RunRecord:

@@ -112,7 +112,8 @@ def test_a_cluster_without_cores_is_waited_for(caplog: pytest.LogCaptureFixture)
     assert caplog.messages == ["the cluster has no core yet: waiting for one"] * 2
 
 
-def test_a_ray_client_is_refused() -> None:
+def test_a_ray_client_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
     with pytest.raises(
         UsageError, match="'ray://head:10001' is of a Ray Client, which cannot run this: submit"
     ):
@@ -126,6 +127,7 @@ def test_other_versions_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
             "This process on node 10.0.0.2 was started with:\n    Ray: 2.60.0\n    Python: 3.11.2\n"
         )
 
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(cluster, "_init", mismatch)
     with pytest.raises(
         UsageError, match=r"other versions \(.* Ray: 2.9.0 .* Ray: 2.60.0 .*\): use its Ray and Python"
