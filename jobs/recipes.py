@@ -17,13 +17,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from deebert.problem import SINGLE_LABEL
 from jobs.flags import comma_list, flag, parse_job
 from jobs.glue import TASK_NAMES, Columns
 from jobs.recipe_scores import ModelScore, judge, tables
+from jobs.recipe_variants import BASE, VARIANTS, Between, Static, Trained
 from jobs.train import TrainJob, train
 from pipeline.config import positive
 from pipeline.errors import UsageError
@@ -36,63 +36,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Variant:
-    """One recipe: flags of `deebert train`, and models of other variants that it builds on."""
-
-    flags: Mapping[str, Any]
-    start: str | None = None
-    """The variant whose model it goes on with, instead of the backbone."""
-    teacher: str | None = None
-    """The variant whose model teaches it."""
-    share: float = 1.0
-    """Of the budget's epochs of stage 1."""
-    static_depth: int | None = None
-    """A static baseline of so many layers, with the budget of stage 1; `start` says what it is compared with."""
-
-
-_BASE = "two-stage"
 # Folders say nothing of the results that are shared.
 _PLACES = ("backbone", "data", "evaluation_data", "glue_dir", "output")
 # These may differ from call to call in one folder.
 _FREE = ("variants", "seeds", "speed_ups", "checkpoint_steps", "output")
-_JOINT = {"recipe": "joint", "self_distillation": 0.5}
-_JOINT_FAST = {**_JOINT, "off_ramp_learning_rate": 5e-4}
-_ALTERNATING = {"recipe": "alternating", "self_distillation": 0.5, "off_ramp_learning_rate": 5e-4}
-_REFRESH = {"recipe": "off-ramps", "self_distillation": 0.7}
-_UNIFORM = {**_JOINT_FAST, "weighting": "uniform"}
-
-VARIANTS: Mapping[str, Variant] = MappingProxyType(
-    {
-        _BASE: Variant(flags={}),
-        "two-stage-cls": Variant(flags={"off_ramp_pooling": "cls"}),
-        "two-stage-attention": Variant(flags={"off_ramp_pooling": "attention", "stage_2": "exact"}),
-        "two-stage-exact": Variant(flags={"recipe": "off-ramps", "stage_2": "exact"}, start=_BASE),
-        "two-stage-distilled": Variant(flags=_REFRESH, start=_BASE),
-        "static-6": Variant(flags={}, start=_BASE, static_depth=6),
-        "static-4": Variant(flags={}, start=_BASE, static_depth=4),
-        "joint": Variant(flags={"recipe": "joint"}),
-        "joint-distilled": Variant(flags=_JOINT),
-        "joint-uniform": Variant(flags={**_JOINT, "weighting": "uniform"}),
-        "joint-equilibrium": Variant(flags={**_JOINT, "weighting": "equilibrium"}),
-        "joint-fast-off-ramps": Variant(flags=_JOINT_FAST),
-        "joint-refreshed": Variant(flags=_REFRESH, start="joint-fast-off-ramps"),
-        "alternating": Variant(flags=_ALTERNATING),
-        "alternating-refreshed": Variant(flags=_REFRESH, start="alternating"),
-        "taught": Variant(flags=_JOINT_FAST, teacher=_BASE),
-        "taught-refreshed": Variant(flags=_REFRESH, start="taught"),
-        "taught-hidden": Variant(flags={**_JOINT_FAST, "teacher_hidden_weight": 1.0}, teacher=_BASE),
-        "longer": Variant(flags={"recipe": "two-stage"}, start=_BASE),
-        "continued": Variant(flags=_UNIFORM, start=_BASE, teacher=_BASE),
-        "continued-third": Variant(flags=_UNIFORM, start=_BASE, teacher=_BASE, share=1 / 3),
-        "continued-third-linear": Variant(flags=_JOINT_FAST, start=_BASE, teacher=_BASE, share=1 / 3),
-        "continued-cls": Variant(flags=_UNIFORM, start="two-stage-cls", teacher="two-stage-cls"),
-        "continued-linear": Variant(flags=_JOINT_FAST, start=_BASE, teacher=_BASE),
-        "continued-alone": Variant(flags=_UNIFORM, start=_BASE),
-        "continued-labels": Variant(flags={**_UNIFORM, "self_distillation": 0.0}, start=_BASE, teacher=_BASE),
-        "continued-refreshed": Variant(flags=_REFRESH, start="continued"),
-    }
-)
 
 
 def _floats(text: str) -> tuple[float, ...]:
@@ -120,7 +67,10 @@ class RecipesJob:
     )
     output: str = flag("folder for the models, results.json and results.md")
     variants: tuple[str, ...] = flag(
-        "which to compare", default=(_BASE, "continued", "static-6"), parse=comma_list, metavar="A,B"
+        "which to compare",
+        default=(BASE, "continued", "continued-50", "static-6"),
+        parse=comma_list,
+        metavar="A,B",
     )
     seeds: tuple[int, ...] = flag("one training each", default=(42,), parse=_ints, metavar="I,I")
     speed_ups: tuple[float, ...] = flag(
@@ -160,7 +110,7 @@ def execute(argv: Sequence[str], *, prog: str) -> int:
     if job.glue_dir is None and job.evaluation_data is None:
         raise UsageError("a recipe is not judged by what it trained on: give --evaluation-data")
     results = compare(job)
-    text = tables(results, job.speed_ups, _BASE if _BASE in results else job.variants[0])
+    text = tables(results, job.speed_ups, BASE if BASE in results else job.variants[0])
     from jobs.benchmarks import machine
 
     document = {
@@ -217,15 +167,17 @@ class _Study:
 
     def _made(self, name: str, seed: int) -> ModelScore:
         variant = VARIANTS[name]
-        needed = {n for n in (variant.start, variant.teacher) if n is not None}
-        before = sum(self.score(n, seed).total_seconds for n in sorted(needed))
+        before = sum(self.score(n, seed).total_seconds for n in sorted(variant.builds_on))
         log.info("%s, seed %d", name, seed)
         started = time.monotonic()
-        if variant.static_depth is not None:
+        if isinstance(variant, Static):
             made = self._static(variant, seed)
             seconds = total = time.monotonic() - started
         else:
-            train(self._train_job(name, variant, seed))
+            if isinstance(variant, Between):
+                self._go_between(variant, seed, self._model(name, seed))
+            else:
+                train(self._train_job(name, variant, seed))
             seconds = time.monotonic() - started
             total = seconds + before
             made = self._scored(self._model(name, seed))
@@ -256,7 +208,7 @@ class _Study:
                 pq.write_table(table, partial)
         return path
 
-    def _train_job(self, name: str, variant: Variant, seed: int) -> TrainJob:
+    def _train_job(self, name: str, variant: Trained, seed: int) -> TrainJob:
         job = self._job
         has_stage_1 = variant.flags.get("recipe") != "off-ramps"
         budget: dict[str, Any] = {
@@ -291,7 +243,7 @@ class _Study:
         judged, held_out = (self._traced(checkpoint, texts) for texts in (self._judged, self._held_out))
         return judge(judged, held_out, self._job.speed_ups, self._metric)
 
-    def _static(self, variant: Variant, seed: int) -> ModelScore:
+    def _static(self, variant: Static, seed: int) -> ModelScore:
         from deebert.checkpoint import load_checkpoint
         from deebert.evaluation import score
         from deebert.exit_policy import FULL_DEPTH
@@ -302,11 +254,9 @@ class _Study:
         from jobs.traces import StaticRecord
 
         job = self._job
-        assert variant.static_depth is not None
-        assert variant.start is not None
-        like = load_checkpoint(str(self._model(variant.start, seed)))
+        like = load_checkpoint(str(self._model(variant.like, seed)))
         data = sample(_tokenized(like, self._kept), job.max_rows, seed=seed)
-        record = StaticRecord(depth=variant.static_depth, style="first", recipe={"backbone": job.backbone})
+        record = StaticRecord(depth=variant.depth, style="first", recipe={"backbone": job.backbone})
         budget = BackboneStage(epochs=job.epochs, batch_size=job.batch_size, learning_rate=job.learning_rate)
         recipe = Recipe(
             stage_1=budget,
@@ -318,8 +268,18 @@ class _Study:
         traced, judged = self._traced(replace(like, model=model), self._judged)
         return ModelScore(
             full=score(traced, judged.labels, FULL_DEPTH, self._metric).score,
-            depth_speed_up=like.model.config.num_hidden_layers / variant.static_depth,
+            depth_speed_up=like.model.config.num_hidden_layers / variant.depth,
         )
+
+    def _go_between(self, variant: Between, seed: int, folder: Path) -> None:
+        from deebert.checkpoint import load_checkpoint
+        from deebert.training import interpolate, snapshot
+
+        start, end = (load_checkpoint(str(self._model(n, seed))) for n in (variant.start, variant.towards))
+        interpolate(end.model, snapshot(start.model), variant.interpolation)
+        end.model.config.int8_agreement = end.model.config.exit_policy = None  # of other weights
+        end.model.save_pretrained(folder)
+        end.tokenizer.save_pretrained(folder)
 
     def _traced(self, checkpoint: Checkpoint, texts: LabelledTexts) -> tuple[Trace, LabelledSequences]:
         from deebert.encoder import PackedEncoder

@@ -106,8 +106,8 @@ class TrainJob:
     max_rows: int | None = flag("train on a random sample of this many rows", default=None, parse=positive)
     recipe: str = flag(
         "two-stage is the paper's; joint and alternating train off-ramps with the backbone; off-ramps is stage 2 "
-        "alone; best is what measured best on held-out rows: two stages, then a third that trains all together, taught "
-        "by what the two made",
+        "alone; best is what measured best: two stages, then a third that trains all together, taught by what the two "
+        "made, and half of its change to the weights",
         default="two-stage",
         choices=_RECIPE_NAMES,
     )
@@ -146,6 +146,13 @@ class TrainJob:
     )
     learning_rate: float | None = flag(
         "stages 1 and 3: peak learning rate (paper: 2e-5)", default=None, parse=float
+    )
+    interpolation: float | None = flag(
+        "stage 3 of best (0.5), or stage 1 with --from-model (1): share of its change to the weights that is kept; 1 "
+        "is for texts like the training texts, less for others",
+        default=None,
+        parse=float,
+        metavar="SHARE",
     )
     off_ramp_epochs: float | None = flag("stage 2: epochs (3)", default=None, parse=float)
     off_ramp_batch_size: int | None = flag(
@@ -275,6 +282,11 @@ def _check_pointless(job: TrainJob) -> None:
             raise UsageError(
                 f"--{name.replace('_', '-')} is for stage 1, which this training has not: leave it out"
             )
+    if job.interpolation is not None and not (job.recipe == "best" or (has_stage_1 and job.from_model)):
+        raise UsageError(
+            "--interpolation is between a finished model and what training makes of it: give --recipe best, or "
+            "--from-model with a recipe that trains the backbone"
+        )
     for name, needed in _BELONGS_TO.items():
         if getattr(job, name) != getattr(TrainJob, name) and getattr(job, needed) is None:
             flags = (f"--{field.replace('_', '-')}" for field in (name, needed))

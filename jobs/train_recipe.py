@@ -38,13 +38,17 @@ def recipe_of(job: TrainJob) -> Recipe:
 
 
 def _stage_1(job: TrainJob, stage: BackboneStage) -> BackboneStage:
-    return replace(_through_backbone(job, stage), teacher=_teacher(job))
+    from deebert.training import RECIPES
+
+    alone = RECIPES[job.recipe].stage_3 is None
+    interpolation = _given(interpolation=job.interpolation if alone else None)
+    return replace(_through_backbone(job, stage), teacher=_teacher(job), **interpolation)
 
 
 def _stage_3(job: TrainJob, stage: BackboneStage) -> BackboneStage:
     """Its teacher is the recipe's own: what stages 1 and 2 made."""
     teacher = None if stage.teacher is None else replace(stage.teacher, temperature=job.temperature)
-    return replace(_through_backbone(job, stage), teacher=teacher)
+    return replace(_through_backbone(job, stage), teacher=teacher, **_given(interpolation=job.interpolation))
 
 
 def _through_backbone(job: TrainJob, stage: BackboneStage) -> BackboneStage:

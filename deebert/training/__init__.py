@@ -1,7 +1,7 @@
 """Fine-tuning: a `Recipe` says what, `train` does it.
 
 `config` has the recipes, `losses` what they minimise, `trainer` the stages that run the backbone,
-`cached_stage` the fast stage 2, `recipes` the order of things.
+`cached_stage` the fast stage 2, `interpolation` what lies between two models, `recipes` the order of things.
 """
 
 from deebert.training.config import (
@@ -25,6 +25,7 @@ from deebert.training.config import (
     Teacher,
 )
 from deebert.training.data import check_labels
+from deebert.training.interpolation import interpolate, snapshot
 from deebert.training.log import read_log
 from deebert.training.processes import processes
 from deebert.training.recipes import LOG_NAME, TrainingReport, train, unfinished
@@ -53,8 +54,10 @@ __all__ = [
     "Teacher",
     "TrainingReport",
     "check_labels",
+    "interpolate",
     "processes",
     "read_log",
+    "snapshot",
     "train",
     "unfinished",
 ]

@@ -2,8 +2,8 @@
 
 Stage 1 fine-tunes the backbone, with the final classifier alone as in the paper or with all off-ramps. Stage
 2 freezes both and trains the off-ramps. (Xin et al., 2020, section 2.3: the second stage must not touch what
-the first one reached.) Stage 3, which the paper has not, goes on with all of them together. Knows nothing of
-commands or of where labelled data comes from.
+the first one reached.) Stage 3, which the paper has not, goes on with all of them together, and may keep a part of what
+it learned. Knows nothing of commands or of where labelled data comes from.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from deebert.training.config import (
 from deebert.training.data import Rows, check_labels, hold_out
 from deebert.training.equilibrium import gradient_equilibrium
 from deebert.training.frozen import final_logits
+from deebert.training.interpolation import interpolate, snapshot
 from deebert.training.log import TrainingLog
 from deebert.training.losses import backbone_loss, off_ramp_loss
 from deebert.training.processes import processes
@@ -195,12 +196,13 @@ class _Training:
         )
         loss = backbone_loss(stage, config.off_ramp_layers, config.num_hidden_layers)
         objective = stage.objective
+        before = snapshot(model) if stage.interpolation < 1 else None
         with contextlib.ExitStack() as during:
             if isinstance(objective, FinalOnly):
                 during.enter_context(frozen(model.exit_modules))
             if isinstance(objective, Joint) and objective.weighting == "equilibrium":
                 during.enter_context(gradient_equilibrium(model))
-            return train_through_backbone(
+            report = train_through_backbone(
                 model,
                 self._tokenizer,
                 data,
@@ -209,6 +211,9 @@ class _Training:
                 context,
                 off_ramp_learning_rate=getattr(objective, "off_ramp_learning_rate", None),
             )
+        if before is not None:
+            interpolate(model, before, stage.interpolation)
+        return report
 
     def _off_ramp_stage(self, stage: OffRampStage, context: StageContext) -> StageReport:
         model = self._model.train(False)

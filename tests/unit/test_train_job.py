@@ -11,6 +11,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+import torch
 
 from deebert.backbones import FAMILIES
 from deebert.checkpoint import load_checkpoint
@@ -37,7 +38,7 @@ from deebert.training import (
 from jobs import recipes as recipes_job
 from jobs.cli import main
 from jobs.recipe_scores import score_at
-from jobs.recipes import VARIANTS
+from jobs.recipe_variants import VARIANTS, Between, Trained
 from jobs.train import _RECIPE_NAMES, TrainJob, train
 from jobs.train_recipe import recipe_of
 from jobs.training_plot import draw_training_log
@@ -77,6 +78,16 @@ class TestRecipeOfFlags:
         assert recipe.stage_3.teacher == BornAgain(weight=0.5, temperature=3.0)
         assert (recipe.stage_1.epochs, recipe.stage_3.epochs) == (1.5, 1.5)
         assert recipe.stage_3.learning_rate == 1e-4
+
+    def test_interpolation_is_of_the_stage_that_goes_on_with_a_finished_model(self) -> None:
+        best = described(recipe="best", interpolation=0.25)
+        assert best.stage_1 is not None
+        assert best.stage_3 is not None
+        assert (best.stage_1.interpolation, best.stage_3.interpolation) == (1.0, 0.25)
+
+        further = described(recipe="joint", from_model="m", interpolation=0.25)
+        assert further.stage_1 is not None
+        assert further.stage_1.interpolation == 0.25
 
     def test_every_number_can_be_set(self) -> None:
         recipe = described(
@@ -221,6 +232,20 @@ class TestRefusals:
             (
                 "--backbone a --weighting uniform",
                 "--weighting says nothing to --recipe two-stage: give joint or alternating",
+            ),
+            (
+                "--backbone a --recipe joint --interpolation 0.5",
+                "--interpolation is between a finished model and what training makes of it: give --recipe best, or "
+                "--from-model with a recipe that trains the backbone",
+            ),
+            (
+                "--from-model a --recipe off-ramps --interpolation 0.5",
+                "--interpolation is between a finished model and what training makes of it: give --recipe best, or "
+                "--from-model with a recipe that trains the backbone",
+            ),
+            (
+                "--backbone a --recipe best --interpolation 0",
+                "interpolation is 0.0: give a share above 0 and up to 1",
             ),
             (
                 "--backbone a --stage-2 none",
@@ -510,8 +535,24 @@ class TestDrawing:
 class TestRecipesJob:
     def test_every_variant_is_a_recipe_and_builds_on_variants(self) -> None:
         for name, variant in VARIANTS.items():
-            assert isinstance(described(**variant.flags), Recipe), name
-            assert {variant.start, variant.teacher} - {None} <= set(VARIANTS)
+            if isinstance(variant, Trained):
+                assert isinstance(described(**variant.flags), Recipe), name
+            if isinstance(variant, Between):
+                other = VARIANTS[variant.towards]
+                assert isinstance(other, Trained)
+                assert other.start == variant.start
+            assert variant.builds_on <= set(VARIANTS)
+
+    def test_the_best_recipe_is_the_variant_that_its_name_promises(self) -> None:
+        between, stage_3 = VARIANTS["continued-50"], BEST.stage_3
+        assert isinstance(between, Between)
+        assert stage_3 is not None
+        assert between.interpolation == stage_3.interpolation
+        continued = VARIANTS[between.towards]
+        assert isinstance(continued, Trained)
+        goes_on = described(**continued.flags).stage_1
+        assert goes_on is not None
+        assert goes_on.objective == stage_3.objective
 
     def test_accuracy_between_operating_points(self) -> None:
         points = [(1.0, 0.9), (2.0, 0.8), (4.0, 0.6)]
@@ -553,6 +594,25 @@ class TestRecipesJob:
         assert (tmp_path / "out" / "taught-42" / "model.safetensors").stat().st_mtime_ns == trained
         assert sorted(p.stem for p in (tmp_path / "out").glob("*-42.json")) == ["taught-42", "two-stage-42"]
         assert str(tmp_path) not in (tmp_path / "out" / "results.json").read_text()
+
+        # Halfway to a model that goes on from there: nothing is trained for it, and it is a model like another.
+        words[words.index("--variants") + 1] = "continued-50"
+        assert recipes_job.execute(words, prog="recipes") == 0
+        assert capsys.readouterr().out.splitlines()[4].split("|")[1].strip() == "continued-50"
+        start, end, between = (
+            load_checkpoint(str(tmp_path / "out" / f"{name}-42")).model.state_dict()
+            for name in ("two-stage", "continued", "continued-50")
+        )
+        for name, weight in between.items():
+            torch.testing.assert_close(weight, (start[name] + end[name]) / 2, rtol=0, atol=1e-6)
+        scores = {
+            name: json.loads((tmp_path / "out" / f"{name}-42.json").read_text())
+            for name in ("continued", "continued-50")
+        }
+        assert scores["continued-50"]["total_seconds"] == pytest.approx(
+            scores["continued"]["total_seconds"] + scores["continued-50"]["seconds"]
+        )
+        words[words.index("--variants") + 1] = "taught"
 
         # At other speed-ups what is there is judged again, not trained; asked twice, not even that.
         assert recipes_job.execute([*words, "--speed-ups", "2.5"], prog="recipes") == 0

@@ -430,6 +430,28 @@ class TestStage3:
         assert trained <= changed(before, model)
         assert min(accuracies(model, toy(200, seed=2))) > 0.8
 
+    @pytest.mark.parametrize("share", [0.25, 0.5])
+    def test_keeps_the_share_of_its_change_that_is_asked_for(
+        self, share: float, tiny_model: ModelFactory, run: Run, tmp_path: Path
+    ) -> None:
+        stage, ended = replace(QUICK_1, objective=Joint()), {}
+        before = weights(tiny_model(num_layers=2))
+
+        for kept in (1.0, share):
+            model = tiny_model(num_layers=2)
+            recipe = Recipe(stage_1=None, stage_2=None, stage_3=replace(stage, interpolation=kept))
+            run(model, recipe, toy(48, seed=1), tmp_path / str(kept))
+            ended[kept] = weights(model)
+
+        for name, weight in before.items():
+            there = ended[1.0][name]
+            torch.testing.assert_close(
+                ended[share][name], (1 - share) * weight + share * there, rtol=0, atol=1e-6
+            )
+        assert not torch.equal(
+            ended[1.0]["final_classifier.classifier.weight"], before["final_classifier.classifier.weight"]
+        )
+
     def test_born_again_it_says_what_it_said_whatever_the_labels_say(
         self, tiny_model: ModelFactory, run: Run, tmp_path: Path
     ) -> None:
@@ -494,6 +516,12 @@ STAGES = {
     "alternating": replace(RECIPES["alternating"], checkpoint_steps=5),
     "exact": replace(EXACT, checkpoint_steps=4),
     "stage 3": replace(THREE_STAGES, stage_1=None, checkpoint_steps=4),
+    "stage 3, half of it": replace(
+        THREE_STAGES,
+        stage_1=None,
+        stage_3=replace(QUICK_1, objective=Joint(), interpolation=0.5),
+        checkpoint_steps=4,
+    ),
     "stopping early": replace(JOINT, early_stopping=EarlyStopping(held_out=0.2, patience=2, every_steps=4)),
 }
 
@@ -514,6 +542,7 @@ class TestResume:
             ("alternating", 8),
             ("exact", 9),
             ("stage 3", 9),
+            ("stage 3, half of it", 9),
             ("stopping early", 10),
         ],
     )

@@ -10,6 +10,7 @@ import pytest
 from deebert.errors import RecipeError
 from deebert.training import (
     ALTERNATING,
+    BEST,
     JOINT,
     OFF_RAMPS,
     RECIPES,
@@ -92,6 +93,8 @@ def test_the_named_recipes() -> None:
         (lambda: StageConfig(epochs=0), "epochs is 0: give more than 0"),
         (lambda: StageConfig(learning_rate=float("nan")), "learning_rate is nan: give more than 0"),
         (lambda: StageConfig(warmup_share=1.0), "warmup_share is 1.0: give a share from 0 to below 1"),
+        (lambda: BackboneStage(interpolation=0), "interpolation is 0: give a share above 0 and up to 1"),
+        (lambda: BackboneStage(interpolation=1.1), "interpolation is 1.1: give a share above 0 and up to 1"),
         (lambda: Distillation(weight=0), "the distillation weight is 0: give a share above 0 and up to 1"),
         (lambda: Distillation(temperature=0), "the distillation temperature is 0: give more than 0"),
         (lambda: Teacher(folder="t", hidden_weight=-1), "the teacher's hidden_weight is -1: give 0 or more"),
@@ -120,7 +123,9 @@ def test_the_json_form_tells_recipes_apart() -> None:
     assert Recipe().to_dict() == TWO_STAGE.to_dict()
 
 
-def test_a_recipe_without_stage_3_keeps_the_form_that_it_had_before_there_was_one() -> None:
+def test_a_recipe_without_what_is_new_keeps_the_form_that_it_had_before_there_was_any() -> None:
     # A training begun then can be resumed.
     assert "stage_3" not in TWO_STAGE.to_dict()
     assert "stage_3" in replace(TWO_STAGE, stage_3=JOINT.stage_1).to_dict()
+    assert "interpolation" not in TWO_STAGE.to_dict()["stage_1"]
+    assert BEST.to_dict()["stage_3"]["interpolation"] == 0.5

@@ -1,0 +1,101 @@
+"""The recipes that `python -m jobs.recipes` compares, by name. Knows nothing of how a variant is trained or judged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """Flags of `deebert train`, and models of other variants that it builds on."""
+
+    flags: Mapping[str, Any]
+    start: str | None = None
+    """The variant whose model it goes on with, instead of the backbone."""
+    teacher: str | None = None
+    """The variant whose model teaches it."""
+    share: float = 1.0
+    """Of the budget's epochs of stage 1."""
+
+    @property
+    def builds_on(self) -> frozenset[str]:
+        """The variants that are trained before it."""
+        return frozenset(name for name in (self.start, self.teacher) if name is not None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Static:
+    """The backbone cut after so many layers and fine-tuned with the budget of stage 1."""
+
+    depth: int
+    like: str
+    """The variant that it is compared with: its tokenizer, pooling and labels."""
+
+    @property
+    def builds_on(self) -> frozenset[str]:
+        """See `Trained.builds_on`."""
+        return frozenset({self.like})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Between:
+    """Nothing is trained: weights on the line between two models, of which the second began as the first."""
+
+    start: str
+    towards: str
+    interpolation: float
+    """How far from the one, 0, to the other, 1."""
+
+    @property
+    def builds_on(self) -> frozenset[str]:
+        """See `Trained.builds_on`."""
+        return frozenset({self.towards})
+
+
+Variant = Trained | Static | Between
+
+BASE = "two-stage"
+_JOINT = {"recipe": "joint", "self_distillation": 0.5}
+_JOINT_FAST = {**_JOINT, "off_ramp_learning_rate": 5e-4}
+_ALTERNATING = {"recipe": "alternating", "self_distillation": 0.5, "off_ramp_learning_rate": 5e-4}
+_REFRESH = {"recipe": "off-ramps", "self_distillation": 0.7}
+_UNIFORM = {**_JOINT_FAST, "weighting": "uniform"}
+
+VARIANTS: Mapping[str, Variant] = MappingProxyType(
+    {
+        BASE: Trained(flags={}),
+        "two-stage-cls": Trained(flags={"off_ramp_pooling": "cls"}),
+        "two-stage-attention": Trained(flags={"off_ramp_pooling": "attention", "stage_2": "exact"}),
+        "two-stage-exact": Trained(flags={"recipe": "off-ramps", "stage_2": "exact"}, start=BASE),
+        "two-stage-distilled": Trained(flags=_REFRESH, start=BASE),
+        "static-6": Static(depth=6, like=BASE),
+        "static-4": Static(depth=4, like=BASE),
+        "joint": Trained(flags={"recipe": "joint"}),
+        "joint-distilled": Trained(flags=_JOINT),
+        "joint-uniform": Trained(flags={**_JOINT, "weighting": "uniform"}),
+        "joint-equilibrium": Trained(flags={**_JOINT, "weighting": "equilibrium"}),
+        "joint-fast-off-ramps": Trained(flags=_JOINT_FAST),
+        "joint-refreshed": Trained(flags=_REFRESH, start="joint-fast-off-ramps"),
+        "alternating": Trained(flags=_ALTERNATING),
+        "alternating-refreshed": Trained(flags=_REFRESH, start="alternating"),
+        "taught": Trained(flags=_JOINT_FAST, teacher=BASE),
+        "taught-refreshed": Trained(flags=_REFRESH, start="taught"),
+        "taught-hidden": Trained(flags={**_JOINT_FAST, "teacher_hidden_weight": 1.0}, teacher=BASE),
+        "longer": Trained(flags={"recipe": "two-stage"}, start=BASE),
+        "continued": Trained(flags=_UNIFORM, start=BASE, teacher=BASE),
+        "continued-third": Trained(flags=_UNIFORM, start=BASE, teacher=BASE, share=1 / 3),
+        "continued-third-linear": Trained(flags=_JOINT_FAST, start=BASE, teacher=BASE, share=1 / 3),
+        "continued-cls": Trained(flags=_UNIFORM, start="two-stage-cls", teacher="two-stage-cls"),
+        "continued-linear": Trained(flags=_JOINT_FAST, start=BASE, teacher=BASE),
+        "continued-alone": Trained(flags=_UNIFORM, start=BASE),
+        "continued-labels": Trained(flags={**_UNIFORM, "self_distillation": 0.0}, start=BASE, teacher=BASE),
+        "continued-refreshed": Trained(flags=_REFRESH, start="continued"),
+        "continued-25": Between(start=BASE, towards="continued", interpolation=0.25),
+        "continued-50": Between(start=BASE, towards="continued", interpolation=0.5),
+        "continued-75": Between(start=BASE, towards="continued", interpolation=0.75),
+    }
+)
+"""``continued-50`` is what `--recipe best` makes."""
