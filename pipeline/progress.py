@@ -32,6 +32,16 @@ class ProgressSample:
     resumed_rows: int
     """Rows that were already committed before this attempt: done, but not by its speed."""
 
+    @property
+    def mean_exit_layer(self) -> float:
+        """Of the rows that are done, of which there must be some."""
+        return self.exit_layer_sum / self.rows_done
+
+    @property
+    def saving(self) -> float:
+        """Share of the layers that nobody had to run (DeeBERT, Eq. 2)."""
+        return 1 - self.mean_exit_layer / self.num_layers
+
 
 class Progress:
     """The display of one attempt; a context manager.
@@ -112,9 +122,8 @@ def _facts(sample: ProgressSample, total_rows: int | None, elapsed_seconds: floa
         facts.append(_rate(rows_per_second))
         facts += _time_left(sample, total_rows, rows_per_second)
     if sample.rows_done > 0:
-        mean = sample.exit_layer_sum / sample.rows_done
-        facts.append(f"{100 * (1 - mean / sample.num_layers):.1f} % saved")
-        facts.append(f"mean exit layer {mean:.2f}/{sample.num_layers}")
+        facts.append(f"{100 * sample.saving:.1f} % saved")
+        facts.append(f"mean exit layer {sample.mean_exit_layer:.2f}/{sample.num_layers}")
     return ", ".join(facts)
 
 

@@ -1,4 +1,4 @@
-"""The progress of a run on Ray: what its board counts, shown while it works.
+"""The progress of a run on Ray: what its board counts, shown and measured while it works.
 
 Knows nothing of shards or of how a line or a bar looks (`pipeline.progress`).
 """
@@ -14,6 +14,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
+from pipeline.gauges import Gauges
 from pipeline.planning import RunPlan
 from pipeline.progress import Progress, ProgressSample
 from pipeline.records import Totals
@@ -23,9 +24,10 @@ _POLL_SECONDS = 0.5
 
 @contextmanager
 def showing_progress(board: Any, run: RunPlan, before: Totals) -> Iterator[None]:
-    """Show the board's numbers until the block ends."""
+    """Show the board's numbers, and set the cluster's metrics by them, until the block ends."""
     layers_before = sum(layer * rows for layer, rows in enumerate(before.exit_rows))
     ended = threading.Event()
+    gauges = Gauges(output=run.config.output, total_rows=run.estimated_rows)
 
     def sample() -> ProgressSample:
         rows, exit_layers = ray.get(board.total.remote())
@@ -36,10 +38,15 @@ def showing_progress(board: Any, run: RunPlan, before: Totals) -> Iterator[None]
             resumed_rows=before.rows,
         )
 
+    def update(progress: Progress) -> None:
+        now = sample()
+        progress.update(now)
+        gauges.set(now)
+
     def poll(progress: Progress) -> None:
         while not ended.wait(_POLL_SECONDS):
             try:
-                progress.update(sample())
+                update(progress)
             except RayError:  # the board restarts, or the cluster goes down: the main thread says so
                 continue
 
@@ -49,7 +56,7 @@ def showing_progress(board: Any, run: RunPlan, before: Totals) -> Iterator[None]
         poller.start()
         try:
             yield
-            progress.update(sample())
+            update(progress)
         finally:
             ended.set()
             poller.join()

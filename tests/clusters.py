@@ -89,12 +89,14 @@ class Head(Node):
     """The first node of a cluster, with its job API."""
 
     def __init__(self, *, cpus: int) -> None:
-        port, dashboard_port, agent_port = free_ports(3)
+        port, dashboard_port, agent_port, metrics_port = free_ports(4)
         self.address = f"127.0.0.1:{port}"
         self.jobs_address = f"http://127.0.0.1:{dashboard_port}"
+        self.metrics_address = f"http://127.0.0.1:{metrics_port}/metrics"
         super().__init__(
             *("--head", f"--port={port}", f"--dashboard-agent-listen-port={agent_port}"),
             *("--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard_port}"),
+            f"--metrics-export-port={metrics_port}",
             cpus=cpus,
         )
         wait_for(self._answers, START_SECONDS, "the head node does not answer")

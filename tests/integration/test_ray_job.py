@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import requests
 import yaml
 from ray.job_submission import JobStatus, JobSubmissionClient
 
@@ -22,10 +24,10 @@ JOB_SECONDS = 300.0
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[str]:
-    """A head node of our own on loopback; gives the address of its job API."""
+def cluster() -> Iterator[Head]:
+    """A head node of our own on loopback."""
     head = Head(cpus=2)
-    yield head.jobs_address
+    yield head
     head.stop()
 
 
@@ -95,21 +97,37 @@ def run_job(address: str, corpus: Corpus) -> tuple[str, str]:
     return client.get_job_status(job), client.get_job_logs(job)
 
 
+def scraped(head: Head, output: Path) -> dict[str, float]:
+    """What Prometheus would read of a run: a metric's name, without what all have in common -> its value."""
+    lines = requests.get(head.metrics_address, timeout=10).text.splitlines()
+    series = [line.partition("ray_deebert_")[2] for line in lines if f'output="{output}"' in line]
+    return {line.partition("{")[0]: float(line.rpartition(" ")[2]) for line in series}
+
+
 def test_a_submitted_job_classifies_and_its_rerun_does_only_what_is_new(
-    cluster: str, saved_model: Path, tmp_path: Path
+    cluster: Head, saved_model: Path, tmp_path: Path
 ) -> None:
     corpus = Corpus(tmp_path, saved_model)
     first = corpus.add("monday", 120)
 
-    status, log = run_job(cluster, corpus)
+    status, log = run_job(cluster.jobs_address, corpus)
     assert status == JobStatus.SUCCEEDED, log
     assert corpus.answered() == sorted(first)
     assert corpus.record()["attempts"][-1]["committed_shards"] == 3
     assert (corpus.output / "_SUCCESS").exists()
+    exits = Counter(pq.read_table(corpus.output, columns=["exit_layer"])["exit_layer"].to_pylist())
+    mean = sum(layer * rows for layer, rows in exits.items()) / 120
+    wait_for(lambda: "saving" in scraped(cluster, corpus.output), JOB_SECONDS, "no metrics are exported")
+    assert scraped(cluster, corpus.output) == {
+        "rows": 120.0,
+        "rows_planned": 120.0,
+        "mean_exit_layer": pytest.approx(mean),
+        "saving": pytest.approx(1 - mean / corpus.record()["model"]["num_layers"]),
+    }
     before = {path: path.stat().st_mtime_ns for path in corpus.output.glob("part-*")}
 
     second = corpus.add("tuesday", 70)
-    status, log = run_job(cluster, corpus)
+    status, log = run_job(cluster.jobs_address, corpus)
     assert status == JobStatus.SUCCEEDED, log
     assert corpus.answered() == sorted(first + second)
     record = corpus.record()
@@ -118,7 +136,7 @@ def test_a_submitted_job_classifies_and_its_rerun_does_only_what_is_new(
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
     corpus.config.write_text(corpus.config.read_text() + "text-column: body\n")
-    status, log = run_job(cluster, corpus)
+    status, log = run_job(cluster.jobs_address, corpus)
     assert status == JobStatus.FAILED
     assert "has no column 'body'; its columns are: id, text" in log
     assert "Traceback" not in log
