@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from deebert.evaluation import LabelledSequences, Metric, OperatingPointScore, Trace, off_ramp_scores, sweep
+from jobs.rival_policies import POLICIES, points
 from pipeline.report.evaluated import to_markdown
 from pipeline.report.ledger import Table
 
@@ -33,6 +34,8 @@ class ModelScore:
     """(layer speed-up, score) of rising thresholds, full depth first."""
     chosen: Mapping[str, tuple[float, float]] | None = None
     """By the layer speed-up that a threshold reached on held-out rows: its own (layer speed-up, score) here."""
+    by_policy: Mapping[str, Mapping[str, float | None]] | None = None
+    """Scores of other exit policies, by name and layer speed-up; None beyond the last that a policy reaches."""
     depth_speed_up: float = 1.0
     """Layer speed-up of `full`: more than 1 for a static baseline."""
     seconds: float = 0.0
@@ -59,6 +62,7 @@ def judge(
     held_out: tuple[Trace, LabelledSequences],
     speed_ups: Sequence[float],
     metric: Metric,
+    policies: Sequence[str] = (),
 ) -> ModelScore:
     """Score a model by its traces.
 
@@ -67,6 +71,7 @@ def judge(
         held_out: of training rows that no stage has seen; thresholds are chosen on them.
         speed_ups: layer speed-ups to choose thresholds for.
         metric: the task's score.
+        policies: exit policies of `jobs.rival_policies` to judge too.
     """
     (trace, data), (their_trace, their_data) = judged, held_out
     most = math.log(trace.logits.shape[-1])
@@ -78,7 +83,15 @@ def judge(
         off_ramps=tuple(off_ramp_scores(trace, data.labels, metric)),
         points=tuple((p.speed_up, p.score) for p in here),
         chosen={f"{s:g}": _chosen(s, here, there) for s in speed_ups},
+        by_policy={name: _by_policy(name, trace, data, speed_ups, metric) for name in policies},
     )
+
+
+def _by_policy(
+    name: str, trace: Trace, data: LabelledSequences, speed_ups: Sequence[float], metric: Metric
+) -> dict[str, float | None]:
+    found = points(trace, data.labels, POLICIES[name], metric)
+    return {f"{s:g}": score_at(found, s) for s in speed_ups}
 
 
 def _chosen(
@@ -132,7 +145,30 @@ def tables(results: Mapping[str, Sequence[ModelScore]], speed_ups: Sequence[floa
         rows=tuple((name, *_chosen_cells(s, speed_ups)) for name, s in results.items() if s[0].chosen),
         note=f"Score at the layer speed-up that it comes with; {of_seeds}.",
     )
-    return "\n\n".join(f"{t.title}\n\n{to_markdown(t)}\n\n{t.note}" for t in (curve, chosen) if t.rows)
+    policies = Table(
+        title="Exit policies",
+        columns=("variant", "policy", *(f"{s:g}×" for s in speed_ups)),
+        rows=tuple(
+            (variant, name, *_policy_cells(scores, name, speed_ups))
+            for variant, scores in results.items()
+            for name in _policies_of(scores)
+        ),
+        note=f"Score at equal layer speed-up; {of_seeds}; their thresholds are swept as finely as they have steps.",
+    )
+    every = (curve, chosen, policies)
+    return "\n\n".join(f"{t.title}\n\n{to_markdown(t)}\n\n{t.note}" for t in every if t.rows)
+
+
+def _policies_of(scores: Sequence[ModelScore]) -> Sequence[str]:
+    """Those that every seed was judged by."""
+    first, *others = (score.by_policy or {} for score in scores)
+    return [name for name in first if all(name in other for other in others)]
+
+
+def _policy_cells(scores: Sequence[ModelScore], name: str, speed_ups: Sequence[float]) -> list[str]:
+    return [
+        _percent([(s.by_policy or {})[name][f"{speed_up:g}"] for s in scores], 0) for speed_up in speed_ups
+    ]
 
 
 def _curve_cells(scores: Sequence[ModelScore], speed_ups: Sequence[float], whole: float) -> tuple[str, ...]:

@@ -24,6 +24,7 @@ from jobs.flags import comma_list, flag, parse_job
 from jobs.glue import TASK_NAMES, Columns
 from jobs.recipe_scores import ModelScore, judge, tables
 from jobs.recipe_variants import BASE, VARIANTS, Between, Static, Trained
+from jobs.rival_policies import POLICIES
 from jobs.train import TrainJob, train
 from pipeline.config import positive
 from pipeline.errors import UsageError
@@ -39,7 +40,7 @@ log = logging.getLogger(__name__)
 # Folders say nothing of the results that are shared.
 _PLACES = ("backbone", "data", "evaluation_data", "glue_dir", "output")
 # These may differ from call to call in one folder.
-_FREE = ("variants", "seeds", "speed_ups", "checkpoint_steps", "output")
+_FREE = ("variants", "seeds", "speed_ups", "policies", "checkpoint_steps", "output")
 
 
 def _floats(text: str) -> tuple[float, ...]:
@@ -76,6 +77,12 @@ class RecipesJob:
     speed_ups: tuple[float, ...] = flag(
         "layer speed-ups to compare at", default=(2.0, 3.0, 4.0), parse=_floats
     )
+    policies: tuple[str, ...] = flag(
+        "exit policies of other papers to judge the same models by",
+        default=(),
+        parse=comma_list,
+        metavar="A,B",
+    )
     held_out: float = flag(
         "share of the training rows that nothing trains on: thresholds are chosen on them",
         default=0.03,
@@ -107,6 +114,8 @@ def execute(argv: Sequence[str], *, prog: str) -> int:
     job = parse_job(RecipesJob, argv, prog=prog, description="Compare training recipes on the same rows.")
     if unknown := [name for name in job.variants if name not in VARIANTS]:
         raise UsageError(f"unknown variant {unknown[0]!r}: choose among {', '.join(VARIANTS)}")
+    if unknown := [name for name in job.policies if name not in POLICIES]:
+        raise UsageError(f"unknown policy {unknown[0]!r}: choose among {', '.join(POLICIES)}")
     if job.glue_dir is None and job.evaluation_data is None:
         raise UsageError("a recipe is not judged by what it trained on: give --evaluation-data")
     results = compare(job)
@@ -157,13 +166,23 @@ class _Study:
             made = self._made(name, seed)
             _keep(made, path)
         kept = ModelScore.of(json.loads(path.read_text()))
-        if kept.chosen is None or {f"{s:g}" for s in self._job.speed_ups} <= kept.chosen.keys():
+        if kept.chosen is None or self._answers(kept):
             return kept
-        # Judged at other speed-ups: the model is still there.
+        # Judged at other speed-ups or by other policies: the model is still there.
         judged = self._scored(self._model(name, seed))
-        judged = replace(kept, chosen={**kept.chosen, **(judged.chosen or {})})
+        judged = replace(
+            kept,
+            chosen={**kept.chosen, **(judged.chosen or {})},
+            by_policy=_merged(kept.by_policy or {}, judged.by_policy or {}),
+        )
         _keep(judged, path)
         return judged
+
+    def _answers(self, kept: ModelScore) -> bool:
+        """Whether what was kept has all that is asked for."""
+        asked = {f"{s:g}" for s in self._job.speed_ups}
+        has = [kept.chosen or {}, *((kept.by_policy or {}).get(name, {}) for name in self._job.policies)]
+        return all(asked <= scores.keys() for scores in has)
 
     def _made(self, name: str, seed: int) -> ModelScore:
         variant = VARIANTS[name]
@@ -241,7 +260,7 @@ class _Study:
 
         checkpoint = load_checkpoint(str(folder))
         judged, held_out = (self._traced(checkpoint, texts) for texts in (self._judged, self._held_out))
-        return judge(judged, held_out, self._job.speed_ups, self._metric)
+        return judge(judged, held_out, self._job.speed_ups, self._metric, self._job.policies)
 
     def _static(self, variant: Static, seed: int) -> ModelScore:
         from deebert.checkpoint import load_checkpoint
@@ -293,6 +312,13 @@ class _Study:
         from jobs.metrics import metrics_of
 
         return metrics_of(self._task, self._names)[0].compute
+
+
+def _merged(
+    kept: Mapping[str, Mapping[str, float | None]], judged: Mapping[str, Mapping[str, float | None]]
+) -> dict[str, dict[str, float | None]]:
+    names = dict.fromkeys((*kept, *judged))
+    return {name: {**kept.get(name, {}), **judged.get(name, {})} for name in names}
 
 
 def _tokenized(checkpoint: Checkpoint, texts: LabelledTexts) -> LabelledSequences:

@@ -42,6 +42,7 @@ from jobs.recipe_variants import VARIANTS, Between, Trained
 from jobs.train import _RECIPE_NAMES, TrainJob, train
 from jobs.train_recipe import recipe_of
 from jobs.training_plot import draw_training_log
+from pipeline.errors import UsageError
 
 
 def described(**flags: Any) -> Recipe:
@@ -623,6 +624,30 @@ class TestRecipesJob:
         judged = (tmp_path / "out" / "taught-42.json").stat().st_mtime_ns
         assert recipes_job.execute([*words, "--speed-ups", "2.5,4"], prog="recipes") == 0
         assert (tmp_path / "out" / "taught-42.json").stat().st_mtime_ns == judged
+
+        # Nor for other policies; what was known stays known.
+        words += ["--policies", "patience,entropy"]
+        assert recipes_job.execute([*words, "--speed-ups", "4"], prog="recipes") == 0
+        _, table = capsys.readouterr().out.split("\n\nExit policies\n\n")
+        head, _, *rows = table.splitlines()
+        assert [c.strip() for c in head.split("|")[1:4]] == ["variant", "policy", "4×"]
+        assert [row.split("|")[2].strip() for row in rows[:2]] == ["patience", "entropy"]
+        by_policy = json.loads((tmp_path / "out" / "taught-42.json").read_text())["by_policy"]
+        assert [list(scores) for scores in by_policy.values()] == [["4"], ["4"]]
+        assert recipes_job.execute([*words, "--speed-ups", "2.5"], prog="recipes") == 0
+        by_policy = json.loads((tmp_path / "out" / "taught-42.json").read_text())["by_policy"]
+        assert {name: list(scores) for name, scores in by_policy.items()} == {
+            "patience": ["4", "2.5"],
+            "entropy": ["4", "2.5"],
+        }
+        assert (tmp_path / "out" / "taught-42" / "model.safetensors").stat().st_mtime_ns == trained
+
+    def test_what_it_does_not_know_is_refused(self) -> None:
+        words = ["--backbone", "b", "--glue-dir", "g", "--task", "sst-2", "--output", "o"]
+        with pytest.raises(UsageError, match=r"^unknown variant 'worst': choose among two-stage, "):
+            recipes_job.execute([*words, "--variants", "worst"], prog="recipes")
+        with pytest.raises(UsageError, match=r"^unknown policy 'hope': choose among entropy, "):
+            recipes_job.execute([*words, "--policies", "hope"], prog="recipes")
 
 
 def test_python_users_get_the_model_back(words: list[str], tmp_path: Path, saved_model: Path) -> None:
