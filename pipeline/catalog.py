@@ -8,7 +8,7 @@ Knows nothing of how that is done (`pipeline.input_schema`, `pipeline.shards`).
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Self
@@ -16,12 +16,14 @@ from typing import Any, Self
 import pyarrow as pa
 
 from pipeline.errors import OutputError
-from pipeline.input_schema import Columns
 from pipeline.inputs import InputFile, first_line
-from pipeline.shards import Shard
+from pipeline.shard import Shard
 from pipeline.sink import CATALOG, Output
 
 log = logging.getLogger(__name__)
+
+Columns = Mapping[str, Any]
+"""Column name -> Arrow type; the null type where no value was seen."""
 
 _VERSION = 1
 _EXTENT = pa.struct(

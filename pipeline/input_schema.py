@@ -12,24 +12,19 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 
+from pipeline.catalog import Catalog, Columns
 from pipeline.errors import BrokenFileError, InputError
 from pipeline.inputs import InputFile
 from pipeline.opening import arrow_schema, head, open_parquet, refusing
-
-if TYPE_CHECKING:
-    from pipeline.catalog import Catalog
 
 FIRST_BLOCK_BYTES = 1 << 20
 OTHER_BLOCK_BYTES = 1 << 16
 _MAX_BLOCK_BYTES = 1 << 26
 _MAX_CONNECTIONS = 16
-
-Columns = Mapping[str, Any]
-"""Column name -> Arrow type; the null type where no value was seen."""
 
 
 @dataclass(frozen=True, kw_only=True)

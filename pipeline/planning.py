@@ -24,7 +24,8 @@ from pipeline.input_schema import InputSchema, check_columns
 from pipeline.inputs import InputFile, discover, real_path
 from pipeline.records import Identity, ModelRecord, RunRecord
 from pipeline.schema import RESERVED_COLUMNS, Answers, part_table
-from pipeline.shards import Shard, parse_part_name, part_name, plan, source_key, suitable_shard_rows
+from pipeline.shard import Shard, parse_part_name, part_name, source_key
+from pipeline.shards import plan, suitable_shard_rows
 from pipeline.sink import SUCCESS, Output
 from pipeline.tokenization import TextTokenizer, check_windows
 

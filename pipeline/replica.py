@@ -42,8 +42,8 @@ from pipeline.narrowing import PROOF, pieces, why_hopeless
 from pipeline.raw_rows import excerpt
 from pipeline.records import Identity, ShardRecord, Totals
 from pipeline.schema import Answers, footer, part_table
+from pipeline.shard import Shard, part_name
 from pipeline.shard_work import RowsInLanes, ShardWork
-from pipeline.shards import Shard, part_name
 from pipeline.sink import Output
 from pipeline.source import BadRow, ParquetReaders, SourceBatch, read_shard
 from pipeline.tokenization import TextTokenizer

@@ -40,7 +40,7 @@ from pipeline.lock import locked
 from pipeline.planning import RunPlan, can_go_on, check_output, make_plan
 from pipeline.records import Attempt, RunRecord, RunStatus, ShardRecord, Totals
 from pipeline.replica import Replica, ReplicaSpec, ServedModel, ShardFailure, too_many_bad_rows
-from pipeline.shards import Shard
+from pipeline.shard import Shard
 from pipeline.sink import SUCCESS, Output, RecordLog
 from pipeline.tokenization import TextTokenizer
 from pipeline.watching import showing_progress

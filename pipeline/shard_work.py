@@ -17,7 +17,7 @@ import pyarrow as pa
 from deebert.packing import IntArray
 from pipeline.lanes import Submission
 from pipeline.schema import Answers
-from pipeline.shards import Shard
+from pipeline.shard import Shard
 from pipeline.source import BadRow
 
 

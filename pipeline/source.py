@@ -18,7 +18,7 @@ from pipeline.input_schema import InputSchema, plain_type
 from pipeline.inputs import current_fingerprint, first_line
 from pipeline.opening import arrow_batches, is_read_failure
 from pipeline.raw_rows import BadRow, RawRows, Rows, excerpt
-from pipeline.shards import Shard
+from pipeline.shard import Shard
 from pipeline.source_csv import read_csv
 from pipeline.source_lines import read_jsonl, read_text
 from pipeline.source_parquet import ParquetReaders, read_parquet

@@ -18,7 +18,7 @@ import pyarrow.json as pa_json
 from pipeline.inputs import first_line
 from pipeline.opening import open_file, open_stream
 from pipeline.raw_rows import BadRow, RawRows, Rows, excerpt
-from pipeline.shards import Shard
+from pipeline.shard import Shard
 
 BLOCK_BYTES = 1 << 20
 _LINES_BY_HAND = 64  # a failing range of JSON lines is halved down to this, then parsed line by line

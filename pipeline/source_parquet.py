@@ -17,7 +17,7 @@ import pyarrow as pa
 from pipeline.inputs import InputFile
 from pipeline.opening import open_parquet
 from pipeline.raw_rows import RawRows
-from pipeline.shards import Shard
+from pipeline.shard import Shard
 
 MAX_BATCH_BYTES = 64 << 20
 

@@ -17,7 +17,8 @@ from pipeline.catalog import Catalog
 from pipeline.errors import InputError
 from pipeline.input_schema import FIRST_BLOCK_BYTES, InputSchema, check_columns
 from pipeline.inputs import discover
-from pipeline.shards import Shard, plan, suitable_shard_rows
+from pipeline.shard import Shard
+from pipeline.shards import plan, suitable_shard_rows
 from pipeline.sink import CATALOG, Output
 
 ROWS = 25

@@ -25,7 +25,8 @@ from pipeline.input_schema import check_columns
 from pipeline.inputs import discover
 from pipeline.records import Identity, ShardRecord
 from pipeline.replica import Replica, ReplicaSpec, ServedModel, ShardFailure, too_many_bad_rows
-from pipeline.shards import Shard, part_name, plan
+from pipeline.shard import Shard, part_name
+from pipeline.shards import plan
 from pipeline.sink import Output
 from pipeline.tokenization import TextTokenizer
 from tests.conftest import make_model, make_tokenizer

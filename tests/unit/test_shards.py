@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from pipeline.errors import InputError, UsageError
 from pipeline.input_schema import check_columns
 from pipeline.inputs import InputFile, discover
-from pipeline.shards import Shard, parse_part_name, part_name, plan, source_key
+from pipeline.shard import Shard, parse_part_name, part_name, source_key
+from pipeline.shards import plan
 from tests.examples import examples
 
 

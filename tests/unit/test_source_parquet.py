@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from pipeline import source_parquet
 from pipeline.inputs import discover
-from pipeline.shards import Shard, plan
+from pipeline.shard import Shard
+from pipeline.shards import plan
 from pipeline.source_parquet import ParquetReaders, read_parquet
 from tests.examples import examples
 
