@@ -94,8 +94,9 @@ VARIANTS: Mapping[str, Variant] = MappingProxyType(
         "continued-labels": Trained(flags={**_UNIFORM, "self_distillation": 0.0}, start=BASE, teacher=BASE),
         "continued-refreshed": Trained(flags=_REFRESH, start="continued"),
         "continued-25": Between(start=BASE, towards="continued", interpolation=0.25),
+        "continued-40": Between(start=BASE, towards="continued", interpolation=0.4),
         "continued-50": Between(start=BASE, towards="continued", interpolation=0.5),
         "continued-75": Between(start=BASE, towards="continued", interpolation=0.75),
     }
 )
-"""``continued-50`` is what `--recipe best` makes."""
+"""``continued-40`` is what `--recipe best` makes."""

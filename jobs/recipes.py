@@ -69,7 +69,7 @@ class RecipesJob:
     output: str = flag("folder for the models, results.json and results.md")
     variants: tuple[str, ...] = flag(
         "which to compare",
-        default=(BASE, "continued", "continued-50", "static-6"),
+        default=(BASE, "continued", "continued-40", "static-6"),
         parse=comma_list,
         metavar="A,B",
     )

@@ -107,7 +107,7 @@ class TrainJob:
     recipe: str = flag(
         "two-stage is the paper's; joint and alternating train off-ramps with the backbone; off-ramps is stage 2 "
         "alone; best is what measured best: two stages, then a third that trains all together, taught by what the two "
-        "made, and half of its change to the weights",
+        "made, and part of its change to the weights",
         default="two-stage",
         choices=_RECIPE_NAMES,
     )
@@ -148,7 +148,7 @@ class TrainJob:
         "stages 1 and 3: peak learning rate (paper: 2e-5)", default=None, parse=float
     )
     interpolation: float | None = flag(
-        "stage 3 of best (0.5), or stage 1 with --from-model (1): share of its change to the weights that is kept; 1 "
+        "stage 3 of best (0.4), or stage 1 with --from-model (1): share of its change to the weights that is kept; 1 "
         "is for texts like the training texts, less for others",
         default=None,
         parse=float,

@@ -545,7 +545,7 @@ class TestRecipesJob:
             assert variant.builds_on <= set(VARIANTS)
 
     def test_the_best_recipe_is_the_variant_that_its_name_promises(self) -> None:
-        between, stage_3 = VARIANTS["continued-50"], BEST.stage_3
+        between, stage_3 = VARIANTS["continued-40"], BEST.stage_3
         assert isinstance(between, Between)
         assert stage_3 is not None
         assert between.interpolation == stage_3.interpolation
@@ -596,22 +596,22 @@ class TestRecipesJob:
         assert sorted(p.stem for p in (tmp_path / "out").glob("*-42.json")) == ["taught-42", "two-stage-42"]
         assert str(tmp_path) not in (tmp_path / "out" / "results.json").read_text()
 
-        # Halfway to a model that goes on from there: nothing is trained for it, and it is a model like another.
-        words[words.index("--variants") + 1] = "continued-50"
+        # Part of the way to a model that goes on from there: nothing is trained for it, and it is a model like another.
+        words[words.index("--variants") + 1] = "continued-40"
         assert recipes_job.execute(words, prog="recipes") == 0
-        assert capsys.readouterr().out.splitlines()[4].split("|")[1].strip() == "continued-50"
+        assert capsys.readouterr().out.splitlines()[4].split("|")[1].strip() == "continued-40"
         start, end, between = (
             load_checkpoint(str(tmp_path / "out" / f"{name}-42")).model.state_dict()
-            for name in ("two-stage", "continued", "continued-50")
+            for name in ("two-stage", "continued", "continued-40")
         )
         for name, weight in between.items():
-            torch.testing.assert_close(weight, (start[name] + end[name]) / 2, rtol=0, atol=1e-6)
+            torch.testing.assert_close(weight, 0.6 * start[name] + 0.4 * end[name], rtol=0, atol=1e-6)
         scores = {
             name: json.loads((tmp_path / "out" / f"{name}-42.json").read_text())
-            for name in ("continued", "continued-50")
+            for name in ("continued", "continued-40")
         }
-        assert scores["continued-50"]["total_seconds"] == pytest.approx(
-            scores["continued"]["total_seconds"] + scores["continued-50"]["seconds"]
+        assert scores["continued-40"]["total_seconds"] == pytest.approx(
+            scores["continued"]["total_seconds"] + scores["continued-40"]["seconds"]
         )
         words[words.index("--variants") + 1] = "taught"
 

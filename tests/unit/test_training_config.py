@@ -128,4 +128,4 @@ def test_a_recipe_without_what_is_new_keeps_the_form_that_it_had_before_there_wa
     assert "stage_3" not in TWO_STAGE.to_dict()
     assert "stage_3" in replace(TWO_STAGE, stage_3=JOINT.stage_1).to_dict()
     assert "interpolation" not in TWO_STAGE.to_dict()["stage_1"]
-    assert BEST.to_dict()["stage_3"]["interpolation"] == 0.5
+    assert BEST.to_dict()["stage_3"]["interpolation"] == 0.4
