@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ UNREADABLE = (
     pickle.UnpicklingError,
 )
 """What the libraries raise for weights and configurations that are broken."""
+_UNREADABLE_PICKLE = (*UNREADABLE, AssertionError, AttributeError, LookupError, struct.error)
+"""A pickle is a program: one that was cut short or damaged fails anywhere in `torch.load`."""
 
 
 def reason(error: Exception) -> str:
@@ -132,7 +135,7 @@ def read_weights(folder: Path, *, allow_pickle: bool) -> dict[str, Tensor]:
             return load_file(safe)
         if allow_pickle and pickled.is_file():
             return _tensors(torch.load(pickled, map_location="cpu", weights_only=True), pickled)
-    except UNREADABLE as error:
+    except _UNREADABLE_PICKLE as error:
         file = safe if safe.is_file() else pickled
         raise CheckpointError(f"cannot read the weights {str(file)!r}: {reason(error)}") from error
     refuse_pickles(

@@ -246,11 +246,8 @@ class Lanes:
 
     def _more_input_soon(self) -> bool:
         with self._changed:
-            if self._arrived:
-                return True
-            if not self._feeders:
-                return False
-            return bool(self._changed.wait_for(lambda: self._arrived, timeout=_PATIENCE_SECONDS))
+            self._changed.wait_for(lambda: self._arrived or not self._feeders, timeout=_PATIENCE_SECONDS)
+            return bool(self._arrived)
 
     def _deliver(self, exits: Exits, *, audit: bool) -> None:
         slots, samples = exits.sample_ids >> _ROW_BITS, exits.sample_ids & _ROW_MASK

@@ -11,7 +11,7 @@ from deebert.exit_policy import EntropyThreshold
 from deebert.memory import LARGEST_KEPT_BYTES
 from deebert.packing import PackedTokens
 from pipeline.engine import Engine
-from pipeline.engine.budget import is_out_of_memory, on_cpu, on_gpu
+from pipeline.engine.budget import is_out_of_memory, micro_batch_tokens, on_cpu, on_gpu, under_way
 from tests.conftest import LONGEST, make_model
 
 GIB = 1 << 30
@@ -50,6 +50,53 @@ def test_on_a_cpu_the_largest_activations_stay_below_what_is_kept(
 ) -> None:
     assert on_cpu(intermediate_size=intermediate_size, value_bytes=value_bytes) == tokens
     assert tokens * intermediate_size * value_bytes < LARGEST_KEPT_BYTES or tokens == 512
+
+
+def test_a_token_takes_its_states_and_twice_the_feed_forward_block() -> None:
+    """In numbers: 2 bytes times 40 states of width 1024 and 2 of width 4096 are 98,304 a token."""
+    just = 98_304 * 8192 / 0.4 / GIB
+
+    assert chosen(1024, just + 1e-6) == 8192
+    assert chosen(1024, just - 1e-6) == 4096
+
+
+def test_a_layer_takes_a_gpu_a_trillion_operations() -> None:
+    """Two for each of a token's weights: 4 matrices of width by width, and 2 of width by 4 times width."""
+    # 24 h² operations a token: at this width 65,536 tokens are just fewer than 10¹², at the next just more.
+    assert chosen(797, 1000) == 65_536
+    assert chosen(798, 1000) == 32_768
+
+
+def test_int8_s_states_are_as_wide_as_float32_s() -> None:
+    sizes = {"hidden_size": 768, "intermediate_size": 3072, "segments": 3}
+    found = [
+        micro_batch_tokens(torch.device("cpu"), dtype, **sizes)
+        for dtype in (torch.int8, torch.float32, torch.bfloat16)
+    ]
+
+    assert found == [2048, 2048, 4096]
+
+
+def test_a_gpu_has_another_micro_batch_under_way_while_one_is_waited_for() -> None:
+    assert [under_way(torch.device(kind)) for kind in ("cuda", "cpu")] == [2, 1]
+
+
+def test_on_a_gpu_memory_is_what_is_free_and_what_torch_keeps_for_reuse(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Between 3 segments wait 3 micro-batches each with 2 under way; those hold 2 states, and a layer makes 6."""
+    states = 3 * 3 + 2 * 2 + 6
+    needed = 2 * (states * 1024 + 2 * 4096) * 8192 / 0.4
+    kept, used = 3 << 30, 2 << 30
+    monkeypatch.setattr("torch.cuda.memory_reserved", lambda device: kept)
+    monkeypatch.setattr("torch.cuda.memory_allocated", lambda device: used)
+    found = []
+    for free in (needed - (kept - used) + 1, needed - (kept - used) - 1):
+        monkeypatch.setattr("torch.cuda.mem_get_info", lambda device, free=free: (int(free), 80 << 30))
+        sizes = {"hidden_size": 1024, "intermediate_size": 4096, "segments": 3}
+        found.append(micro_batch_tokens(torch.device("cuda"), torch.bfloat16, **sizes))
+
+    assert found == [8192, 4096]
 
 
 def test_a_tiny_model_does_not_wait_for_millions_of_tokens() -> None:

@@ -95,7 +95,54 @@ def test_a_metric_may_be_kept_instead_of_accuracy() -> None:
     assert (point.score, point.accuracy, point.exit_histogram) == (1.0, 0.75, (0, 4, 0))
 
 
+def test_the_score_to_keep_is_a_share_of_full_depths_by_the_same_metric() -> None:
+    # Accuracy is 1 at full depth; by this metric full depth reaches a half, and so does an exit of all.
+    def half_of_the_first(labels: torch.Tensor, predictions: torch.Tensor) -> float:
+        return 0.5 * float(labels[0] == predictions[0])
+
+    point = choose_threshold(LITERAL, LABELS, keep_accuracy=1.0, metric=half_of_the_first)
+
+    assert (point.score, point.exit_histogram) == (0.5, (0, 4, 0))
+
+
+def test_of_many_labels_the_choice_is_a_policy_that_the_model_accepts() -> None:
+    # Whatever the number of labels, each is yes or no: at most ln(2) nats.
+    logits = torch.zeros(2, 1, 5)
+    logits[0] = 3e-3  # all but even: below ln(2) by less than the grid's step
+    trace = Trace(layers=(1, 2), logits=logits, lengths=np.array([1]), problem=MULTI_LABEL)
+
+    point = choose_threshold(trace, torch.ones(1, 5), keep_accuracy=0.0)
+
+    assert isinstance(point.policy, EntropyThreshold)
+    assert point.exit_histogram == (0, 1, 0)
+    point.policy.check(problem=MULTI_LABEL, num_labels=5, num_layers=2, learns_to_exit=False)
+
+
 class TestBySpeedUp:
+    def test_the_score_is_of_the_metric_asked_for(self) -> None:
+        def never(labels: torch.Tensor, predictions: torch.Tensor) -> float:
+            return 0.25
+
+        point = choose_by_speed_up(LITERAL, LABELS, speed_up=1.6, metric=never)
+
+        assert (point.score, point.exit_histogram) == (0.25, (0, 3, 1))
+
+    def test_more_saving_is_not_taken_for_a_better_score(self) -> None:
+        def errors(labels: torch.Tensor, predictions: torch.Tensor) -> float:
+            return float((labels != predictions).float().mean())
+
+        point = choose_by_speed_up(LITERAL, LABELS, speed_up=1.2, metric=errors)
+
+        assert (point.score, point.exit_histogram) == (0.0, (0, 2, 2))
+
+    def test_as_many_thresholds_are_tried_as_asked_for_up_to_the_largest_entropy(self) -> None:
+        half, whole = (
+            choose_by_speed_up(LITERAL, LABELS, speed_up=speed_up, steps=2).policy for speed_up in (1.2, 2.0)
+        )
+
+        assert half == EntropyThreshold(0.346573)  # ln(2) / 2
+        assert whole == EntropyThreshold(0.693147)
+
     def test_the_least_saving_that_reaches_it(self) -> None:
         assert choose_by_speed_up(LITERAL, LABELS, speed_up=1.2).exit_histogram == (0, 2, 2)
         assert choose_by_speed_up(LITERAL, LABELS, speed_up=1.6).exit_histogram == (0, 3, 1)
@@ -293,6 +340,21 @@ def test_a_regression_is_calibrated_by_certainty() -> None:
     assert 0.4 <= point.policy.thresholds < 0.8
     assert point.exit_histogram == (0, 2, 1)
     assert point.accuracy == 1.0
+
+
+def test_where_there_is_an_entropy_no_certainty_is_chosen() -> None:
+    # By certainty the right one could leave alone; by entropy both are as unsure, and none may.
+    trace = Trace(
+        layers=(1, 2),
+        logits=torch.tensor([[[0.01, 0.0], [0.0, 0.01]], [[MANY, 0.0], [MANY, 0.0]]]),
+        lengths=np.array([3, 3]),
+        certainties=torch.tensor([[0.9, 0.1], [0.9, 0.9]]),
+    )
+
+    point = choose_threshold(trace, torch.tensor([0, 0]), keep_accuracy=1.0)
+
+    assert isinstance(point.policy, EntropyThreshold)
+    assert point.exit_histogram == (0, 0, 2)
 
 
 def test_the_last_certainty_that_is_tried_lets_everybody_leave() -> None:

@@ -36,6 +36,16 @@ class TestLoading:
         assert checkpoint.tokenizer("a good film").input_ids[0] == checkpoint.tokenizer.cls_token_id
         assert checkpoint.exit_policy == FULL_DEPTH
 
+    def test_half_precision_is_widened_exactly(self, folder: Path, tiny_model: ModelFactory) -> None:
+        halves = tiny_model().half()
+        halves.save_pretrained(folder)
+
+        model = load_checkpoint(str(folder)).model
+
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        stored = halves.state_dict()
+        assert all(torch.equal(value, stored[name].float()) for name, value in model.state_dict().items())
+
     def test_the_stored_operating_point_is_the_exit_policy(self, folder: Path) -> None:
         edit_config(folder, exit_policy={"type": "entropy", "thresholds": [0.1, None, 0.2, 0.3]})
 

@@ -26,9 +26,11 @@ from deebert.packing import IntArray, PackedTokens, SequenceLayout
 from deebert.problem import SINGLE_LABEL
 from pipeline.engine import Engine, EngineConfig, Exits, warm_up
 from pipeline.engine.batch import SampleBatch
+from pipeline.engine.layer_buffer import LayerBuffer
 from pipeline.engine.runner import Runner, Step
+from pipeline.engine.stats import StatsCounter
 from pipeline.errors import InvariantError, NotFiniteError
-from tests.conftest import make_model
+from tests.conftest import LONGEST, make_model
 from tests.examples import examples
 
 NUM_LABELS = 3
@@ -437,6 +439,101 @@ class TestRegroupingInNumbers:
         assert last.entropy.tolist() == pytest.approx([1.097477], abs=1e-6)
 
 
+class Clock:
+    """Stands still but for what is said to have happened."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def slow(self, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, seconds: float) -> None:
+        """Let each call of `owner.name` take so long."""
+        call = getattr(owner, name)
+
+        def slowly(*given: Any, **named: Any) -> Any:
+            self.now += seconds
+            return call(*given, **named)
+
+        monkeypatch.setattr(owner, name, slowly)
+
+
+class TestSeconds:
+    """On a clock that only what is named moves."""
+
+    @pytest.fixture
+    def clock(self, monkeypatch: pytest.MonkeyPatch) -> Clock:
+        clock = Clock()
+        for module in ("span", "runner"):
+            monkeypatch.setattr(f"pipeline.engine.{module}.time", clock)
+        return clock
+
+    def test_of_a_step_are_those_of_its_layers_its_off_ramp_and_its_regrouping(
+        self, clock: Clock, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        clock.slow(monkeypatch, ScriptedEncoder, "embed", 1)
+        clock.slow(monkeypatch, ScriptedEncoder, "layer", 2)
+        clock.slow(monkeypatch, ScriptedEncoder, "answer", 4)
+        clock.slow(monkeypatch, LayerBuffer, "take", 8)
+        clock.slow(monkeypatch, SampleBatch, "take", 16)  # the survivors
+        engine, _ = engine_of(off_ramp_layers=(1,))
+        submit(engine, 1, 9, 1, 9)
+
+        assert [len(exits) for exits in engine.drain()] == [2, 2]
+
+        # Layer 1: to take, to run, to answer, to gather; layers 2 and 3 share 8 + 2 * 2 + 4.
+        assert engine.stats.seconds == (8 + 2 + 4 + 16, 8, 8)
+        assert engine.stats.embedding_seconds == 1
+        assert engine.stats.total_seconds == clock.now == 47
+
+    def test_of_an_off_ramp_on_the_embeddings_are_the_embeddings_own(
+        self, clock: Clock, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        clock.slow(monkeypatch, ScriptedEncoder, "embed", 1)
+        clock.slow(monkeypatch, ScriptedEncoder, "layer", 2)
+        clock.slow(monkeypatch, ScriptedEncoder, "answer", 4)
+        engine, _ = engine_of(off_ramp_layers=(0,))
+        submit(engine, 0, 9)
+
+        assert [len(exits) for exits in engine.drain()] == [1, 1]
+
+        assert engine.stats.embedding_seconds == 1 + 4
+        assert sum(engine.stats.seconds) == pytest.approx(3 * 2 + 4)
+
+
+def test_a_micro_batch_that_nobody_leaves_is_not_copied() -> None:
+    runner = Runner(ScriptedEncoder(3, (1,)), HALF_A_NAT)  # type: ignore[arg-type]
+    tokens = PackedTokens.pack([[first_token(i, 9)] * 2 for i in range(4)])
+    step = runner.start(0, SampleBatch.from_tokens(np.arange(4), tokens))
+
+    exits, survivors = runner.finish(step, StatsCounter(3))
+
+    assert len(exits) == 0
+    assert survivors is step.after
+
+
+def test_on_a_cpu_nothing_is_kept_of_steps_that_are_over() -> None:
+    engine, _ = engine_of()
+    submit(engine, *[1, 3] * 20)
+
+    assert sum(map(len, engine.drain())) == 40
+
+    assert not engine._runner._gathers
+
+
+def test_a_micro_batch_takes_the_longest_sample_of_the_model_whatever_suits_the_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("pipeline.engine.engine.micro_batch_tokens", lambda *args, **shape: 8)
+    engine = Engine(PackedEncoder.of(make_model()), HALF_A_NAT)
+
+    engine.submit(np.arange(1), PackedTokens.pack([[7] * LONGEST]))
+
+    assert engine.micro_batch_tokens == LONGEST
+    assert sum(map(len, engine.drain())) == 1
+
+
 class TestErrors:
     def test_a_sample_longer_than_a_micro_batch_is_refused(self) -> None:
         engine, _ = engine_of(micro_batch_tokens=8)
@@ -474,6 +571,7 @@ class TestErrors:
     [
         (torch.float16, "not finite numbers in float16: classify in float32 or bfloat16, or train it again"),
         (torch.float32, "not finite numbers in float32: train it again"),
+        (torch.bfloat16, "not finite numbers in bfloat16: train it again"),
     ],
 )
 def test_answers_that_are_not_numbers_end_it_and_say_where(dtype: torch.dtype, says: str) -> None:
@@ -501,6 +599,53 @@ def test_an_off_ramp_whose_answer_is_no_number_is_named_where_it_answers() -> No
         NotFiniteError, match="the model's answers after the embeddings are not finite numbers"
     ):
         engine.step(drain=True)
+
+
+class AstrayEncoder(ScriptedEncoder):
+    """An encoder one of whose off-ramps says `said` of sample 1."""
+
+    dtype = torch.float32
+    astray_layer: int
+    said: float
+
+    def _logits(self, index: int, states: Tensor, layout: SequenceLayout) -> Tensor:
+        logits = super()._logits(index, states, layout)
+        if index + 1 == self.astray_layer:
+            logits[self._first_tokens(states, layout) // 16 == 1, 2] = self.said
+        return logits
+
+
+NOT_FINITE = pytest.mark.parametrize("said", [torch.nan, torch.inf, -torch.inf])
+
+
+def astray(layer: int, said: float) -> Engine:
+    """Sample 1 goes to the end, past off-ramps after layers 1 and 2; samples 0 and 2 leave after layer 1."""
+    encoder = AstrayEncoder(3, (1, 2))
+    encoder.astray_layer, encoder.said = layer, said
+    engine = Engine(encoder, HALF_A_NAT, EngineConfig(micro_batch_tokens=8))  # type: ignore[arg-type]
+    submit(engine, 1, 9, 1)
+    return engine
+
+
+@NOT_FINITE
+def test_one_answer_among_many_that_is_no_number_ends_it(said: float) -> None:
+    encoder = AstrayEncoder(1, ())
+    encoder.astray_layer, encoder.said = 1, said
+    engine = Engine(encoder, FULL_DEPTH, EngineConfig(micro_batch_tokens=8))  # type: ignore[arg-type]
+    submit(engine, 1, 1, 1)
+
+    with pytest.raises(NotFiniteError, match=r"^the model's answers after layer 1 are not finite numbers"):
+        engine.step(drain=True)
+
+
+@NOT_FINITE
+def test_an_off_ramp_that_says_no_number_of_who_stays_ends_nothing(said: float) -> None:
+    """It is not sure: an entropy that is no number is below no threshold."""
+    engine = astray(1, said)
+
+    left = {int(i): exits.exit_layer for exits in engine.drain() for i in exits.sample_ids}
+
+    assert left == {0: 1, 1: 3, 2: 1}
 
 
 class SmallEncoder(ScriptedEncoder):
@@ -604,6 +749,91 @@ def test_memory_that_fails_while_a_micro_batch_is_put_together_costs_no_sample(
     left = {int(i): exits.exit_layer for exits in engine.drain() for i in exits.sample_ids}
     assert left == {0: 1, 1: 3, 2: 1, 3: 3, 4: 3, 5: 1, 6: 3, 7: 1}
     assert refused
+
+
+def test_what_ran_out_of_memory_is_halved_not_what_would_have_been_allowed() -> None:
+    encoder = SmallEncoder(2, (1,))
+    encoder.capacity = 8
+    engine = Engine(encoder, HALF_A_NAT, EngineConfig(micro_batch_tokens=64))  # type: ignore[arg-type]
+    submit(engine, *[1] * 8)  # 16 tokens
+
+    assert [exits.sample_ids.tolist() for exits in engine.drain()] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert encoder.refused == 1
+
+
+def test_who_could_not_be_gathered_runs_next_in_halves(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, _ = engine_of()
+    submit(engine, 1, 3, 1, 3, 1, 1, 1, 1)
+    gather = SampleBatch.take
+
+    def with_little_memory(batch: SampleBatch, samples: IntArray) -> SampleBatch:
+        if batch.layout.total_tokens > 4:
+            raise torch.OutOfMemoryError
+        return gather(batch, samples)
+
+    monkeypatch.setattr(SampleBatch, "take", with_little_memory)
+
+    found = [(exits.exit_layer, exits.sample_ids.tolist()) for exits in engine.drain()]
+    assert found == [(1, [0]), (1, [2]), (2, []), (3, [1, 3]), (1, [4, 5]), (1, [6, 7])]
+
+
+def test_what_a_step_came_to_is_free_before_its_samples_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, _ = engine_of()
+    submit(engine, 1, 3, 1, 3)
+    gather, shrink = SampleBatch.take, Engine._shrink
+    held: list[weakref.ref[Tensor]] = []
+    alive: list[bool] = []
+
+    def with_little_memory(batch: SampleBatch, samples: IntArray) -> SampleBatch:
+        if batch.layout.total_tokens > 4:
+            held.append(weakref.ref(batch.token_rows[0]))
+            raise torch.OutOfMemoryError
+        return gather(batch, samples)
+
+    def looking(engine: Engine, tokens: int) -> None:
+        alive.extend(states() is not None for states in held)
+        shrink(engine, tokens)
+
+    monkeypatch.setattr(SampleBatch, "take", with_little_memory)
+    monkeypatch.setattr(Engine, "_shrink", looking)
+    assert sum(map(len, engine.drain())) == 4
+    assert alive == [False]
+
+
+def test_a_single_sample_for_whose_answer_there_is_no_memory_is_an_error_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine, _ = engine_of()
+    submit(engine, 1)
+    asked: list[Step] = []
+
+    def without_memory(runner: Runner, step: Step, stats: StatsCounter) -> None:
+        assert not asked, "asked again"
+        asked.append(step)
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(Runner, "finish", without_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        engine.step(drain=True)
+
+
+def test_memory_that_fails_for_the_next_micro_batch_leaves_the_one_under_way_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine, _ = engine_of(under_way=2)
+    submit(engine, *[1] * 8)
+    concat, calls = SampleBatch.concat, list[int]()
+
+    def with_little_memory(batches: list[SampleBatch]) -> SampleBatch:
+        calls.append(len(batches))
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError
+        return concat(batches)
+
+    monkeypatch.setattr(SampleBatch, "concat", staticmethod(with_little_memory))
+
+    found = [exits.sample_ids.tolist() for exits in engine.drain()]
+    assert found == [[0, 1, 2, 3], [4, 5], [6, 7]]
 
 
 class ForgetfulEncoder(SmallEncoder):

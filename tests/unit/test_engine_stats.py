@@ -55,6 +55,23 @@ def test_the_off_ramp_on_the_embeddings_is_counted_apart_from_layers() -> None:
     assert (stats.embedding_seconds, stats.seconds) == (0.75, (1.0, 1.0))
 
 
+def test_seconds_in_the_embeddings_add_up() -> None:
+    counter = StatsCounter(1)
+    counter.count_embedding(0.5)
+    counter.count_seconds(-1, -1, 0.25)
+    counter.count_embedding(1.0)
+
+    assert counter.snapshot().embedding_seconds == 1.75
+
+
+def test_seconds_that_come_later_count_no_step() -> None:
+    counter = StatsCounter(3)
+    counter.count_seconds(1, 2, 3.0)
+
+    assert counter.snapshot().seconds == (0.0, 1.5, 1.5)
+    assert counter.snapshot().steps == counter.snapshot().samples == (0, 0, 0)
+
+
 def test_statistics_written_before_embeddings_had_off_ramps_read_as_none_there() -> None:
     old = {**counted().to_dict(), "off_ramp_samples": [0, 6, 1]}
 

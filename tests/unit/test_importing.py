@@ -7,6 +7,10 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +78,24 @@ class TestWhatBecomesOfIt:
 
         assert config.pad_token_id == {"bert": 0, "roberta": 1}[prefix]
 
+    def test_its_backbone_is_what_their_configuration_says(self, tmp_path: Path) -> None:
+        # None of these shows in the weights, and none is what a configuration that says nothing means.
+        said: dict[str, Any] = {
+            "hidden_act": "relu",
+            "hidden_dropout_prob": 0.2,
+            "attention_probs_dropout_prob": 0.3,
+            "initializer_range": 0.05,
+            "layer_norm_eps": 1e-6,
+        }
+        source = make_original().save(tmp_path / "theirs", **said)
+
+        config = import_checkpoint(str(source)).model.config.backbone_config
+
+        assert {name: getattr(config, name) for name in said} == said
+
+    def test_it_is_in_eval_mode(self, source: Path) -> None:
+        assert not any(module.training for module in import_checkpoint(str(source)).model.modules())
+
     def test_half_precision_is_widened_exactly(self, source: Path) -> None:
         halves = {name: value.half() for name, value in load_file(source / "model.safetensors").items()}
         save_file(halves, source / "model.safetensors")
@@ -134,6 +156,12 @@ class TestWhatBecomesOfIt:
         with pytest.raises(PolicyError, match="unknown exit policy 'patience'"):
             import_checkpoint(str(source))
 
+    def test_a_folder_at_home_is_found(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        make_original().save(tmp_path / "theirs")
+        monkeypatch.setenv("HOME", str(tmp_path))
+
+        assert import_checkpoint("~/theirs").labels == ("LABEL_0", "LABEL_1")
+
 
 class TestLabels:
     def test_come_from_the_flag(self, source: Path, tmp_path: Path) -> None:
@@ -155,7 +183,7 @@ class TestLabels:
         assert import_checkpoint(str(source)).labels == ("LABEL_0", "LABEL_1")
         assert "does not name its labels" in caplog.text
 
-    @pytest.mark.parametrize("names", [("a",), ("a", "b", "c"), ("a", "a")])
+    @pytest.mark.parametrize("names", [(), ("a",), ("a", "b", "c"), ("a", "a")])
     def test_of_another_number_are_refused(self, source: Path, names: tuple[str, ...]) -> None:
         assert refusal(source, labels=names) == (
             f"the classifier of '{source}' has 2 outputs, but --labels names {len(set(names))} "
@@ -248,6 +276,9 @@ class TestIncompleteCheckpoints:
 
         assert refusal(missing) == f"no such checkpoint folder: '{missing}'; give a folder or a hub id"
 
+    def test_no_folder_at_home(self) -> None:
+        assert refusal("~/nowhere") == "no such checkpoint folder: '~/nowhere'; give a folder or a hub id"
+
     def test_no_configuration(self, source: Path) -> None:
         (source / "config.json").unlink()
 
@@ -269,6 +300,15 @@ class TestIncompleteCheckpoints:
             "bert.encoder.highway.1.classifier.weight, bert.encoder.highway.1.pooler.dense.bias, "
             "bert.encoder.highway.1.pooler.dense.weight; give a complete one"
         )
+
+    def test_five_missing_weights_are_all_named(self, source: Path) -> None:
+        edit_weights(source, without="highway.1.")
+        edit_weights(source, without="bert.pooler.dense.bias")
+
+        message = refusal(source)
+
+        assert "lacks 5 weights: bert.encoder.highway.1.classifier.bias, " in message
+        assert message.endswith("dense.weight, bert.pooler.dense.bias; give a complete one")
 
     def test_many_missing_weights_are_counted(self, source: Path) -> None:
         edit_weights(source, without="encoder.layer.0.")
@@ -362,6 +402,13 @@ class TestPickles:
         )
         assert not (tmp_path / "ours").exists()
 
+    @pytest.mark.parametrize("kept_bytes", [0, 1, 5, 18, 1000])
+    def test_that_were_cut_short(self, tmp_path: Path, kept_bytes: int) -> None:
+        weights = make_original().save(tmp_path / "theirs", pickled=True) / "pytorch_model.bin"
+        weights.write_bytes(weights.read_bytes()[:kept_bytes])
+
+        assert refusal(weights.parent, allow_pickle=True).startswith(f"cannot read the weights '{weights}': ")
+
     def test_safetensors_are_read_even_where_pickles_are_allowed(self, source: Path) -> None:
         (source / "pytorch_model.bin").write_bytes(b"not even a pickle")
 
@@ -378,11 +425,54 @@ class TestPickles:
         pickle.loads(pickle.dumps(Trap(mark)))  # the trap works
         assert mark.exists()
 
-    def test_of_something_else_are_refused(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("content", [[torch.zeros(1)], {"bert.x": torch.zeros(1), "epoch": 3}])
+    def test_of_something_else_are_refused(self, content: object, tmp_path: Path) -> None:
         source = make_original().save(tmp_path / "theirs", pickled=True)
-        torch.save([torch.zeros(1)], source / "pytorch_model.bin")
+        torch.save(content, source / "pytorch_model.bin")
 
         assert "holds no plain set of weights" in refusal(source, allow_pickle=True)
+
+
+@contextmanager
+def hub(folder: Path) -> Iterator[tuple[str, set[str]]]:
+    """A hub on this machine whose every repository is `folder`: its address, and the files that were fetched."""
+    commit, fetched = "0" * 40, set[str]()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.answer()
+
+        def do_GET(self) -> None:
+            self.answer()
+
+        def answer(self) -> None:
+            path, headers = self.path.split("?")[0], {"Content-Type": "application/json"}
+            if "/tree/" in path:
+                files = [{"type": "file", "path": f.name, "size": f.stat().st_size} for f in folder.iterdir()]
+                content = json.dumps([{**file, "oid": f"{file['path']}"} for file in files]).encode()
+            elif "/resolve/" in path:
+                name = path.rpartition("/")[2]
+                content, headers = (
+                    (folder / name).read_bytes(),
+                    {"ETag": f'"{name}"', "X-Repo-Commit": commit},
+                )
+                fetched.add(name)
+            else:
+                content = json.dumps({"id": "someone/else", "sha": commit, "siblings": []}).encode()
+            self.send_response(200)
+            for name, value in {**headers, "Content-Length": str(len(content))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(content)
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", fetched
+        server.shutdown()
 
 
 class TestHubIds:
@@ -408,6 +498,29 @@ class TestHubIds:
 
         assert checkpoint.path == self.NAME
         assert checkpoint.labels == ("negative", "positive")
+
+    @pytest.mark.parametrize("allow_pickle", [False, True])
+    def test_what_is_read_is_fetched_and_nothing_beyond(
+        self, allow_pickle: bool, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        theirs = make_original().save(tmp_path / "theirs")
+        for more in ("pytorch_model.bin", "optimizer.pt", "flax_model.msgpack"):
+            (theirs / more).write_bytes(b"large")
+        with hub(theirs) as (address, fetched):
+            of_the_library = huggingface_hub.constants
+            template = of_the_library.HUGGINGFACE_CO_URL_TEMPLATE.replace(of_the_library.ENDPOINT, address)
+            monkeypatch.setattr(of_the_library, "HF_HUB_OFFLINE", False)
+            monkeypatch.setattr(of_the_library, "ENDPOINT", address)
+            monkeypatch.setattr(of_the_library, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+
+            checkpoint = import_checkpoint(self.NAME, allow_pickle=allow_pickle)
+
+        assert checkpoint.tokenizer(TEXT).data == import_checkpoint(str(theirs)).tokenizer(TEXT).data
+        assert fetched == {
+            *("config.json", "model.safetensors", "vocab.txt"),
+            *("tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"),
+            *(["pytorch_model.bin"] if allow_pickle else []),
+        }
 
     def test_pickles_need_the_flag_here_too(self, cache: Path) -> None:
         self.fetched(cache, pickled=True)

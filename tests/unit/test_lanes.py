@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -262,3 +264,188 @@ def test_feeders_are_held_back_while_enough_input_is_queued(encoder: PackedEncod
         wait(submission)
     assert len(submitted) == 40
     assert all(s.exit_layer.tolist() == [1] for s in submitted)
+
+
+def test_progress_is_told_while_rows_are_on_their_way_and_of_each_row_once(
+    encoder: PackedEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.lanes._REPORT_SECONDS", 0.0)
+    reported: list[tuple[int, int]] = []
+    policy = GatedPolicy()
+    policy.gate.set()
+    lanes = Lanes(
+        encoder,
+        policy,
+        EngineConfig(micro_batch_tokens=10),
+        on_progress=lambda rows, exit_layers: reported.append((rows, exit_layers)),
+    )
+
+    wait(lanes.submit(PackedTokens.pack([[2] * 5] * 6), np.zeros(6, np.bool_)))
+
+    assert reported == [(2, 2)] * 3
+
+
+class StepwisePolicy(GatedPolicy):
+    """A policy each of whose decisions waits for its own permission; who decides, leaves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.permitted = threading.Semaphore(0)
+
+    def fires(self, layer: int, answer: OffRampAnswer) -> Tensor:
+        self.reached.set()
+        assert self.permitted.acquire(timeout=PATIENCE_SECONDS)
+        return torch.ones(len(answer), dtype=torch.bool)
+
+
+def test_what_arrives_while_a_micro_batch_runs_counts_as_queued(encoder: PackedEncoder) -> None:
+    policy, submitted = StepwisePolicy(), list[Submission]()
+    lanes = Lanes(encoder, policy, EngineConfig(micro_batch_tokens=10))
+    one_micro_batch, nobody = PackedTokens.pack([[2] * 10]), np.zeros(1, np.bool_)
+    submitted.append(lanes.submit(one_micro_batch, nobody))
+    assert policy.reached.wait(PATIENCE_SECONDS)
+
+    def feed() -> None:
+        while len(submitted) < 40:
+            submitted.append(lanes.submit(one_micro_batch, nobody))
+
+    feeder = Background(feed)
+    with pytest.raises(AssertionError, match="still waiting"):
+        feeder.result(within_seconds=0.2)
+    assert len(submitted) == 16
+
+    policy.reached.clear()
+    policy.permitted.release()
+    assert policy.reached.wait(PATIENCE_SECONDS)  # one has left, the next is at its decision
+    with pytest.raises(AssertionError, match="still waiting"):
+        feeder.result(within_seconds=0.2)
+    assert len(submitted) == 17
+
+    policy.permitted.release(100)
+    feeder.result()
+    for submission in submitted:
+        wait(submission)
+
+
+def test_a_feeder_that_is_held_back_hears_of_an_engine_error(encoder: PackedEncoder) -> None:
+    policy = GatedPolicy(RuntimeError("the device is gone"))
+    lanes = Lanes(encoder, policy, EngineConfig(micro_batch_tokens=10))
+    one_micro_batch, nobody = PackedTokens.pack([[2] * 10]), np.zeros(1, np.bool_)
+    for _ in range(16):
+        lanes.submit(one_micro_batch, nobody)
+    assert policy.reached.wait(PATIENCE_SECONDS)
+    held_back = Background(partial(lanes.submit, one_micro_batch, nobody))
+    with pytest.raises(AssertionError, match="still waiting"):
+        held_back.result(within_seconds=0.1)
+
+    policy.gate.set()
+
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        held_back.result()
+
+
+class TestPatience:
+    """How long a partly filled micro-batch waits for a thread that feeds."""
+
+    def few(self, seed: int = 0) -> PackedTokens:
+        return random_texts(2, seed)
+
+    def test_ends_though_the_thread_goes_on_reading(self, encoder: PackedEncoder) -> None:
+        lanes = Lanes(encoder, POLICY, EngineConfig(micro_batch_tokens=4096))
+
+        with lanes.feeding():
+            wait(lanes.submit(self.few(), np.zeros(2, np.bool_)))
+
+    def test_is_none_where_nobody_feeds(
+        self, encoder: PackedEncoder, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("pipeline.lanes._PATIENCE_SECONDS", 3600.0)
+        lanes = Lanes(encoder, POLICY, EngineConfig(micro_batch_tokens=4096))
+        with lanes.feeding():
+            pass
+
+        wait(lanes.submit(self.few(), np.zeros(2, np.bool_)))
+
+    def test_ends_when_the_thread_has_read_all(
+        self, encoder: PackedEncoder, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("pipeline.lanes._PATIENCE_SECONDS", 3600.0)
+        lanes = Lanes(encoder, POLICY, EngineConfig(micro_batch_tokens=4096))
+
+        with lanes.feeding():
+            submission = lanes.submit(self.few(), np.zeros(2, np.bool_))
+            assert not submission._done.wait(0.2)
+
+        wait(submission)
+
+    def test_lets_what_is_fed_run_together(
+        self, encoder: PackedEncoder, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("pipeline.lanes._PATIENCE_SECONDS", 3600.0)
+        lanes = Lanes(encoder, FULL_DEPTH, EngineConfig(micro_batch_tokens=16))
+        halves = PackedTokens.pack([[2] * 8, [3] * 8])
+        nobody = np.zeros(1, np.bool_)
+
+        with lanes.feeding():
+            first = lanes.submit(halves.sequence(0), nobody)
+            assert not first._done.wait(0.2)
+            second = lanes.submit(halves.sequence(1), nobody)
+            wait(first)
+            wait(second)
+
+        assert lanes.take_stats()[0].steps == (1,) * 5
+
+
+def test_short_rows_of_a_submission_run_together(encoder: PackedEncoder) -> None:
+    lanes = Lanes(encoder, FULL_DEPTH, EngineConfig(micro_batch_tokens=16))
+    tokens = PackedTokens.pack([[2] * length for length in [15, 1] * 8])
+
+    wait(lanes.submit(tokens, np.zeros(16, np.bool_)))
+
+    # The eight of one token, then each of the others: in the order of arrival each 15 would take a 1 along.
+    assert lanes.take_stats()[0].steps == (9,) * 5
+
+
+def test_the_control_sample_is_served_first(encoder: PackedEncoder) -> None:
+    policy = GatedPolicy()
+    lanes = Lanes(encoder, policy, EngineConfig(micro_batch_tokens=10))
+
+    submission = lanes.submit(PackedTokens.pack([[2] * 10] * 2), np.ones(2, np.bool_))
+    assert policy.reached.wait(PATIENCE_SECONDS)
+
+    assert lanes._audit_lane.stats.steps == (2,) * 5
+    policy.gate.set()
+    wait(submission)
+
+
+def test_each_micro_batch_is_held_to_a_time(encoder: PackedEncoder) -> None:
+    running: list[str] = []
+    seen: list[list[str]] = []
+
+    @contextmanager
+    def limit(what: str) -> Iterator[None]:
+        running.append(what)
+        yield
+        running.remove(what)
+
+    class Looking(GatedPolicy):
+        def fires(self, layer: int, answer: OffRampAnswer) -> Tensor:
+            seen.append(list(running))
+            return torch.ones(len(answer), dtype=torch.bool)
+
+    lanes = Lanes(encoder, Looking(), EngineConfig(micro_batch_tokens=10), limit=limit)
+    wait(lanes.submit(PackedTokens.pack([[2] * 10] * 3), np.zeros(3, np.bool_)))
+
+    assert seen == [["a micro-batch"]] * 3
+
+
+def test_token_ids_are_let_go_when_their_rows_are_answered(encoder: PackedEncoder) -> None:
+    tokens = random_texts(20, seed=5)
+    held = weakref.ref(tokens)
+    submission = Lanes(encoder, POLICY, CONFIG).submit(tokens, every(4, 20))
+    del tokens
+
+    wait(submission)
+
+    assert held() is None
+    assert len(submission.prediction) == 20

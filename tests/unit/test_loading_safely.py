@@ -9,9 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import BertForSequenceClassification
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
@@ -121,6 +122,43 @@ class TestPickles:
         LOADERS[loader](str(folder), allow_pickle=True)
 
         assert not (tmp_path / "mark").exists()
+
+    @pytest.mark.parametrize("loader", ["load_checkpoint", "from_backbone", "from_classifier"], indirect=True)
+    def test_beside_safetensors_in_several_files_are_not_read(
+        self, loader: str, folder: Path, tmp_path: Path
+    ) -> None:
+        whole = model_of(LOADERS[loader](str(folder))).backbone.state_dict()
+        weights = load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        places = {name: f"model-{1 + i % 2:05}-of-00002.safetensors" for i, name in enumerate(weights)}
+        for file in set(places.values()):
+            save_file(
+                {n: v for n, v in weights.items() if places[n] == file}, folder / file, {"format": "pt"}
+            )
+        index = {"metadata": {}, "weight_map": places}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        torch.save({"trap": Trap(tmp_path / "mark")}, folder / "pytorch_model.bin")
+
+        shards = model_of(LOADERS[loader](str(folder))).backbone.state_dict()
+
+        assert all(torch.equal(whole[name], shards[name]) for name in whole)
+        assert not (tmp_path / "mark").exists()
+
+    @pytest.mark.parametrize("loader", ["load_checkpoint", "from_backbone", "from_classifier"], indirect=True)
+    def test_of_a_hub_id_are_refused_unless_allowed(
+        self, loader: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        pickle_weights(folder)
+        # As if the hub's library had fetched it earlier.
+        cache, commit = tmp_path / "hub" / "models--someone--model", "0" * 40
+        shutil.copytree(folder, cache / "snapshots" / commit)
+        (cache / "refs").mkdir()
+        (cache / "refs" / "main").write_text(commit)
+
+        with pytest.raises(CheckpointError, match=r"^cannot load the model 'someone/model': "):
+            LOADERS[loader]("someone/model")
+        assert model_of(LOADERS[loader]("someone/model", allow_pickle=True)).config.num_labels in (2, 3)
 
 
 def model_of(loaded: Any) -> DeeBertForSequenceClassification:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +28,7 @@ from pipeline.inputs import discover
 from pipeline.records import Identity, ShardRecord
 from pipeline.replica import Replica, ReplicaSpec, ServedModel, ShardFailure, too_many_bad_rows
 from pipeline.shard import Shard, part_name
+from pipeline.shard_work import ShardWork
 from pipeline.shards import plan
 from pipeline.sink import Output
 from pipeline.tokenization import TextTokenizer
@@ -181,6 +184,75 @@ class TestPart:
         failure = failing_commit(monkeypatch, spec_of(tmp_path, shard), shard, OutputFullError("no room"))
 
         assert (failure.is_fatal, failure.reason) == (True, "no room")
+
+
+def read_with(tmp_path: Path, tokenizer: TextTokenizer) -> tuple[ShardRecord, list[dict[str, Any]]]:
+    """Texts of 1, 14, 15 and 40 words: what their replica reports, and their rows."""
+    path = tmp_path / "a.txt"
+    path.write_text("".join(" ".join(["film"] * words) + "\n" for words in (1, 14, 15, 40)))
+    shard = shard_of(path)
+    spec = spec_of(tmp_path, shard)
+    spec = replace(
+        spec,
+        identity=replace(spec.identity, window_stride=tokenizer.window_stride),
+        model=replace(spec.model, tokenizer=tokenizer),
+    )
+    record = outcome(spec, shard)
+    assert isinstance(record, ShardRecord)
+    return record, pq.read_table(part(spec, shard)).to_pylist()
+
+
+class TestLongRows:
+    def test_say_that_they_are_cut_and_count_what_is_left_of_them(self, tmp_path: Path) -> None:
+        record, rows = read_with(tmp_path, TextTokenizer(make_tokenizer(), max_length=16))
+
+        assert [row["num_tokens"] for row in rows] == [3, 16, 16, 16]
+        assert [row["truncated"] for row in rows] == [False, False, True, True]
+        assert "num_windows" not in rows[0]
+        totals = record.totals
+        assert (totals.truncated_rows, totals.tokens, totals.squared_tokens) == (2, 51, 9 + 3 * 256)
+        assert sum(totals.exit_windows) == sum(totals.exit_rows) == 4
+
+    def test_count_their_windows_and_the_tokens_of_all_of_them(self, tmp_path: Path) -> None:
+        tokenizer = TextTokenizer(make_tokenizer(), max_length=16, window_stride=4)
+
+        record, rows = read_with(tmp_path, tokenizer)
+
+        # Of 14 words, 4 of them shared: 15 are 14 and 5; 40 are 14, 14, 14 and 10. Two special tokens in each.
+        assert [row["num_windows"] for row in rows] == [1, 1, 2, 4]
+        assert [row["num_tokens"] for row in rows] == [3, 16, 16 + 7, 3 * 16 + 12]
+        assert not any(row["truncated"] for row in rows)
+        totals = record.totals
+        assert (totals.truncated_rows, totals.tokens) == (0, 3 + 16 + 23 + 60)
+        assert totals.squared_tokens == 9 + 256 + (256 + 49) + (3 * 256 + 144)
+        assert (sum(totals.exit_windows), sum(totals.exit_rows)) == (8, 4)
+
+
+class Clock:
+    """Stands still but where it is moved."""
+
+    now = 100.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+def test_seconds_of_one_name_add_up_whatever_becomes_of_the_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr("pipeline.shard_work.time", clock)
+    work = ShardWork(shard=write_csv(tmp_path / "a.csv", rows=1))
+
+    with work.timing("read_seconds"):
+        clock.now += 2
+    with work.timing("tokenize_seconds"):
+        clock.now += 16
+    with suppress(OSError), work.timing("read_seconds"):
+        clock.now += 4
+        raise OSError("gone")
+
+    assert (work.read_seconds, work.tokenize_seconds) == (6, 16)
 
 
 def columns(footer: Any) -> list[tuple[Any, ...]]:

@@ -112,6 +112,29 @@ class TestLayerBuffer:
         assert [waiting.take().sample_ids.tolist() for _ in range(3)] == [[0, 1], [2, 3], [4]]
         assert (len(waiting), waiting.tokens) == (0, 0)
 
+    def test_what_is_put_back_is_taken_next_and_once(self) -> None:
+        waiting = buffer(*[4] * 5)
+        waiting.put(samples(4, first_id=5))
+        taken = waiting.take()
+
+        waiting.put_back(taken)
+
+        assert (len(waiting), waiting.tokens) == (6, 24)
+        assert [waiting.take().sample_ids.tolist() for _ in range(3)] == [[0, 1], [2, 3], [4, 5]]
+        assert (len(waiting), waiting.tokens) == (0, 0)
+
+    @pytest.mark.parametrize(("lengths", "then"), [((2, 6, 1), [[1], [2]]), ((6, 4, 1), [[1], [2]])])
+    def test_a_sample_longer_than_a_bound_that_has_shrunk_is_taken_by_itself(
+        self, lengths: tuple[int, ...], then: list[list[int]]
+    ) -> None:
+        waiting = LayerBuffer(lengths[0])
+        waiting.put(samples(*lengths))
+        assert waiting.take().sample_ids.tolist() == [0]
+
+        waiting.shrink(3)
+
+        assert [waiting.take().sample_ids.tolist() for _ in then] == then
+
     def test_no_samples_change_nothing(self) -> None:
         waiting = buffer(3)
         waiting.put(samples())
@@ -156,3 +179,15 @@ class TestSampleBatch:
 
     def test_sorting_by_length_is_stable(self) -> None:
         assert samples(2, 1, 2, 1).sorted_by_length().sample_ids.tolist() == [1, 3, 0, 2]
+
+    def test_of_many_samples_as_well(self) -> None:
+        order = samples(*[2, 1] * 100).sorted_by_length().sample_ids.tolist()
+
+        assert order == [*range(1, 200, 2), *range(0, 200, 2)]
+
+    def test_samples_that_lie_in_order_are_not_copied(self) -> None:
+        ordered = samples(1, 2, 2, 3)
+
+        assert ordered.sorted_by_length() is ordered
+        assert SampleBatch.concat([ordered]) is ordered
+        assert ordered.slice(0, 4) is ordered

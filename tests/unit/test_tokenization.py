@@ -159,6 +159,16 @@ def test_the_digest_ignores_truncation_and_sees_the_vocabulary(tokenizer: PreTra
     assert TextTokenizer(other, max_length=64).digest() != digest
 
 
+def test_who_was_asked_for_the_digest_cuts_as_before(tokenizer: PreTrainedTokenizerFast) -> None:
+    asked = TextTokenizer(tokenizer, max_length=8)
+    asked.digest()
+
+    batch = asked([words(30)])
+
+    assert batch.tokens.layout.lengths.tolist() == [8]
+    assert batch.truncated.tolist() == [True]
+
+
 def test_the_digest_sees_the_side_that_is_cut(tokenizer: PreTrainedTokenizerFast) -> None:
     left, right = (
         PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, truncation_side=side)

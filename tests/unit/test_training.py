@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
+from deebert.encoder import PackedEncoder
 from deebert.errors import CheckpointError, DataError, RecipeError
 from deebert.evaluation import LabelledSequences
 from deebert.modeling import DeeBertForSequenceClassification
@@ -35,12 +39,13 @@ from deebert.training import (
     train,
     unfinished,
 )
+from deebert.training import recipes as recipes_module
 from deebert.training import trainer as trainer_module
 from deebert.training.cached_stage import OffRampStack
-from deebert.training.data import LengthGrouped, hold_out
+from deebert.training.data import LengthGrouped, Rows, hold_out
 from deebert.training.frozen import collect_answers, final_logits
 from deebert.training.optimizer import scheduled_adamw
-from deebert.training.trainer import last_checkpoint
+from deebert.training.trainer import frozen, last_checkpoint, step_of
 from tests.conftest import ModelFactory
 from tests.training_toy import QUICK_1, QUICK_2, accuracies, changed, toy, weights
 
@@ -154,6 +159,23 @@ class TestStage1:
         still = {name for name in before if "embeddings" in name or "key.bias" in name}
         assert changed(before, model) | still == set(before)
 
+    @pytest.mark.parametrize(("steps", "moves"), [(1, False), (2, True)])
+    def test_alternating_begins_with_the_final_loss_alone(
+        self, steps: int, moves: bool, tiny_model: ModelFactory, run: Run
+    ) -> None:
+        model = tiny_model(num_layers=2)
+        before = weights(model)
+
+        run(
+            model,
+            replace(JOINT, stage_1=replace(QUICK_1, objective=Alternating(), epochs=steps)),
+            toy(16, seed=0),
+        )
+
+        assert (changed(before, model) >= names(model, "off_ramps.0.")) == moves
+        assert bool(changed(before, model) & names(model, "off_ramps.0.")) == moves
+        assert changed(before, model) >= names(model, "final_classifier.")
+
     def test_accumulated_pieces_make_the_same_step(
         self, tiny_model: ModelFactory, run: Run, tmp_path: Path
     ) -> None:
@@ -190,6 +212,79 @@ class TestStage1:
         for name in ("final_classifier.dense.weight", "backbone.encoder.layer.0.output.dense.weight"):
             assert steps[name] == pytest.approx(1e-5, rel=0.1)
 
+    def test_a_step_is_of_the_stages_own_numbers(self, tiny_model: ModelFactory, run: Run) -> None:
+        model = without_dropout(tiny_model(num_layers=2))
+        before = weights(model)
+        # So large an epsilon makes Adam's first step as long as the gradient, which is cut to a length of 0.001.
+        stage = replace(QUICK_1, objective=Joint(), epochs=1, learning_rate=1.0, adam_epsilon=1.0)
+        stage = replace(stage, max_grad_norm=1e-3, weight_decay=0.25)
+
+        run(model, replace(JOINT, stage_1=stage), toy(16, seed=0))  # one batch, one step
+
+        # Biases and norms do not decay.
+        kept = {name: 1.0 if "LayerNorm" in name or name.endswith("bias") else 0.75 for name in before}
+        steps = [value - kept[name] * before[name] for name, value in model.named_parameters()]
+        assert torch.cat([step.flatten() for step in steps]).norm().item() == pytest.approx(1e-3, rel=1e-2)
+
+    def test_dropout_is_the_seeds(self, tiny_model: ModelFactory, run: Run) -> None:
+        first, second = tiny_model(num_layers=2), tiny_model(num_layers=2)
+
+        for seed, model in enumerate((first, second)):
+            run(model, replace(JOINT, seed=seed), toy(1, seed=0))  # one row has one order
+
+        assert changed(weights(first), second) >= names(first, "final_classifier.")
+
+    def test_warm_up_counts_the_batch_that_is_not_full(
+        self, tiny_model: ModelFactory, run: Run, tmp_path: Path
+    ) -> None:
+        stage = replace(QUICK_1, objective=Joint(), warmup_share=0.5)
+
+        run(tiny_model(num_layers=2), replace(JOINT, stage_1=stage), toy(17, seed=0))  # 4 epochs of 2 steps
+
+        rates = [r["learning_rate"] for r in read_log(tmp_path / LOG_NAME) if "learning_rate" in r]
+        shares = (0, 0.25, 0.5, 0.75, 1, 0.75, 0.5, 0.25)
+        assert rates == pytest.approx([share * QUICK_1.learning_rate for share in shares])
+
+    def test_each_epoch_reads_the_rows_in_its_own_order(self, tiny_model: ModelFactory, run: Run) -> None:
+        model, data, seen = tiny_model(num_layers=2), toy(10, seed=1), []
+        texts = [data.tokens.sequence(i).input_ids.tolist() for i in range(10)]
+        model.register_forward_pre_hook(
+            lambda module, args, given: seen.extend(given["input_ids"].tolist()), with_kwargs=True
+        )
+
+        run(model, replace(JOINT, stage_1=replace(QUICK_1, objective=Joint(), batch_size=4, epochs=3)), data)
+
+        sampler, expected = LengthGrouped(data.tokens.layout.lengths, 4, JOINT.seed), []
+        for sampler.epoch in range(3):
+            expected += list(sampler)
+        assert [[token for token in row if token] for row in seen] == [texts[i] for i in expected]
+        assert expected[:10] != expected[10:20]
+
+    def test_a_records_losses_are_means_over_its_samples(
+        self, tiny_model: ModelFactory, run: Run, tmp_path: Path
+    ) -> None:
+        # 10 rows of a batch in pieces of 4, 4 and 2.
+        for pieces in (1, 4):
+            stage = replace(QUICK_1, objective=Joint(), accumulation_steps=pieces, epochs=1)
+            model = without_dropout(tiny_model(num_layers=2))
+            run(model, replace(JOINT, stage_1=stage), toy(10, seed=3), tmp_path / str(pieces))
+
+        whole, pieced = (read_log(tmp_path / pieces / LOG_NAME)[0]["losses"] for pieces in ("1", "4"))
+        assert pieced == pytest.approx(whole, abs=1e-5)
+
+    def test_a_records_losses_are_those_since_the_record_before(
+        self, tiny_model: ModelFactory, run: Run, tmp_path: Path
+    ) -> None:
+        uniform = replace(JOINT, stage_1=replace(QUICK_1, objective=Joint(weighting="uniform")))
+
+        run(tiny_model(num_layers=3), uniform)
+
+        records = [r for r in read_log(tmp_path / LOG_NAME) if "losses" in r]
+        assert len(records) == 12
+        assert [sum(r["losses"].values()) for r in records] == pytest.approx(
+            [r["loss"] for r in records], rel=1e-4
+        )
+
     def test_warm_up_raises_the_learning_rate_from_zero(
         self, tiny_model: ModelFactory, run: Run, tmp_path: Path
     ) -> None:
@@ -218,6 +313,17 @@ class TestStage1:
             pytest.skip("this machine has a GPU")
         with pytest.raises(RecipeError, match=r"^float16 training needs a GPU: choose bfloat16 or float32$"):
             run(tiny_model(num_layers=2), replace(JOINT, precision="float16"))
+
+
+def test_what_was_frozen_before_stays_frozen_after(model: DeeBertForSequenceClassification) -> None:
+    model.backbone.embeddings.requires_grad_(False)
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+
+    with frozen([model.backbone]):
+        assert not any(p.requires_grad for p in model.backbone.parameters())
+        assert all(p.requires_grad for p in model.off_ramps.parameters())
+
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
 
 
 @pytest.mark.parametrize("recipe", [OFF_RAMPS, EXACT], ids=["fast", "exact"])
@@ -338,6 +444,39 @@ class TestCachedStates:
         torch.testing.assert_close(answers.final_logits, expected.logits, atol=1e-4, rtol=0)
         alone = final_logits(model, data, torch.float32, 64, show_progress=False)
         assert torch.equal(alone, answers.final_logits)  # type: ignore[arg-type]
+
+    def test_the_backbone_runs_no_deeper_than_is_asked_for(
+        self, model: DeeBertForSequenceClassification, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        seen: set[int] = set()
+        layer = PackedEncoder.layer
+
+        def noting(self: PackedEncoder, index: int, *rest: Any) -> Tensor:
+            seen.add(index)
+            return layer(self, index, *rest)
+
+        monkeypatch.setattr(PackedEncoder, "layer", noting)
+        collect_answers(
+            model, toy(5, seed=3), torch.float32, 64, layers=[1, 2], final=False, show_progress=False
+        )
+
+        assert seen == {0, 1}
+
+    def test_states_are_computed_in_the_precision_that_they_are_kept_in(
+        self, model: DeeBertForSequenceClassification
+    ) -> None:
+        whole, half = (
+            collect_answers(model, toy(40, seed=3), dtype, 64, layers=[4], final=True, show_progress=False)
+            for dtype in (torch.float32, torch.bfloat16)
+        )
+
+        assert (half.states.dtype, whole.states.dtype) == (torch.bfloat16, torch.float32)
+        assert not torch.equal(half.states, whole.states.bfloat16())  # more than the last rounding is lost
+        assert (half.states.float() - whole.states).abs().mean() < 0.02
+        assert half.final_logits is not None
+        assert whole.final_logits is not None
+        assert half.final_logits.dtype == torch.float32
+        assert not torch.equal(half.final_logits, whole.final_logits)
 
     def test_the_stack_writes_back_what_it_read(self, model: DeeBertForSequenceClassification) -> None:
         before = weights(model)
@@ -522,6 +661,9 @@ STAGES = {
         stage_3=replace(QUICK_1, objective=Joint(), interpolation=0.5),
         checkpoint_steps=4,
     ),
+    "200 steps": replace(
+        JOINT, stage_1=replace(QUICK_1, objective=Joint(), batch_size=2), checkpoint_steps=33
+    ),
     "stopping early": replace(JOINT, early_stopping=EarlyStopping(held_out=0.2, patience=2, every_steps=4)),
 }
 
@@ -543,6 +685,7 @@ class TestResume:
             ("exact", 9),
             ("stage 3", 9),
             ("stage 3, half of it", 9),
+            ("200 steps", 36),  # a record every second step, and one at the checkpoint between two
             ("stopping early", 10),
         ],
     )
@@ -612,6 +755,79 @@ class TestResume:
                 (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
 
         assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
+
+    def test_a_finished_training_says_again_what_it_took(
+        self, tiny_model: ModelFactory, run: Run, tmp_path: Path
+    ) -> None:
+        first, log = run(tiny_model(num_layers=2), TWO_STAGE), (tmp_path / LOG_NAME).read_text()
+
+        second = run(tiny_model(num_layers=2), TWO_STAGE, resume=True)
+
+        assert second == first
+        assert (tmp_path / LOG_NAME).read_text() == log
+
+    def test_the_latest_whole_checkpoint_counts(self, tmp_path: Path) -> None:
+        # Stopping early keeps the best one too.
+        for step in (4, 12, 8):
+            (tmp_path / f"checkpoint-{step}").mkdir()
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+
+        assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-12"
+
+    @pytest.mark.parametrize(
+        ("recipe", "last"),  # of 12 steps
+        [
+            (replace(JOINT, checkpoint_steps=1000), 0),
+            (replace(JOINT, checkpoint_steps=4), 8),  # at the end the weights themselves are what is kept
+            (replace(JOINT, early_stopping=EarlyStopping(held_out=0.25, every_steps=5)), 12),
+        ],
+        ids=["no checkpoint", "one before the end", "one at the end"],
+    )
+    def test_a_stage_killed_before_its_weights_were_written_ends_once(
+        self,
+        recipe: Recipe,
+        last: int,
+        tiny_model: ModelFactory,
+        run: Run,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        def cut(*args: object) -> None:
+            raise _PowerCutError
+
+        run(whole := tiny_model(num_layers=2), recipe, None, tmp_path / "whole")
+        with monkeypatch.context() as patch:
+            patch.setattr(recipes_module, "_save", cut)
+            with pytest.raises(_PowerCutError):
+                run(tiny_model(num_layers=2), recipe, None, tmp_path / "halves")
+        assert read_log(tmp_path / "halves" / LOG_NAME)[-1]["done"]
+        assert step_of(last_checkpoint(tmp_path / "halves" / "stage-1")) == last
+
+        run(again := tiny_model(num_layers=2), recipe, None, tmp_path / "halves", resume=True)
+
+        assert not changed(weights(whole), again)
+        assert timeless(tmp_path / "halves") == timeless(tmp_path / "whole")
+
+    def test_its_seconds_are_of_all_attempts(
+        self, tiny_model: ModelFactory, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        recipe = replace(JOINT, checkpoint_steps=4)
+        with monkeypatch.context() as patch:
+            add_to_every_trainer(patch, _CutAt(6))
+            with pytest.raises(_PowerCutError):
+                run(tiny_model(num_layers=2), recipe)
+        log = tmp_path / LOG_NAME
+        records = [{**r, "seconds": 1000.0 * r["step"]} for r in read_log(log)]  # as if it had taken hours
+        log.write_text("".join(json.dumps(r) + "\n" for r in records))
+
+        report = run(tiny_model(num_layers=2), recipe, resume=True)
+
+        # Steps 5 and 6 came after the checkpoint and are done again.
+        assert 4000 < report.stages[0].seconds < 5000
+        seconds = [r["seconds"] for r in read_log(log)]
+        assert seconds[:4] == [1000.0, 2000.0, 3000.0, 4000.0]
+        assert seconds == sorted(seconds)
+        assert seconds[4] > 4000
 
     def test_without_it_what_is_there_is_begun_again(
         self, tiny_model: ModelFactory, run: Run, tmp_path: Path
@@ -699,6 +915,37 @@ class TestEarlyStopping:
         best = judged[losses.index(min(losses))]
         assert said.loss.item() == pytest.approx(best["held_out_losses"]["2"], abs=1e-5)
 
+    def test_a_stage_through_the_backbone_is_judged_at_its_last_step_too(
+        self, tiny_model: ModelFactory, run: Run, tmp_path: Path
+    ) -> None:
+        data, model = toy(60, seed=1), tiny_model(num_layers=3)
+        _, held = hold_out(data, 0.3, seed=42)
+        stage = replace(QUICK_1, objective=Joint(), epochs=1)  # of 3 steps
+        stopping = EarlyStopping(held_out=0.3, every_steps=2)
+
+        run(model, replace(JOINT, stage_1=stage, early_stopping=stopping), data)
+
+        judged = [r for r in read_log(tmp_path / LOG_NAME) if "held_out_loss" in r]
+        assert [r["step"] for r in judged] == [2, 3]
+        # There is much to learn: the last step is the best, and the one that is kept.
+        assert judged[1]["held_out_loss"] < judged[0]["held_out_loss"]
+        *last, _ = judged[1]["held_out_losses"].values()
+        assert off_ramp_losses(model, held) == pytest.approx(last, abs=1e-4)
+
+    def test_alternating_is_judged_by_the_whole_loss_at_every_step(
+        self, tiny_model: ModelFactory, run: Run, tmp_path: Path
+    ) -> None:
+        stage = replace(QUICK_1, objective=Alternating(weighting="uniform"), epochs=1)
+        stopping = EarlyStopping(held_out=0.3, every_steps=1)
+
+        run(tiny_model(num_layers=3), replace(JOINT, stage_1=stage, early_stopping=stopping), toy(60, seed=1))
+
+        judged = [r for r in read_log(tmp_path / LOG_NAME) if "held_out_loss" in r]
+        assert [r["step"] for r in judged] == [1, 2, 3]
+        for record in judged:
+            assert set(record["held_out_losses"]) == {"1", "2", "3"}
+            assert record["held_out_loss"] == pytest.approx(sum(record["held_out_losses"].values()), rel=1e-5)
+
     def test_a_fast_stage_2_keeps_each_off_ramps_best(
         self, tiny_model: ModelFactory, run: Run, tmp_path: Path
     ) -> None:
@@ -764,9 +1011,20 @@ class TestEarlyStopping:
         assert (len(fit), len(held)) == (40, 10)
         assert sorted(ids) == sorted(tuple(data.tokens.sequence(i).input_ids.tolist()) for i in range(50))
 
-    def test_too_few_rows_to_hold_any_out_are_refused(self) -> None:
-        with pytest.raises(DataError, match=r"a held-out share of 0.1 of 4 rows leaves 0 of them held out"):
-            hold_out(toy(4, seed=0), 0.1, seed=0)
+    def test_which_rows_are_held_out_is_the_seeds(self) -> None:
+        first, again, other = (hold_out(toy(50, seed=1), 0.2, seed)[1].tokens.input_ids for seed in (3, 3, 4))
+
+        assert torch.equal(first, again)
+        assert not torch.equal(first, other)
+
+    def test_a_share_is_rounded_to_the_nearest_row(self) -> None:
+        assert [len(hold_out(toy(10, seed=0), share, seed=0)[1]) for share in (0.14, 0.17, 0.29)] == [1, 2, 3]
+
+    @pytest.mark.parametrize(("share", "held"), [(0.1, 0), (0.9, 4)])
+    def test_too_few_rows_for_both_are_refused(self, share: float, held: int) -> None:
+        said = f"a held-out share of {share} of 4 rows leaves {held} of them held out"
+        with pytest.raises(DataError, match=said):
+            hold_out(toy(4, seed=0), share, seed=0)
 
 
 class TestRowOrder:
@@ -779,6 +1037,14 @@ class TestRowOrder:
 
         assert all(sorted(order) == list(range(203)) for order in orders)
         assert orders[0] == orders[2] != orders[1]
+
+    def test_a_batch_that_is_not_full_comes_last(self) -> None:
+        lengths = np.repeat([1, 2, 3, 4], [8, 8, 8, 3])
+
+        order = lengths[list(LengthGrouped(lengths, 8, seed=1))]
+
+        assert all(len(set(order[start : start + 8])) == 1 for start in (0, 8, 16))
+        assert order[24:].tolist() == [4, 4, 4]
 
     def test_batches_have_like_lengths(self) -> None:
         lengths = np.random.default_rng(0).integers(1, 100, 2000)
@@ -812,6 +1078,16 @@ class TestLogAndReport:
         }  # fmt: skip
         assert [r["seconds"] for r in first] == sorted(r["seconds"] for r in first)
 
+    def test_a_long_stage_has_a_hundred_records(
+        self, tiny_model: ModelFactory, run: Run, tmp_path: Path
+    ) -> None:
+        stage = replace(QUICK_1, objective=Joint(), batch_size=1, epochs=20)
+
+        run(tiny_model(num_layers=2), replace(JOINT, stage_1=stage), toy(10, seed=0))
+
+        steps = [r["step"] for r in read_log(tmp_path / LOG_NAME) if "losses" in r]
+        assert steps == list(range(2, 201, 2))
+
     def test_the_report_states_stage_2s_share(self) -> None:
         from deebert.training import StageReport
 
@@ -826,6 +1102,62 @@ class TestLogAndReport:
         path.write_text(json.dumps({"stage": 1, "step": 1}) + '\n{"stage": 1, "st')
 
         assert read_log(path) == [{"stage": 1, "step": 1}]
+
+
+class Terminal(io.StringIO):
+    """Where bars are drawn."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+class TestWhatIsShown:
+    def shown(
+        self, recipe: Recipe, model: Any, tokenizer: Any, work_dir: Path, *, resume: bool = False
+    ) -> None:
+        train(model, tokenizer, toy(48, seed=0), recipe, work_dir, resume=resume, show_progress=True)
+
+    def test_a_log_has_a_line_for_each_tenth_with_the_loss(
+        self,
+        tiny_model: ModelFactory,
+        tokenizer: PreTrainedTokenizerFast,
+        tmp_path: Path,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        stage = replace(QUICK_1, objective=Joint(), epochs=5)
+
+        with caplog.at_level("INFO", "deebert.training.callbacks"):
+            self.shown(replace(JOINT, stage_1=stage), tiny_model(num_layers=2), tokenizer, tmp_path)
+
+        losses = {r["step"]: r["loss"] for r in read_log(tmp_path / LOG_NAME) if "losses" in r}
+        assert len(losses) == 15
+        assert [m for m in caplog.messages if m.startswith("stage")] == [
+            f"stage 1: step {step} of 15, loss {losses[step]:.3f}"
+            for step in (2, 3, 5, 6, 8, 9, 11, 12, 14, 15)
+        ]
+
+    def test_a_terminal_has_a_bar_that_goes_on_where_the_stage_does(
+        self,
+        tiny_model: ModelFactory,
+        tokenizer: PreTrainedTokenizerFast,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        recipe, bars = replace(JOINT, checkpoint_steps=4), []
+        for cut in (6, None):
+            monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+            with monkeypatch.context() as patch:
+                if cut is not None:
+                    add_to_every_trainer(patch, _CutAt(cut))
+                with contextlib.suppress(_PowerCutError):
+                    self.shown(recipe, tiny_model(num_layers=2), tokenizer, tmp_path, resume=True)
+            bars.append([text for text in terminal.getvalue().split("\r") if "stage 1" in text])
+
+        (cut_short, resumed), last = bars, read_log(tmp_path / LOG_NAME)[-2]
+        assert "| 0/12 [" in cut_short[0]
+        assert "| 4/12 [" in resumed[0]
+        assert "| 12/12 [" in resumed[-1]
+        assert f"loss={last['loss']:.3f}]" in resumed[-1]
 
 
 class TestData:
@@ -846,6 +1178,21 @@ class TestData:
         with pytest.raises(DataError, match=f"the labels run from {low} to {high} but the model has 3"):
             run(model, TWO_STAGE, data)
         assert not changed(before, model)
+
+    def test_a_row_is_its_texts_ids_token_types_label_and_target(self) -> None:
+        tokens = PackedTokens.pack([[2, 7, 3], [2, 8, 3, 9, 3]], [[0, 0, 0], [0, 0, 0, 1, 1]])
+        data = LabelledSequences(tokens=tokens, labels=torch.tensor([2, 0]))
+
+        rows = Rows(data, torch.tensor([[0.5, 0.25, 0.0], [1.0, 2.0, 3.0]]))
+
+        assert (len(rows), rows.lengths.tolist()) == (2, [3, 5])
+        assert rows[1] == {
+            "input_ids": [2, 8, 3, 9, 3],
+            "token_type_ids": [0, 0, 0, 1, 1],
+            "labels": 0,
+            "target_logits": [1.0, 2.0, 3.0],
+        }
+        assert Rows(toy(1, seed=0))[0].keys() == {"input_ids", "labels"}
 
     def test_labels_within_the_model_are_accepted(self) -> None:
         check_labels(toy(20, seed=0), 3)

@@ -16,9 +16,11 @@ from deebert.errors import DataError, RecipeError
 from deebert.evaluation import LabelledSequences, off_ramp_scores, trace
 from deebert.modeling import DeeBertForSequenceClassification
 from deebert.packing import PackedTokens
+from deebert.problem import SINGLE_LABEL
 from deebert.training import (
     LOG_NAME,
     Alternating,
+    BackboneStage,
     Distillation,
     EarlyStopping,
     Joint,
@@ -29,6 +31,7 @@ from deebert.training import (
     read_log,
     train,
 )
+from deebert.training.cached_exit_head import CachedExitHead
 from tests.conftest import ModelFactory
 from tests.training_toy import MARKED, QUICK_1, QUICK_2, changed, toy, weights
 
@@ -205,6 +208,29 @@ class TestLearningToExit:
         assert certainties is not None
         assert (certainties[:, ~noisy].mean(1) > certainties[:, noisy].mean(1) + 0.04).all()
 
+    @pytest.mark.parametrize("recipe", ["joint", "exact", "fast"])
+    def test_its_learning_rate_is_its_own(
+        self, recipe: str, tiny_model: ModelFactory, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    ) -> None:
+        model = tiny_model(num_layers=3, learns_to_exit=True)
+        before = weights(model)
+        once: dict[str, Any] = {"epochs": 1, "batch_size": 16, "exit_head_learning_rate": 1e-2}
+        joint = BackboneStage(objective=Joint(off_ramp_learning_rate=1e-3), learning_rate=1e-5, **once)
+        recipes = {
+            "joint": Recipe(stage_1=joint, stage_2=None),
+            "exact": Recipe(stage_1=None, stage_2=OffRampStage(mode="exact", learning_rate=1e-3, **once)),
+            "fast": Recipe(stage_1=None, stage_2=OffRampStage(mode="fast", learning_rate=1e-3, **once)),
+        }
+
+        run(model, tokenizer, toy(16, seed=1), recipes[recipe], tmp_path)  # one batch, one step
+
+        # Adam's first step is the learning rate, whatever the gradient.
+        steps = {
+            name: (value - before[name]).abs().max().item() for name, value in model.state_dict().items()
+        }
+        assert steps["exit_head.linear.weight"] == pytest.approx(1e-2, rel=1e-2)
+        assert steps["off_ramps.0.dense.weight"] == pytest.approx(1e-3, rel=1e-2)
+
     def test_a_fast_stage_trains_off_ramps_to_the_bit_as_without_a_head(
         self, tiny_model: ModelFactory, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
     ) -> None:
@@ -250,3 +276,66 @@ class TestLearningToExit:
 
         records = [r for r in read_log(tmp_path / LOG_NAME) if "certainty_loss" in r]
         assert records[-1]["certainty_loss"] < 0.5 * records[0]["certainty_loss"]
+
+
+class TestCachedExitHead:
+    """Its optimizer's side of a fast stage, step by step, on states that stay the same."""
+
+    POOLED = torch.randn(3, 8, 32, generator=torch.Generator().manual_seed(0))
+    LOGITS = torch.randn(3, 8, 3, generator=torch.Generator().manual_seed(1))
+    LABELS = torch.arange(8) % 3
+
+    def moves(
+        self, model: DeeBertForSequenceClassification, stage: OffRampStage, *shares: float
+    ) -> list[float]:
+        """How far each step moves the head, of as many as the stage has."""
+        head = model.exit_head
+        assert head is not None
+        cached, found = CachedExitHead(head, SINGLE_LABEL, stage, len(shares)), []
+        for share in shares:
+            before = torch.cat([p.detach().flatten().clone() for p in head.parameters()])
+            cached.step(self.POOLED, self.LOGITS, self.LABELS, share)
+            after = torch.cat([p.detach().flatten() for p in head.parameters()])
+            found.append((after - before).norm().item())
+        return found
+
+    def test_its_learning_rate_falls_to_zero_and_each_step_has_its_own_gradient(
+        self, tiny_model: ModelFactory
+    ) -> None:
+        stage = OffRampStage(exit_head_learning_rate=1e-3, max_grad_norm=1e9)
+
+        first, *others = self.moves(tiny_model(learns_to_exit=True), stage, 1.0, 1.0, 1.0, 1.0)
+
+        # The gradient hardly changes, so that Adam's steps are the learning rate's.
+        assert [step / first for step in others] == pytest.approx([0.75, 0.5, 0.25], rel=1e-2)
+
+    def test_its_gradient_is_of_its_share_and_cut_to_the_stages_length(
+        self, tiny_model: ModelFactory
+    ) -> None:
+        # So large an epsilon makes Adam's first step as long as the gradient.
+        stage = OffRampStage(exit_head_learning_rate=1.0, adam_epsilon=100.0)
+
+        whole, half, cut = (
+            100 * self.moves(tiny_model(learns_to_exit=True), replace(stage, max_grad_norm=norm), share)[0]
+            for share, norm in ((1.0, 1e9), (0.5, 1e9), (1.0, 1e-2))
+        )
+
+        assert half == pytest.approx(whole / 2, rel=1e-2)
+        assert cut == pytest.approx(1e-2, rel=1e-2)
+        assert whole > 2e-2
+
+    def test_what_it_logs_is_the_mean_since_the_last_time(self, tiny_model: ModelFactory) -> None:
+        head = tiny_model(learns_to_exit=True).exit_head
+        assert head is not None
+        cached = CachedExitHead(head, SINGLE_LABEL, OffRampStage(exit_head_learning_rate=1e-30), 9)
+
+        logged = []
+        for shares in ((1.0,), (1.0, 1.0, 0.5, 0.5), (1.0, 1.0)):
+            for share in shares:
+                cached.step(self.POOLED, self.LOGITS, self.LABELS, share)
+            logged.append(cached.drain())
+
+        right = (self.LOGITS.argmax(-1) == self.LABELS).float()
+        with torch.no_grad():
+            loss = (head(self.POOLED) - right).square().mean(-1).sum().item()
+        assert logged == pytest.approx([loss, 0.75 * loss, loss])

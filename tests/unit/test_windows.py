@@ -141,6 +141,14 @@ class TestMeans:
         assert means.tolist() == [[1, 0], [0.25, 0.75], [0.25, 0.75]]
         assert text_sums(np.array([4, 5, 6, 7]), np.array([1, 2, 1])).tolist() == [4, 11, 7]
 
+    def test_are_summed_in_float64(self) -> None:
+        tiny = 2.0**-30  # beside 1 nothing in float32
+
+        means = text_means(np.array([[1], [tiny]], np.float32), np.array([2]))
+
+        assert means.tolist() == [[(1 + tiny) / 2]]
+        assert text_sums(np.array([2**31, 1]), np.array([2])).tolist() == [2**31 + 1]
+
     def test_of_no_texts(self) -> None:
         assert text_means(np.zeros((0, 3), np.float32), np.zeros(0, np.int64)).shape == (0, 3)
         assert text_sums(np.zeros(0, np.int64), np.zeros(0, np.int64)).shape == (0,)
@@ -170,6 +178,18 @@ class TestMeans:
 
         assert found.prediction.tolist() == [prediction]
         assert found.entropy[0] == pytest.approx(entropy, nan_ok=True, rel=1e-6)
+
+    def test_a_text_is_as_certain_as_its_windows_in_the_mean_and_left_with_the_deepest(self) -> None:
+        of_windows = replace(
+            Answered.blank(5, SINGLE_LABEL, 2),
+            certainty=np.array([0.125, 0.25, 0.75, 0.5, 1.0], np.float32),
+            exit_layer=np.array([9, 2, 4, 3, 1], np.int16),
+        )
+
+        _, found = WindowedTexts(np.array([1, 3, 1]), SINGLE_LABEL, 2).leave(np.arange(5), of_windows)
+
+        assert found.certainty.tolist() == [0.125, 0.5, 1.0]
+        assert found.exit_layer.tolist() == [9, 4, 1]
 
 
 def random_answers(count: int, seed: int) -> Answered:
@@ -334,6 +354,15 @@ class TestLanes:
 
         assert sum(rows for rows, _ in reported) == 3
         assert sum(layers for _, layers in reported) == int(found.exit_layer.sum())
+
+    def test_keep_nothing_of_windows_that_have_all_left(
+        self, encoder: PackedEncoder, tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        batch = TextTokenizer(tokenizer, max_length=16, window_stride=4)(texts_of([60, 3]))
+
+        found = classify(lanes_for(encoder, 64), batch, np.array([True, False]))
+
+        assert not [name for name, value in vars(found).items() if isinstance(value, WindowedTexts)]
 
 
 def test_a_very_long_text_stays_within_the_engines_buffers(
