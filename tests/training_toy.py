@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -9,12 +12,50 @@ from deebert.encoder import PackedEncoder
 from deebert.evaluation import LabelledSequences, off_ramp_scores, trace
 from deebert.modeling import DeeBertForSequenceClassification
 from deebert.packing import PackedTokens
-from deebert.training import BackboneStage, OffRampStage
+from deebert.training import (
+    Alternating,
+    BackboneStage,
+    BornAgain,
+    Distillation,
+    Joint,
+    OffRampStage,
+    Recipe,
+    TrainingReport,
+)
 
 MARKED = (90, 91, 92)
 """Token ids, one for each label: a text belongs to the label whose token it holds."""
 QUICK_1 = BackboneStage(epochs=4, batch_size=16, learning_rate=2e-3)
 QUICK_2 = OffRampStage(epochs=6, batch_size=16, learning_rate=5e-3)
+DISTILLED = Distillation(weight=0.5, temperature=2.0)
+TWO_STAGE = Recipe(stage_1=QUICK_1, stage_2=QUICK_2, micro_batch_tokens=512)
+JOINT = replace(TWO_STAGE, stage_1=replace(QUICK_1, objective=Joint()), stage_2=None)
+JOINT_DISTILLED = replace(
+    TWO_STAGE, stage_1=replace(QUICK_1, objective=Joint(self_distillation=DISTILLED)), stage_2=None
+)
+OFF_RAMPS = replace(TWO_STAGE, stage_1=None)
+EXACT = replace(OFF_RAMPS, stage_2=replace(QUICK_2, mode="exact"))
+RECIPES = {
+    "two-stage": TWO_STAGE,
+    "two-stage, distilled": replace(TWO_STAGE, stage_2=replace(QUICK_2, self_distillation=DISTILLED)),
+    "two-stage, exact": replace(
+        TWO_STAGE, stage_2=replace(QUICK_2, mode="exact", self_distillation=DISTILLED)
+    ),
+    "joint": JOINT,
+    "joint, distilled": JOINT_DISTILLED,
+    "joint, equilibrium": replace(
+        TWO_STAGE, stage_1=replace(QUICK_1, objective=Joint(weighting="equilibrium"))
+    ),
+    "alternating": replace(
+        TWO_STAGE, stage_1=replace(QUICK_1, objective=Alternating(self_distillation=DISTILLED)), stage_2=None
+    ),
+    "joint, refreshed": replace(JOINT_DISTILLED, stage_2=QUICK_2),
+}
+THREE_STAGES = replace(
+    TWO_STAGE, stage_3=replace(QUICK_1, objective=Joint(weighting="uniform"), teacher=BornAgain())
+)
+
+Run = Callable[..., TrainingReport]
 
 
 def toy(num_rows: int, seed: int) -> LabelledSequences:
@@ -48,3 +89,21 @@ def changed(before: dict[str, Tensor], model: DeeBertForSequenceClassification) 
 
 def accuracies(model: DeeBertForSequenceClassification, data: LabelledSequences) -> tuple[float, ...]:
     return off_ramp_scores(trace(PackedEncoder.of(model), data.tokens), data.labels)
+
+
+def padded(tokens: PackedTokens) -> tuple[Tensor, Tensor]:
+    rows = [tokens.sequence(i).input_ids.long() for i in range(len(tokens))]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(r) for r in rows], batch_first=True)
+    return ids, mask
+
+
+def without_dropout(model: DeeBertForSequenceClassification) -> DeeBertForSequenceClassification:
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "dropout_prob"):
+            module.dropout_prob = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+    return model

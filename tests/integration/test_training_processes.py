@@ -25,7 +25,7 @@ from deebert.errors import RecipeError
 from deebert.training import *
 from tests.conftest import make_model
 from tests.training_toy import QUICK_1, QUICK_2, toy
-from tests.unit.test_training import without_dropout
+from tests.training_toy import without_dropout
 from transformers import AutoTokenizer
 
 work, tokenizer = Path(sys.argv[1]), AutoTokenizer.from_pretrained(sys.argv[2])

@@ -36,8 +36,7 @@ from deebert.training.losses import off_ramp_weights
 from pipeline.planning import resolve_policy
 from pipeline.stream import StreamConfig, stream
 from tests.conftest import LONGEST, ModelFactory, make_backbone_config, randomize
-from tests.training_toy import QUICK_1, QUICK_2, accuracies, changed, toy, weights
-from tests.unit.test_training import padded, without_dropout
+from tests.training_toy import QUICK_1, QUICK_2, accuracies, changed, padded, toy, weights, without_dropout
 
 IDS = torch.tensor([[2, 40, 50, 60, 3], [2, 41, 3, 0, 0]])
 MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
