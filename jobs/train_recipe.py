@@ -23,11 +23,19 @@ def recipe_of(job: TrainJob) -> Recipe:
 
     named = RECIPES[job.recipe]
     keeps_weights = job.from_classifier is not None
+    stage_1 = None if keeps_weights or named.stage_1 is None else _stage_1(job, named.stage_1)
+    stage_3 = None if keeps_weights or named.stage_3 is None else _stage_3(job, named.stage_3)
+    # Of the last stage that moves the backbone: what begins with a finished model.
+    kept = _given(interpolation=job.interpolation)
+    if stage_3 is not None:
+        stage_3 = replace(stage_3, **kept)
+    elif stage_1 is not None:
+        stage_1 = replace(stage_1, **kept)
     return replace(
         named,
-        stage_1=None if keeps_weights or named.stage_1 is None else _stage_1(job, named.stage_1),
+        stage_1=stage_1,
         stage_2=_stage_2(job, named.stage_2),
-        stage_3=None if keeps_weights or named.stage_3 is None else _stage_3(job, named.stage_3),
+        stage_3=stage_3,
         early_stopping=None
         if job.held_out is None
         else EarlyStopping(held_out=job.held_out, patience=job.patience, every_steps=job.evaluate_every),
@@ -38,17 +46,13 @@ def recipe_of(job: TrainJob) -> Recipe:
 
 
 def _stage_1(job: TrainJob, stage: BackboneStage) -> BackboneStage:
-    from deebert.training import RECIPES
-
-    alone = RECIPES[job.recipe].stage_3 is None
-    interpolation = _given(interpolation=job.interpolation if alone else None)
-    return replace(_through_backbone(job, stage), teacher=_teacher(job), **interpolation)
+    return replace(_through_backbone(job, stage), teacher=_teacher(job))
 
 
 def _stage_3(job: TrainJob, stage: BackboneStage) -> BackboneStage:
     """Its teacher is the recipe's own: what stages 1 and 2 made."""
     teacher = None if stage.teacher is None else replace(stage.teacher, temperature=job.temperature)
-    return replace(_through_backbone(job, stage), teacher=teacher, **_given(interpolation=job.interpolation))
+    return replace(_through_backbone(job, stage), teacher=teacher)
 
 
 def _through_backbone(job: TrainJob, stage: BackboneStage) -> BackboneStage:

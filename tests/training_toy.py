@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
+from transformers import TrainerCallback
 
 from deebert.encoder import PackedEncoder
 from deebert.evaluation import LabelledSequences, off_ramp_scores, trace
@@ -22,6 +25,7 @@ from deebert.training import (
     Recipe,
     TrainingReport,
 )
+from deebert.training import trainer as trainer_module
 
 MARKED = (90, 91, 92)
 """Token ids, one for each label: a text belongs to the label whose token it holds."""
@@ -107,3 +111,28 @@ def without_dropout(model: DeeBertForSequenceClassification) -> DeeBertForSequen
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.0
     return model
+
+
+class PowerCutError(Exception):
+    """In place of a kill, where the process has to live on."""
+
+
+class CutAt(TrainerCallback):
+    """Ends a training after so many steps of a stage."""
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self._step:
+            raise PowerCutError
+
+
+def add_to_every_trainer(patch: pytest.MonkeyPatch, callback: TrainerCallback) -> None:
+    original = trainer_module._StageTrainer.__init__
+
+    def init(self: Any, **kwargs: Any) -> None:
+        original(self, **kwargs)
+        self.add_callback(callback)
+
+    patch.setattr(trainer_module._StageTrainer, "__init__", init)

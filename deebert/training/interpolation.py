@@ -1,7 +1,8 @@
-"""Weights between two models: as good as either where each is, and often better where texts are of another kind.
+"""Weights between two models.
 
 Two models of which one went on training from the other lie in one basin of the loss, so that what lies between them is
-a model too (Wortsman et al., Robust fine-tuning of zero-shot models, 2022). Knows nothing of stages.
+a model too: its scores lie between theirs on texts like the training texts, and can lie above both on others (Wortsman
+et al., Robust fine-tuning of zero-shot models, 2022). Knows nothing of stages.
 """
 
 from __future__ import annotations

@@ -5,16 +5,18 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import BertModel, PreTrainedTokenizerFast
+from transformers import BertModel, PreTrainedTokenizerFast, TrainerCallback
 
 from jobs import cli, evaluation, replicate
 from jobs.train import TrainJob
 from pipeline.errors import UsageError
 from pipeline.report.evaluated import EvaluatedPoint, EvaluatedSet
 from tests.conftest import make_model
+from tests.training_toy import CutAt, PowerCutError, add_to_every_trainer
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +94,31 @@ def test_a_second_run_trains_nothing(
 
     assert run(assets_in_small, tmp_path, *words) == 0
     assert thresholds.read_bytes() == before
+
+
+def test_a_killed_training_goes_on_where_it_stopped(
+    assets_in_small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("--tasks", "mrpc", "--poolings", "mean", "--static-depths", "1")
+    monkeypatch.setattr(replicate, "_CHECKPOINT_STEPS", 2)
+    with monkeypatch.context() as patch:
+        add_to_every_trainer(patch, CutAt(3))
+        with pytest.raises(PowerCutError):
+            run(assets_in_small, tmp_path, *words)
+    done: list[int] = []
+
+    class Note(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            done.append(state.global_step)
+
+    with monkeypatch.context() as patch:
+        add_to_every_trainer(patch, Note())
+        assert run(assets_in_small, tmp_path, *words) == 0
+
+    # Stage 1 from its checkpoint on, then the static baseline from its beginning.
+    assert done == [3, 4, 5, 1, 2, 3, 4, 5]
+    left = {path.name for path in (tmp_path / "work" / "mrpc-mean").iterdir()}
+    assert left == {"model", "study.json", "trace.parquet"}
 
 
 def test_a_model_of_other_settings_is_not_used(

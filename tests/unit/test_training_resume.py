@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, TrainerCallback
+from transformers import PreTrainedTokenizerFast
 
 from deebert.errors import DataError, RecipeError
 from deebert.evaluation import LabelledSequences
@@ -30,7 +30,6 @@ from deebert.training import (
     unfinished,
 )
 from deebert.training import recipes as recipes_module
-from deebert.training import trainer as trainer_module
 from deebert.training.cached_stage import OffRampStack
 from deebert.training.data import hold_out
 from deebert.training.trainer import last_checkpoint, step_of
@@ -45,26 +44,15 @@ from tests.training_toy import (
     RECIPES,
     THREE_STAGES,
     TWO_STAGE,
+    CutAt,
+    PowerCutError,
     Run,
+    add_to_every_trainer,
     changed,
     padded,
     toy,
     weights,
 )
-
-
-class _PowerCutError(Exception):
-    pass
-
-
-class _CutAt(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self._step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self._step:
-            raise _PowerCutError
-
 
 STAGES = {
     "joint": replace(JOINT_DISTILLED, checkpoint_steps=4),
@@ -126,8 +114,8 @@ class TestResume:
         undisturbed = run(whole, recipe, data, tmp_path / "whole")
 
         with monkeypatch.context() as patch:
-            add_to_every_trainer(patch, _CutAt(cut))
-            with pytest.raises(_PowerCutError):
+            add_to_every_trainer(patch, CutAt(cut))
+            with pytest.raises(PowerCutError):
                 run(halves, recipe, data, tmp_path / "halves", resume=True)
         fresh = tiny_model(num_layers=2)
         resumed = run(fresh, recipe, data, tmp_path / "halves", resume=True)
@@ -149,8 +137,8 @@ class TestResume:
 
         with monkeypatch.context() as patch:
             # One evaluation before the end: the checkpoint has lost patience twice.
-            add_to_every_trainer(patch, _CutAt(undisturbed.stages[0].steps - 1))
-            with pytest.raises(_PowerCutError):
+            add_to_every_trainer(patch, CutAt(undisturbed.stages[0].steps - 1))
+            with pytest.raises(PowerCutError):
                 run(tiny_model(num_layers=2), recipe, noise, tmp_path / "halves", resume=True)
         resumed = run(tiny_model(num_layers=2), recipe, noise, tmp_path / "halves", resume=True)
 
@@ -216,12 +204,12 @@ class TestResume:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         def cut(*args: object) -> None:
-            raise _PowerCutError
+            raise PowerCutError
 
         run(whole := tiny_model(num_layers=2), recipe, None, tmp_path / "whole")
         with monkeypatch.context() as patch:
             patch.setattr(recipes_module, "_save", cut)
-            with pytest.raises(_PowerCutError):
+            with pytest.raises(PowerCutError):
                 run(tiny_model(num_layers=2), recipe, None, tmp_path / "halves")
         assert read_log(tmp_path / "halves" / LOG_NAME)[-1]["done"]
         assert step_of(last_checkpoint(tmp_path / "halves" / "stage-1")) == last
@@ -236,8 +224,8 @@ class TestResume:
     ) -> None:
         recipe = replace(JOINT, checkpoint_steps=4)
         with monkeypatch.context() as patch:
-            add_to_every_trainer(patch, _CutAt(6))
-            with pytest.raises(_PowerCutError):
+            add_to_every_trainer(patch, CutAt(6))
+            with pytest.raises(PowerCutError):
                 run(tiny_model(num_layers=2), recipe)
         log = tmp_path / LOG_NAME
         records = [{**r, "seconds": 1000.0 * r["step"]} for r in read_log(log)]  # as if it had taken hours
@@ -289,16 +277,6 @@ class TestResume:
             run(tiny_model(num_layers=2), JOINT, toy(48, seed=9), resume=True)
         with pytest.raises(RecipeError, match="had another model "):
             run(tiny_model(num_layers=2, seed=1), JOINT, resume=True)
-
-
-def add_to_every_trainer(patch: pytest.MonkeyPatch, callback: TrainerCallback) -> None:
-    original = trainer_module._StageTrainer.__init__
-
-    def init(self: Any, **kwargs: Any) -> None:
-        original(self, **kwargs)
-        self.add_callback(callback)
-
-    patch.setattr(trainer_module._StageTrainer, "__init__", init)
 
 
 def timeless(work_dir: Path) -> list[dict[str, Any]]:
@@ -494,8 +472,8 @@ class TestWhatIsShown:
             monkeypatch.setattr(sys, "stderr", terminal := Terminal())
             with monkeypatch.context() as patch:
                 if cut is not None:
-                    add_to_every_trainer(patch, _CutAt(cut))
-                with contextlib.suppress(_PowerCutError):
+                    add_to_every_trainer(patch, CutAt(cut))
+                with contextlib.suppress(PowerCutError):
                     self.shown(recipe, tiny_model(num_layers=2), tokenizer, tmp_path, resume=True)
             bars.append([text for text in terminal.getvalue().split("\r") if "stage 1" in text])
 
