@@ -46,8 +46,8 @@ class Between:
 
     start: str
     towards: str
-    interpolation: float
-    """How far from the one, 0, to the other, 1."""
+    shares: tuple[float, float]
+    """How far from the one, 0, to the other, 1: the first layer, and the last."""
 
     @property
     def builds_on(self) -> frozenset[str]:
@@ -63,6 +63,19 @@ _JOINT_FAST = {**_JOINT, "off_ramp_learning_rate": 5e-4}
 _ALTERNATING = {"recipe": "alternating", "self_distillation": 0.5, "off_ramp_learning_rate": 5e-4}
 _REFRESH = {"recipe": "off-ramps", "self_distillation": 0.7}
 _UNIFORM = {**_JOINT_FAST, "weighting": "uniform"}
+_BETWEEN = {
+    "25": (0.25, 0.25),
+    "40": (0.4, 0.4),
+    "50": (0.5, 0.5),
+    "75": (0.75, 0.75),
+    "60-0": (0.6, 0.0),
+    "70-0": (0.7, 0.0),
+    "80-0": (0.8, 0.0),
+    "90-0": (0.9, 0.0),
+    "100-0": (1.0, 0.0),
+    "100-40": (1.0, 0.4),
+    "0-100": (0.0, 1.0),
+}
 
 VARIANTS: Mapping[str, Variant] = MappingProxyType(
     {
@@ -93,10 +106,10 @@ VARIANTS: Mapping[str, Variant] = MappingProxyType(
         "continued-alone": Trained(flags=_UNIFORM, start=BASE),
         "continued-labels": Trained(flags={**_UNIFORM, "self_distillation": 0.0}, start=BASE, teacher=BASE),
         "continued-refreshed": Trained(flags=_REFRESH, start="continued"),
-        "continued-25": Between(start=BASE, towards="continued", interpolation=0.25),
-        "continued-40": Between(start=BASE, towards="continued", interpolation=0.4),
-        "continued-50": Between(start=BASE, towards="continued", interpolation=0.5),
-        "continued-75": Between(start=BASE, towards="continued", interpolation=0.75),
+        **{
+            f"continued-{name}": Between(start=BASE, towards="continued", shares=shares)
+            for name, shares in _BETWEEN.items()
+        },
     }
 )
-"""``continued-40`` is what `--recipe best` makes."""
+"""``continued-100-0`` is what `--recipe best` makes."""

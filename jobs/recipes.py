@@ -292,10 +292,11 @@ class _Study:
 
     def _go_between(self, variant: Between, seed: int, folder: Path) -> None:
         from deebert.checkpoint import load_checkpoint
-        from deebert.training import interpolate, snapshot
+        from deebert.training import Interpolation, interpolate, snapshot
 
         start, end = (load_checkpoint(str(self._model(n, seed))) for n in (variant.start, variant.towards))
-        interpolate(end.model, snapshot(start.model), variant.interpolation)
+        first, last = variant.shares
+        interpolate(end.model, snapshot(start.model), Interpolation(first=first, last=last))
         end.model.config.int8_agreement = end.model.config.exit_policy = None  # of other weights
         end.model.save_pretrained(folder)
         end.tokenizer.save_pretrained(folder)

@@ -10,6 +10,7 @@ import logging
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,6 +48,15 @@ def _layers(text: str) -> tuple[int, ...]:
         return tuple(map(int, comma_list(text)))
     except ValueError:
         raise ValueError(f"{text!r} is not a list of layers") from None
+
+
+def _shares(text: str) -> tuple[float, float]:
+    """``0.4`` -> (0.4, 0.4); ``0.8,0`` -> (0.8, 0.0)."""
+    with suppress(ValueError):
+        shares = [float(part) for part in comma_list(text)]
+        if len(shares) in (1, 2):
+            return shares[0], shares[-1]
+    raise ValueError(f"{text!r} is neither a share nor two: write 0.4 or 0.8,0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,12 +157,13 @@ class TrainJob:
     learning_rate: float | None = flag(
         "stages 1 and 3: peak learning rate (paper: 2e-5)", default=None, parse=float
     )
-    interpolation: float | None = flag(
-        "stage 3 of best (0.4), or stage 1 with --from-model (1): share of its change to the weights that is kept; 1 "
-        "is for texts like the training texts, less for others",
+    interpolation: tuple[float, float] | None = flag(
+        "stage 3 of best (1,0), or stage 1 with --from-model (1): share of its change to the weights that is kept, one "
+        "for all layers, or the first layer's and the last's, with those between in between; 1 is for texts like the "
+        "training texts, less for others",
         default=None,
-        parse=float,
-        metavar="SHARE",
+        parse=_shares,
+        metavar="SHARE[,SHARE]",
     )
     off_ramp_epochs: float | None = flag("stage 2: epochs (3)", default=None, parse=float)
     off_ramp_batch_size: int | None = flag(

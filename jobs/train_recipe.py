@@ -19,18 +19,20 @@ def recipe_of(job: TrainJob) -> Recipe:
         RecipeError: they contradict each other.
     """
     from deebert.precision import resolve_precision
-    from deebert.training import RECIPES, EarlyStopping
+    from deebert.training import RECIPES, EarlyStopping, Interpolation
 
     named = RECIPES[job.recipe]
     keeps_weights = job.from_classifier is not None
     stage_1 = None if keeps_weights or named.stage_1 is None else _stage_1(job, named.stage_1)
     stage_3 = None if keeps_weights or named.stage_3 is None else _stage_3(job, named.stage_3)
-    # Of the last stage that moves the backbone: what begins with a finished model.
-    kept = _given(interpolation=job.interpolation)
-    if stage_3 is not None:
-        stage_3 = replace(stage_3, **kept)
-    elif stage_1 is not None:
-        stage_1 = replace(stage_1, **kept)
+    if job.interpolation is not None:
+        first, last = job.interpolation
+        kept = None if first == last == 1 else Interpolation(first=first, last=last)
+        # Of the last stage that moves the backbone: what begins with a finished model.
+        if stage_3 is not None:
+            stage_3 = replace(stage_3, interpolation=kept)
+        elif stage_1 is not None:
+            stage_1 = replace(stage_1, interpolation=kept)
     return replace(
         named,
         stage_1=stage_1,

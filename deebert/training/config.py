@@ -140,6 +140,28 @@ class Alternating(Joint):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Interpolation:
+    """Where a stage's weights end on the straight line from those before it, 0, to those that it trained, 1.
+
+    WiSE-FT (Wortsman et al., 2022, eq. 1) with a share for each layer, which changes evenly from the first to the last.
+    """
+
+    first: float
+    """Of the embeddings, the first layer and their off-ramps."""
+    last: float
+    """Of the last layer and the final classifier."""
+
+    def __post_init__(self) -> None:
+        for name, share in (("first", self.first), ("last", self.last)):
+            _require(0 <= share <= 1, f"the interpolation's {name} share", share, "one from 0 to 1")
+        _require(self.first > 0 or self.last > 0, "interpolation", 0, "a share above 0, or no such stage")
+
+    def at(self, layer: float, num_layers: int) -> float:
+        """The share of a layer, from 1 to `num_layers`."""
+        return self.first + (self.last - self.first) * (layer - 1) / max(1, num_layers - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class BackboneStage(StageConfig):
     """Stage 1 or 3: trains the backbone and the final classifier, and the off-ramps if the objective has them.
 
@@ -148,15 +170,8 @@ class BackboneStage(StageConfig):
 
     objective: FinalOnly | Joint | Alternating = FinalOnly()
     teacher: Teacher | BornAgain | None = None
-    interpolation: float = 1.0
-    """Where the weights end on the straight line from those before the stage, 0, to those that it trained, 1 (Wortsman
-    et al., WiSE-FT, 2022, eq. 1). Says something only of a model that was of use before."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _require(
-            0 < self.interpolation <= 1, "interpolation", self.interpolation, "a share above 0 and up to 1"
-        )
+    interpolation: Interpolation | None = None
+    """None keeps the whole change. Says something only of a model that was of use before."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,6 +261,12 @@ class Recipe:
             raise RecipeError(
                 "a stage 1 of the final loss alone leaves the off-ramps untrained: add stage 2, or train jointly"
             )
+        begins_off_ramps = self.stage_1 is not None and isinstance(self.stage_1.objective, FinalOnly)
+        if self.stage_2 is None and begins_off_ramps and self.stage_3 and self.stage_3.interpolation:
+            raise RecipeError(
+                "a stage 3 whose change is kept in part needs off-ramps that answer before it: add stage 2, or keep "
+                "the whole change"
+            )
         _among(self.precision, TRAINING_PRECISIONS, "precision")
         _require(self.checkpoint_steps >= 1, "checkpoint_steps", self.checkpoint_steps, "at least 1")
         _require(self.micro_batch_tokens >= 1, "micro_batch_tokens", self.micro_batch_tokens, "at least 1")
@@ -256,7 +277,7 @@ class Recipe:
         for name in ("stage_1", "stage_3"):
             if (stage := getattr(self, name)) is not None:
                 values[name]["objective"]["type"] = type(stage.objective).__name__
-                if stage.interpolation == 1:
+                if stage.interpolation is None:
                     del values[name]["interpolation"]
         # What was not there in earlier versions is left out, so that trainings begun then can be resumed.
         if self.stage_3 is None:
@@ -283,7 +304,7 @@ BEST = replace(
             weighting="uniform", self_distillation=Distillation(weight=0.5), off_ramp_learning_rate=5e-4
         ),
         teacher=BornAgain(weight=0.5),
-        interpolation=0.4,
+        interpolation=Interpolation(first=1.0, last=0.0),
     ),
 )
 """The winner here: two stages, then all together, taught by what the two made, of which a part is kept. See

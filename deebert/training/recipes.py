@@ -128,6 +128,7 @@ class _Training:
             "recipe": recipe.to_dict(),
             "model": weights_digest(model),
             "data": _data_digest(data),
+            "labels": sorted(dict(model.config.id2label or {}).items()),
         }
         self._rows, self._held_out = data, None
         if recipe.early_stopping is not None:
@@ -141,7 +142,10 @@ class _Training:
         plan_path = self._work_dir / _PLAN_NAME
         self._resume = resume and plan_path.exists()
         if self._resume:
-            _check_same(json.loads(plan_path.read_text()), json.loads(json.dumps(self._plan)), self._work_dir)
+            ours = json.loads(json.dumps(self._plan))
+            # A plan of an earlier version says nothing of labels.
+            begun = {"labels": ours["labels"], **json.loads(plan_path.read_text())}
+            _check_same(begun, ours, self._work_dir)
         processes().wait_for_everyone()
         if self._is_main and not self._resume:
             for number in (1, 2, 3):
@@ -196,7 +200,7 @@ class _Training:
         )
         loss = backbone_loss(stage, config.off_ramp_layers, config.num_hidden_layers)
         objective = stage.objective
-        before = snapshot(model) if stage.interpolation < 1 else None
+        before = None if stage.interpolation is None else snapshot(model)
         with contextlib.ExitStack() as during:
             if isinstance(objective, FinalOnly):
                 during.enter_context(frozen(model.exit_modules))
@@ -211,7 +215,7 @@ class _Training:
                 context,
                 off_ramp_learning_rate=getattr(objective, "off_ramp_learning_rate", None),
             )
-        if before is not None:
+        if stage.interpolation is not None and before is not None:
             interpolate(model, before, stage.interpolation)
         return report
 

@@ -29,6 +29,7 @@ from deebert.training import (
     BornAgain,
     Distillation,
     EarlyStopping,
+    Interpolation,
     Joint,
     OffRampStage,
     Recipe,
@@ -37,6 +38,7 @@ from deebert.training import (
 )
 from jobs import recipes as recipes_job
 from jobs.cli import main
+from jobs.flags import parse_job
 from jobs.recipe_scores import score_at
 from jobs.recipe_variants import VARIANTS, Between, Trained
 from jobs.train import _RECIPE_NAMES, TrainJob, train
@@ -81,14 +83,24 @@ class TestRecipeOfFlags:
         assert recipe.stage_3.learning_rate == 1e-4
 
     def test_interpolation_is_of_the_stage_that_goes_on_with_a_finished_model(self) -> None:
-        best = described(recipe="best", interpolation=0.25)
+        kept = Interpolation(first=0.25, last=0.5)
+        best = described(recipe="best", interpolation=(0.25, 0.5))
         assert best.stage_1 is not None
         assert best.stage_3 is not None
-        assert (best.stage_1.interpolation, best.stage_3.interpolation) == (1.0, 0.25)
+        assert (best.stage_1.interpolation, best.stage_3.interpolation) == (None, kept)
 
-        further = described(recipe="joint", from_model="m", interpolation=0.25)
+        further = described(recipe="joint", from_model="m", interpolation=(0.25, 0.5))
         assert further.stage_1 is not None
-        assert further.stage_1.interpolation == 0.25
+        assert further.stage_1.interpolation == kept
+
+        whole = described(recipe="best", interpolation=(1.0, 1.0))
+        assert whole.stage_3 is not None
+        assert whole.stage_3.interpolation is None
+
+    @pytest.mark.parametrize(("text", "shares"), [("0.4", (0.4, 0.4)), ("0.8,0", (0.8, 0.0))])
+    def test_interpolation_is_a_share_or_two(self, text: str, shares: tuple[float, float]) -> None:
+        words = ["--backbone", "b", "--data", "d", "--output", "o", "--interpolation", text]
+        assert parse_job(TrainJob, words, prog="train", description="").interpolation == shares
 
     def test_every_number_can_be_set(self) -> None:
         recipe = described(
@@ -246,7 +258,21 @@ class TestRefusals:
             ),
             (
                 "--backbone a --recipe best --interpolation 0",
-                "interpolation is 0.0: give a share above 0 and up to 1",
+                "interpolation is 0: give a share above 0, or no such stage",
+            ),
+            (
+                "--backbone a --recipe best --interpolation 0.5,1.5",
+                "the interpolation's last share is 1.5: give one from 0 to 1",
+            ),
+            (
+                "--backbone a --recipe best --interpolation 0.5,1,1",
+                "argument --interpolation: '0.5,1,1' is neither a share nor two: write 0.4 or 0.8,0; see "
+                "`deebert train --help`",
+            ),
+            (
+                "--backbone a --recipe best --stage-2 none",
+                "a stage 3 whose change is kept in part needs off-ramps that answer before it: add stage 2, or keep "
+                "the whole change",
             ),
             (
                 "--backbone a --stage-2 none",
@@ -545,10 +571,11 @@ class TestRecipesJob:
             assert variant.builds_on <= set(VARIANTS)
 
     def test_the_best_recipe_is_the_variant_that_its_name_promises(self) -> None:
-        between, stage_3 = VARIANTS["continued-40"], BEST.stage_3
+        between, stage_3 = VARIANTS["continued-100-0"], BEST.stage_3
         assert isinstance(between, Between)
         assert stage_3 is not None
-        assert between.interpolation == stage_3.interpolation
+        first, last = between.shares
+        assert Interpolation(first=first, last=last) == stage_3.interpolation
         continued = VARIANTS[between.towards]
         assert isinstance(continued, Trained)
         goes_on = described(**continued.flags).stage_1

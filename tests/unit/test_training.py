@@ -24,6 +24,7 @@ from deebert.training import (
     BackboneStage,
     BornAgain,
     Distillation,
+    Interpolation,
     Joint,
     Recipe,
     Teacher,
@@ -511,27 +512,43 @@ class TestStage3:
         assert trained <= changed(before, model)
         assert min(accuracies(model, toy(200, seed=2))) > 0.8
 
-    @pytest.mark.parametrize("share", [0.25, 0.5])
-    def test_keeps_the_share_of_its_change_that_is_asked_for(
-        self, share: float, tiny_model: ModelFactory, run: Run, tmp_path: Path
+    @pytest.mark.parametrize("shared_pooler", [False, True])
+    def test_keeps_of_each_layer_the_share_of_its_change_that_is_asked_for(
+        self, shared_pooler: bool, tiny_model: ModelFactory, run: Run, tmp_path: Path
     ) -> None:
         stage, ended = replace(QUICK_1, objective=Joint()), {}
-        before = weights(tiny_model(num_layers=2))
 
-        for kept in (1.0, share):
-            model = tiny_model(num_layers=2)
+        def begin() -> DeeBertForSequenceClassification:
+            layers = {"num_layers": 3, "off_ramp_layers": [0, 1, 2]}
+            return tiny_model(**layers, shares_off_ramp_pooler=shared_pooler, learns_to_exit=True)
+
+        before = weights(begin())
+        graded = Interpolation(first=0.75, last=0.25)
+        for name, kept in (("all", None), ("part", graded)):
             recipe = Recipe(stage_1=None, stage_2=None, stage_3=replace(stage, interpolation=kept))
-            run(model, recipe, toy(48, seed=1), tmp_path / str(kept))
-            ended[kept] = weights(model)
+            run(model := begin(), recipe, toy(48, seed=1), tmp_path / name)
+            ended[name] = weights(model)
 
+        shares = {
+            "backbone.embeddings.": 0.75,
+            "backbone.encoder.layer.0.": 0.75,
+            "backbone.encoder.layer.1.": 0.5,
+            "backbone.encoder.layer.2.": 0.25,
+            "off_ramps.0.": 0.75,  # on the embeddings
+            "off_ramps.1.": 0.75,
+            "off_ramps.2.": 0.5,
+            "off_ramp_pooler.": 0.5,
+            "final_classifier.": 0.25,
+            "exit_head.": 1.0,
+        }
         for name, weight in before.items():
-            there = ended[1.0][name]
-            torch.testing.assert_close(
-                ended[share][name], (1 - share) * weight + share * there, rtol=0, atol=1e-6
-            )
-        assert not torch.equal(
-            ended[1.0]["final_classifier.classifier.weight"], before["final_classifier.classifier.weight"]
-        )
+            (share,) = (share for start, share in shares.items() if name.startswith(start))
+            there = ended["all"][name]
+            between = (1 - share) * weight + share * there
+            torch.testing.assert_close(ended["part"][name], between, rtol=0, atol=1e-6, msg=name)
+        names = {n for n in before if not torch.equal(before[n], ended["all"][n])}
+        unmoved = {start for start in shares if not any(n.startswith(start) for n in names)}
+        assert unmoved == (set() if shared_pooler else {"off_ramp_pooler."})
 
     def test_born_again_it_says_what_it_said_whatever_the_labels_say(
         self, tiny_model: ModelFactory, run: Run, tmp_path: Path

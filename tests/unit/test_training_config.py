@@ -21,6 +21,7 @@ from deebert.training import (
     Distillation,
     EarlyStopping,
     FinalOnly,
+    Interpolation,
     Joint,
     OffRampStage,
     Recipe,
@@ -93,8 +94,18 @@ def test_the_named_recipes() -> None:
         (lambda: StageConfig(epochs=0), "epochs is 0: give more than 0"),
         (lambda: StageConfig(learning_rate=float("nan")), "learning_rate is nan: give more than 0"),
         (lambda: StageConfig(warmup_share=1.0), "warmup_share is 1.0: give a share from 0 to below 1"),
-        (lambda: BackboneStage(interpolation=0), "interpolation is 0: give a share above 0 and up to 1"),
-        (lambda: BackboneStage(interpolation=1.1), "interpolation is 1.1: give a share above 0 and up to 1"),
+        (
+            lambda: Interpolation(first=0, last=0),
+            "interpolation is 0: give a share above 0, or no such stage",
+        ),
+        (
+            lambda: Interpolation(first=1.1, last=0),
+            "the interpolation's first share is 1.1: give one from 0 to 1",
+        ),
+        (
+            lambda: Interpolation(first=1, last=-0.1),
+            "the interpolation's last share is -0.1: give one from 0 to 1",
+        ),
         (lambda: Distillation(weight=0), "the distillation weight is 0: give a share above 0 and up to 1"),
         (lambda: Distillation(temperature=0), "the distillation temperature is 0: give more than 0"),
         (lambda: Teacher(folder="t", hidden_weight=-1), "the teacher's hidden_weight is -1: give 0 or more"),
@@ -128,4 +139,4 @@ def test_a_recipe_without_what_is_new_keeps_the_form_that_it_had_before_there_wa
     assert "stage_3" not in TWO_STAGE.to_dict()
     assert "stage_3" in replace(TWO_STAGE, stage_3=JOINT.stage_1).to_dict()
     assert "interpolation" not in TWO_STAGE.to_dict()["stage_1"]
-    assert BEST.to_dict()["stage_3"]["interpolation"] == 0.4
+    assert BEST.to_dict()["stage_3"]["interpolation"] == {"first": 1.0, "last": 0.0}

@@ -23,6 +23,7 @@ from deebert.training import (
     LOG_NAME,
     Alternating,
     EarlyStopping,
+    Interpolation,
     Joint,
     Recipe,
     read_log,
@@ -66,10 +67,10 @@ STAGES = {
     "alternating": replace(RECIPES["alternating"], checkpoint_steps=5),
     "exact": replace(EXACT, checkpoint_steps=4),
     "stage 3": replace(THREE_STAGES, stage_1=None, checkpoint_steps=4),
-    "stage 3, half of it": replace(
+    "stage 3, part of it": replace(
         THREE_STAGES,
         stage_1=None,
-        stage_3=replace(QUICK_1, objective=Joint(), interpolation=0.5),
+        stage_3=replace(QUICK_1, objective=Joint(), interpolation=Interpolation(first=1.0, last=0.25)),
         checkpoint_steps=4,
     ),
     "200 steps": replace(
@@ -95,7 +96,7 @@ class TestResume:
             ("alternating", 8),
             ("exact", 9),
             ("stage 3", 9),
-            ("stage 3, half of it", 9),
+            ("stage 3, part of it", 9),
             ("200 steps", 36),  # a record every second step, and one at the checkpoint between two
             ("stopping early", 10),
         ],
@@ -277,6 +278,21 @@ class TestResume:
             run(tiny_model(num_layers=2), JOINT, toy(48, seed=9), resume=True)
         with pytest.raises(RecipeError, match="had another model "):
             run(tiny_model(num_layers=2, seed=1), JOINT, resume=True)
+
+    def test_other_label_names_are_refused(self, tiny_model: ModelFactory, run: Run, tmp_path: Path) -> None:
+        """The ids in the data are the same: every answer would mean another label."""
+        run(tiny_model(num_layers=2), JOINT)
+        other = tiny_model(num_layers=2)
+        other.config.id2label = {0: "positive", 1: "neutral", 2: "negative"}
+
+        with pytest.raises(RecipeError, match="had another labels "):
+            run(other, JOINT, resume=True)
+
+        plan = tmp_path / "training.json"
+        begun = json.loads(plan.read_text())
+        del begun["labels"]  # as an earlier version wrote it
+        plan.write_text(json.dumps(begun))
+        assert run(tiny_model(num_layers=2), JOINT, resume=True).stages[0].number == 1
 
 
 def timeless(work_dir: Path) -> list[dict[str, Any]]:
