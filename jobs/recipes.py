@@ -69,7 +69,7 @@ class RecipesJob:
     output: str = flag("folder for the models, results.json and results.md")
     variants: tuple[str, ...] = flag(
         "which to compare",
-        default=(BASE, "continued", "continued-40", "static-6"),
+        default=(BASE, "continued", "continued-100-0", "static-6"),
         parse=comma_list,
         metavar="A,B",
     )
@@ -127,7 +127,9 @@ def execute(argv: Sequence[str], *, prog: str) -> int:
         "machine": machine.describe(),
         "scores": {name: [score.to_dict() for score in scores] for name, scores in results.items()},
     }
-    (Path(job.output) / "results.json").write_text(json.dumps(document, indent=1) + "\n")
+    # A curve has a hundred points: sixteen digits of each, a line for each, would be most of a file to share.
+    rounded = json.loads(json.dumps(document), parse_float=lambda text: round(float(text), 6))
+    (Path(job.output) / "results.json").write_text(json.dumps(rounded) + "\n")
     (Path(job.output) / "results.md").write_text(text + "\n")
     print(text)
     return 0

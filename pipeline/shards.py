@@ -23,7 +23,7 @@ from pipeline.shard import Shard
 
 LEAST_SHARD_ROWS = 4096
 MOST_SHARD_ROWS = 65_536
-# Each costs the driver some 10 ms and every reader of the output a file to open.
+# Each costs the driver tens of milliseconds and every reader of the output a file to open.
 ENOUGH_SHARDS = 16_384
 SPLIT_ABOVE_BYTES = 8 << 20
 SCAN_BLOCK_BYTES = 8 << 20

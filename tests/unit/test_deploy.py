@@ -142,7 +142,7 @@ class TestJobFiles:
         assert config.model
         assert config.input
         assert config.output
-        # No command stores an operating point: a newly trained model would run at full depth.
+        # Of a newly trained model, which stores no operating point yet: it would run at full depth.
         assert config.entropy_threshold is not None
 
     def test_every_key_of_the_example_has_a_comment(self) -> None:
