@@ -9,7 +9,7 @@ micro-batches sorted by length. Knows nothing of layers or weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,9 @@ from deebert.packing import PaddedLayout, SequenceLayout
 _MOST_SCORES = 1 << 22
 # Sums of exponentials in this range have lost nothing to overflow or underflow.
 _LEAST_SUM, _LARGEST_SUM = 2.0**-100, 2.0**100
+# CUDA's kernels have a block of threads for each sequence, in a dimension of the grid that ends there.
+_MOST_SEQUENCES = (1 << 16) - 1
+_LARGEST_VARLEN_HEAD = 256
 
 
 def varlen_attention(qkv: Tensor, layout: SequenceLayout) -> Tensor:
@@ -33,8 +36,8 @@ def varlen_attention(qkv: Tensor, layout: SequenceLayout) -> Tensor:
     Returns:
         (total_tokens, num_heads, head_size), in the dtype of `qkv`.
     """
-    if qkv.is_cuda and _has_varlen_kernel(qkv):
-        return _cuda_varlen(qkv, layout)
+    if qkv.is_cuda:
+        return _in_parts(_cuda_varlen if _has_varlen_kernel(qkv) else _sdpa_by_run, qkv, layout)
     if qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16 and _onednn_multiplies_bfloat16():
         attended = _products_by_run(qkv, layout.padded)
         if attended is not None:
@@ -43,9 +46,27 @@ def varlen_attention(qkv: Tensor, layout: SequenceLayout) -> Tensor:
 
 
 def _has_varlen_kernel(qkv: Tensor) -> bool:
-    """What the kernel itself asks for: half precision, heads of a multiple of 8, Ampere or newer."""
+    """What the kernel itself asks for: half precision, heads of a multiple of 8 up to 256, Ampere or newer."""
+    size = qkv.shape[-1]
+    takes_heads = size % 8 == 0 and size <= _LARGEST_VARLEN_HEAD
     is_half = qkv.dtype in (torch.float16, torch.bfloat16)
-    return is_half and qkv.shape[-1] % 8 == 0 and torch.cuda.get_device_capability(qkv.device) >= (8, 0)
+    return is_half and takes_heads and torch.cuda.get_device_capability(qkv.device) >= (8, 0)
+
+
+def _in_parts(
+    attend: Callable[[Tensor, SequenceLayout], Tensor],
+    qkv: Tensor,
+    layout: SequenceLayout,
+    *,
+    most: int = _MOST_SEQUENCES,
+) -> Tensor:
+    """What `attend` gives, asked for at most so many sequences at a time."""
+    if len(layout) <= most:
+        return attend(qkv, layout)
+    parts = [layout.lengths[first : first + most] for first in range(0, len(layout), most)]
+    rows = qkv.split([int(lengths.sum()) for lengths in parts])
+    cut = (SequenceLayout.of(lengths, layout.device) for lengths in parts)
+    return torch.cat([attend(*part) for part in zip(rows, cut, strict=True)])
 
 
 def _cuda_varlen(qkv: Tensor, layout: SequenceLayout) -> Tensor:

@@ -68,6 +68,9 @@ def resolve_precision(
         return "bfloat16" if cpu_multiplies_bfloat16() else "float32"
     if asked == "bfloat16" and not on_gpu and not cpu_multiplies_bfloat16():
         log.warning("this CPU emulates bfloat16, which takes longer than float32: give auto")
+    # Said by name: auto is bfloat16 too where a driver without a GPU resolved it.
+    if asked == "bfloat16" and on_gpu and _gpu_emulates_bfloat16():
+        log.warning("this GPU emulates bfloat16, which takes longer than float16: give float16")
     for precision in DTYPES:
         if asked == precision:
             return precision

@@ -24,10 +24,8 @@ from deebert.packing import IntArray, PackedTokens
 from deebert.problem import Problem
 from pipeline.engine import Engine, EngineConfig, EngineStats, Exits
 from pipeline.schema import no_predictions
-from pipeline.windows import Answered, WindowedTexts
+from pipeline.windows import SLOT_BITS, Answered, WindowedTexts, by_slot
 
-_ROW_BITS = 32
-_ROW_MASK = (1 << _ROW_BITS) - 1
 # Input queued ahead of the exit lane, in micro-batches: enough that reading never makes it wait.
 _QUEUED_MICRO_BATCHES = 16
 # How long a partly filled micro-batch waits for a thread that is still reading before it runs as it is.
@@ -98,24 +96,22 @@ class Submission:
         self._error = error
         self._done.set()
 
-    def answer(
-        self, samples: IntArray, exits: Exits, chosen: npt.NDArray[np.bool_], *, audit: bool
-    ) -> IntArray:
-        """Take the answers of `samples`, which are those of `exits` that are `chosen`; the rows now answered."""
-        rows, answers = samples, Answered.of(exits, chosen)
+    def answer(self, samples: IntArray, left: Answered, *, audit: bool) -> npt.NDArray[np.int16]:
+        """Take the answers of `samples`, all of one step; the exit layers of the rows that are now answered."""
+        rows, answers = samples, left
         if (texts := self._audit_windows if audit else self._exit_windows) is not None:
-            rows, answers = texts.leave(samples, answers)
+            rows, answers = texts.leave(samples, left)
         if audit:
             self.audit_prediction[rows] = answers.prediction
         else:
-            self.samples_left[exits.exit_layer] += len(samples)
+            self.samples_left[int(left.exit_layer[0])] += len(samples)
             self.prediction[rows] = answers.prediction
             self.exit_layer[rows] = answers.exit_layer
             self.entropy[rows] = answers.entropy
             self.certainty[rows] = answers.certainty
             self.probabilities[rows] = answers.probabilities
         self._outstanding -= len(samples)
-        return rows
+        return answers.exit_layer
 
     @property
     def is_complete(self) -> bool:
@@ -225,10 +221,10 @@ class Lanes:
             # Shortest first: neighbours of equal length share attention calls all the way down.
             tokens, audited = submission.take_input()
             order = np.argsort(tokens.layout.lengths, kind="stable")
-            self._exit_lane.submit((slot << _ROW_BITS) | order, tokens.take(order))
+            self._exit_lane.submit((slot << SLOT_BITS) | order, tokens.take(order))
             control = order[audited[order]]
             if len(control):
-                self._audit_lane.submit((slot << _ROW_BITS) | control, tokens.take(control))
+                self._audit_lane.submit((slot << SLOT_BITS) | control, tokens.take(control))
 
     def _step(self) -> None:
         # The control sample is small: served first, it never piles up and never waits for the end.
@@ -250,14 +246,13 @@ class Lanes:
             return bool(self._arrived)
 
     def _deliver(self, exits: Exits, *, audit: bool) -> None:
-        slots, samples = exits.sample_ids >> _ROW_BITS, exits.sample_ids & _ROW_MASK
         complete: list[int] = []
-        for slot in np.unique(slots).tolist():
-            chosen, submission = slots == slot, self._open[slot]
-            rows = submission.answer(samples[chosen], exits, chosen, audit=audit)
+        for slot, samples, left in by_slot(exits):
+            submission = self._open[slot]
+            exit_layers = submission.answer(samples, left, audit=audit)
             if not audit:
-                self._unreported[0] += len(rows)
-                self._unreported[1] += int(submission.exit_layer[rows].sum())
+                self._unreported[0] += len(exit_layers)
+                self._unreported[1] += int(exit_layers.sum())
             if submission.is_complete:
                 complete.append(slot)
         if not audit:

@@ -22,8 +22,9 @@ from deebert.windows import first_windows, text_means
 from pipeline.engine import Exits
 from pipeline.schema import no_predictions
 
-_WINDOW_BITS = 32
-_WINDOW_MASK = (1 << _WINDOW_BITS) - 1
+SLOT_BITS = 32
+"""A sample's id: who brought it, above these bits, and where among theirs it is."""
+_PLACE_MASK = (1 << SLOT_BITS) - 1
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -42,16 +43,15 @@ class Answered:
     """(K, C); the value itself of a regression."""
 
     @staticmethod
-    def of(exits: Exits, chosen: npt.NDArray[np.bool_] | slice = slice(None)) -> Answered:
-        """The answers of those of `exits` that are `chosen`: of all, unless said."""
-        exit_layer = np.full(len(exits.entropy[chosen]), exits.exit_layer, np.int16)
-        unread = np.full(len(exit_layer), np.nan, np.float32)
+    def of(exits: Exits) -> Answered:
+        """The answers of those who left."""
+        unread = np.full(len(exits), np.nan, np.float32)
         return Answered(
-            prediction=_narrow(exits.predictions[chosen]),
-            exit_layer=exit_layer,
-            entropy=exits.entropy[chosen],
-            certainty=unread if exits.certainty is None else exits.certainty[chosen],
-            probabilities=exits.probabilities[chosen],
+            prediction=_narrow(exits.predictions),
+            exit_layer=np.full(len(exits), exits.exit_layer, np.int16),
+            entropy=exits.entropy,
+            certainty=unread if exits.certainty is None else exits.certainty,
+            probabilities=exits.probabilities,
         )
 
     @staticmethod
@@ -70,9 +70,26 @@ class Answered:
         for name, column in vars(self).items():
             column[places] = getattr(answers, name)
 
-    def take(self, places: IntArray) -> Answered:
-        """The rows `places` (a copy)."""
+    def take(self, places: IntArray | slice) -> Answered:
+        """The rows `places`: a copy, but of a slice a view."""
         return Answered(**{name: column[places] for name, column in vars(self).items()})
+
+
+def by_slot(exits: Exits) -> Iterator[tuple[int, IntArray, Answered]]:
+    """Those who left, parted by who brought them: the slot, the places of its samples, and their answers.
+
+    Sorted once: to look for each slot among all takes as many times as long as there are slots.
+    """
+    if not len(exits):
+        return
+    slots = exits.sample_ids >> SLOT_BITS
+    order = np.argsort(slots, kind="stable")
+    slots, places = slots[order], exits.sample_ids[order] & _PLACE_MASK
+    answers = Answered.of(exits).take(order)
+    start = 0
+    for stop in (*(np.flatnonzero(np.diff(slots)) + 1).tolist(), len(slots)):
+        yield int(slots[start]), places[start:stop], answers.take(slice(start, stop))
+        start = stop
 
 
 class WindowedTexts:
@@ -155,15 +172,13 @@ class TextsInFlight:
         """
         slot, self._next_slot = self._next_slot, self._next_slot + 1
         self._batches[slot] = (text_ids, WindowedTexts(windows, self._problem, self._num_labels))
-        return (slot << _WINDOW_BITS) | np.arange(int(windows.sum()))
+        return (slot << SLOT_BITS) | np.arange(int(windows.sum()))
 
     def leave(self, exits: Exits) -> Iterator[tuple[IntArray, Answered]]:
         """Take who left; yields ids of texts that this completes, and their answers."""
-        slots, windows = exits.sample_ids >> _WINDOW_BITS, exits.sample_ids & _WINDOW_MASK
-        for slot in np.unique(slots).tolist():
-            chosen = slots == slot
+        for slot, windows, left in by_slot(exits):
             text_ids, texts = self._batches[slot]
-            complete, answers = texts.leave(windows[chosen], Answered.of(exits, chosen))
+            complete, answers = texts.leave(windows, left)
             if texts.is_done:
                 del self._batches[slot]
             yield text_ids[complete], answers

@@ -5,6 +5,7 @@ All run the same encoder over the same tokens. Knows nothing of time.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +20,9 @@ from deebert.packing import PackedTokens
 from jobs.benchmarks.side_by_side import side_by_side
 from pipeline.engine import Engine, EngineConfig, EngineStats, Exits
 from pipeline.engine.batch import SampleBatch
+from pipeline.engine.budget import under_way
 from pipeline.engine.layer_buffer import LayerBuffer
-from pipeline.engine.runner import Runner
+from pipeline.engine.runner import Runner, Step
 from pipeline.engine.stats import StatsCounter
 
 
@@ -67,6 +69,8 @@ class Packed:
     make_policy: Callable[[], ExitPolicy]
     """A policy for one pass: scripted ones count as they go."""
     regroups: bool = True
+    under_way: int | None = None
+    """Micro-batches started before the oldest is waited for; None: as many as suit the device (`EngineConfig`)."""
 
     def __call__(self) -> Outcome:
         """Run every sample once."""
@@ -85,7 +89,7 @@ class Packed:
         )
 
     def _regrouping(self, keep: Callable[[Exits], None]) -> EngineStats:
-        config = EngineConfig(micro_batch_tokens=self.micro_batch_tokens)
+        config = EngineConfig(micro_batch_tokens=self.micro_batch_tokens, under_way=self.under_way)
         engine = Engine(self.encoder, self.make_policy(), config)
         engine.submit(np.arange(len(self.tokens)), self.tokens)
         for exits in engine.drain():
@@ -93,18 +97,24 @@ class Packed:
         return engine.stats
 
     def _shrinking(self, keep: Callable[[Exits], None]) -> EngineStats:
-        """Each micro-batch runs on alone, smaller after every off-ramp: exits as others do them in batches."""
+        """Each micro-batch runs on alone, smaller after every off-ramp: exits as others do them in batches.
+
+        As many are under way, by turns, as when regrouping: what is gained by that is not regrouping's.
+        """
+        most = self.under_way or under_way(self.encoder.device)
         runner = Runner(self.encoder, self.make_policy())
         counter = StatsCounter(self.encoder.num_layers)
         waiting = LayerBuffer(self.micro_batch_tokens)
         waiting.put(SampleBatch.from_tokens(np.arange(len(self.tokens)), self.tokens))
-        while len(waiting):
-            batch: SampleBatch | None = waiting.take()
-            for first in runner.segments:
-                if batch is None:
-                    break
-                exits, batch = runner.finish(runner.start(first, batch), counter)
-                keep(exits)
+        steps: deque[Step] = deque()
+        while len(waiting) or steps:
+            while len(waiting) and len(steps) < most:
+                steps.append(runner.start(runner.admission, waiting.take()))
+            step = steps.popleft()
+            exits, survivors = runner.finish(step, counter)
+            keep(exits)
+            if survivors is not None:
+                steps.append(runner.start(runner.segments[step.first] + 1, survivors))
         return counter.snapshot()
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from deebert.encoder import PackedEncoder
 from deebert.exit_policy import FULL_DEPTH
@@ -76,6 +77,8 @@ class EnginesAlone:
     def __call__(self) -> int:
         """Run every sample once; returns how many there were."""
         done = side_by_side(self._engines, threads=self.placement.threads)
+        if self.settings.torch_device.type == "cuda":
+            torch.cuda.empty_cache()  # the jobs that come next are other processes, and ask what is free
         return sum(len(outcome.predictions) for outcome in done)
 
     @property
@@ -86,12 +89,19 @@ class EnginesAlone:
         tokens, settings = self.workload.tokens, self.settings
         return Packed(
             encoder=PackedEncoder.of(
-                self.workload.checkpoint.model, device=settings.torch_device, dtype=settings.dtype
+                self.workload.checkpoint.model,
+                device=own_device(settings.torch_device, number),
+                dtype=settings.dtype,
             ),
             tokens=tokens.take(np.arange(number, len(tokens), self._count)),
             micro_batch_tokens=max(settings.micro_batch_tokens[0], tokens.max_seqlen),
             make_policy=lambda: FULL_DEPTH,
         )
+
+
+def own_device(device: torch.device, number: int) -> torch.device:
+    """Of one of several engines: each GPU has one, the CPU has them all."""
+    return torch.device("cuda", number) if device.type == "cuda" else device
 
 
 def _corpora(texts: Sequence[str], folder: Path, name: str) -> dict[str, Path]:

@@ -85,7 +85,7 @@ def pad(tokens: PackedTokens, rows: IntArray, padding_id: int) -> tuple[Ids, Ids
     lengths = tokens.layout.lengths[rows]
     mask = (np.arange(lengths.max()) < lengths[:, None]).astype(np.int64)
     ids = np.full(mask.shape, padding_id, np.int64)
-    ids[mask == 1] = tokens.input_ids.numpy()[tokens.layout.token_index(rows)]
+    ids[mask == 1] = tokens.input_ids[tokens.layout.token_index(rows)].numpy()
     return ids, mask
 
 

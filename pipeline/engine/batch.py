@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from deebert.packing import IntArray, PackedTokens, SequenceLayout
-from deebert.transfer import to_device
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -56,7 +55,7 @@ class SampleBatch:
 
     def take(self, samples: IntArray) -> SampleBatch:
         """The samples with these indices, in this order (a copy)."""
-        index = to_device(torch.from_numpy(self.layout.token_index(samples)), self._device)
+        index = self.layout.token_index(samples)
         return SampleBatch(
             sample_ids=self.sample_ids[samples],
             layout=SequenceLayout.of(self.layout.lengths[samples], self._device),

@@ -22,7 +22,8 @@ _MOST_ON_GPU = 1 << 18
 _MEMORY_SHARE = 0.4
 # Input, query, key and value, what attention gives, and the output.
 _STATES_OF_A_LAYER = 6
-_NO_MEMORY = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+# The last is what CUDA itself says, of kernels that it loads when they are first run and of pinned memory.
+_NO_MEMORY = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
 
 
 def under_way(device: torch.device) -> int:
@@ -31,6 +32,14 @@ def under_way(device: torch.device) -> int:
     A GPU works on one while the host learns who leaves the other; on a CPU nothing would overlap.
     """
     return 2 if device.type == "cuda" else 1
+
+
+def most_held(at_once: int) -> int:
+    """How many micro-batches of states a `LayerBuffer` may hold in memory, with so many under way.
+
+    One more than it has waiting: of the oldest chunk all is kept until the last of it is taken.
+    """
+    return at_once + 2
 
 
 def micro_batch_tokens(
@@ -48,7 +57,7 @@ def micro_batch_tokens(
         dtype: of the layers' products.
         hidden_size: width of a token's state.
         intermediate_size: of the feed-forward block.
-        segments: between which samples wait.
+        segments: between which samples wait, as states; before the first they are token ids, on the host.
     """
     value_bytes = state_dtype(dtype).itemsize
     if device.type != "cuda":
@@ -60,7 +69,7 @@ def micro_batch_tokens(
     return on_gpu(
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
-        states=segments * (1 + at_once) + 2 * at_once + _STATES_OF_A_LAYER,
+        states=(segments - 1) * most_held(at_once) + 2 * at_once + _STATES_OF_A_LAYER,
         value_bytes=value_bytes,
         free_bytes=free,
     )
@@ -96,7 +105,7 @@ def on_gpu(
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether it says that memory ran out: a GPU's, or the process's.
 
-    torch's allocator on CPUs has no type of its own for that, nor has cuBLAS: they raise a plain RuntimeError.
+    torch's allocator on CPUs has no type of its own for that, nor have cuBLAS and CUDA: they raise a RuntimeError.
     """
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True

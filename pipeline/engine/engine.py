@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -45,12 +46,15 @@ class EngineConfig:
 
 
 def warm_up(encoder: PackedEncoder, policy: ExitPolicy) -> None:
-    """Let a device do what it does once (load kernels, make workspaces), so that it is not the first samples' time."""
+    """Let a device do what it does once (load kernels, make workspaces), so that it is not the first samples' time.
+
+    On a thread of its own: cuBLAS has a handle and a workspace for each, which one that ends leaves to the next.
+    """
     engine = Engine(encoder, policy, EngineConfig(micro_batch_tokens=encoder.longest_input))
     engine.submit(np.arange(2), PackedTokens.pack([[1, 1, 1], [1, 1]]))
-    with suppress(NotFiniteError):  # of a model that has diverged: its rows will say so
-        for _ in engine.drain():
-            pass
+    # What a model that has diverged says is no number: its rows will say so.
+    with suppress(NotFiniteError), ThreadPoolExecutor(1) as thread:
+        thread.submit(lambda: list(engine.drain())).result()
 
 
 class Engine:

@@ -18,7 +18,8 @@ class LayerBuffer:
     """Samples waiting before one layer.
 
     What comes in was started while the buffer was not full: with one micro-batch under way at a time it never holds
-    two micro-batches of tokens, with k under way never k + 1. That is the scheduler's rule, and what bounds memory.
+    two micro-batches of tokens, with k under way never k + 1. That is the scheduler's rule, and what bounds memory: at
+    one micro-batch more, for the oldest chunk is kept whole until the last of it is taken.
     """
 
     def __init__(self, micro_batch_tokens: int) -> None:

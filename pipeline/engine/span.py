@@ -16,7 +16,7 @@ class Span:
     """Times what is asked of a device between entering and leaving it."""
 
     def __init__(self, device: torch.device) -> None:
-        self._on_gpu = device.type == "cuda"
+        self._device = device
         self._first: float | torch.cuda.Event = 0.0
         self._last: float | torch.cuda.Event = 0.0
 
@@ -44,8 +44,9 @@ class Span:
         return isinstance(self._last, float) or self._last.query()
 
     def _now(self) -> float | torch.cuda.Event:
-        if not self._on_gpu:
+        if self._device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        # Of its own device: by default it would be the current one's, which has nothing to do with the work.
+        event.record(torch.cuda.current_stream(self._device))
         return event

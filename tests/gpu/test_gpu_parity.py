@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -15,7 +16,9 @@ from deebert.encoder import PackedEncoder
 from deebert.evaluation import trace
 from deebert.exit_policy import FULL_DEPTH, EntropyThreshold
 from deebert.packing import PackedTokens, SequenceLayout
-from pipeline.engine import Engine, EngineConfig
+from deebert.pooling import mean_of_tokens
+from pipeline.engine import Engine, EngineConfig, warm_up
+from pipeline.engine.span import Span
 from tests.conftest import LONGEST, VOCABULARY, make_model
 
 pytestmark = [
@@ -49,7 +52,7 @@ def test_half_precision_agrees_with_float32(dtype: torch.dtype, pooling: str) ->
     assert (exact == half).float().mean() > 0.97
 
 
-@pytest.mark.parametrize("size", [26, 32])
+@pytest.mark.parametrize("size", [26, 32, 264])
 def test_heads_that_the_variable_length_kernel_does_not_take(size: int) -> None:
     layout = SequenceLayout.of(np.array([1, 3, 3, 40]))
     qkv = torch.randn(layout.total_tokens, 3, 3, size, generator=torch.Generator().manual_seed(0))
@@ -57,6 +60,54 @@ def test_heads_that_the_variable_length_kernel_does_not_take(size: int) -> None:
     there = SequenceLayout.of(layout.lengths, "cuda")
     on_gpu = varlen_attention(qkv.to("cuda", torch.bfloat16), there)
     torch.testing.assert_close(on_gpu.float().cpu(), exact, atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_more_sequences_than_a_grid_has_blocks(dtype: torch.dtype) -> None:
+    layout = SequenceLayout.of(np.full(70_000, 2))
+    qkv = torch.randn(layout.total_tokens, 3, 2, 32, generator=torch.Generator().manual_seed(0))
+    there = SequenceLayout.of(layout.lengths, "cuda")
+    on_gpu = varlen_attention(qkv.to("cuda", dtype), there)
+    torch.testing.assert_close(on_gpu.float().cpu(), varlen_attention(qkv, layout), atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_means_of_tokens_are_summed_in_float32(dtype: torch.dtype) -> None:
+    layout = SequenceLayout.of(np.array([1, 3, 3, 4000]))
+    states = torch.rand(layout.total_tokens, 48, generator=torch.Generator().manual_seed(0)).to(dtype)
+    on_gpu = mean_of_tokens(states.cuda(), SequenceLayout.of(layout.lengths, "cuda"))
+    assert on_gpu.dtype == dtype
+    exact = torch.stack([part.double().mean(0) for part in states.split(layout.lengths.tolist())])
+    torch.testing.assert_close(on_gpu.cpu(), exact.to(dtype))
+
+
+def test_samples_are_taken_as_on_the_cpu() -> None:
+    tokens, chosen = samples(50), np.array([7, 3, 3, 49, 0])
+    taken = tokens.to("cuda").take(chosen)
+    assert taken.input_ids.is_cuda
+    assert taken.input_ids.tolist() == tokens.take(chosen).input_ids.tolist()
+    assert tokens.to("cuda").take([]).input_ids.tolist() == []
+
+
+def test_a_warm_up_leaves_its_workspace_to_the_thread_that_comes_next() -> None:
+    encoder = PackedEncoder.of(make_model("bert", "mean"), device="cuda", dtype=torch.bfloat16)
+    warm_up(encoder, FULL_DEPTH)
+    before = torch.cuda.memory_allocated()
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(trace, encoder, samples(20)).result()
+    assert torch.cuda.memory_allocated() == before
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_span_is_its_own_device_s_time() -> None:
+    device = torch.device("cuda:1")
+    work = torch.randn(4096, 4096, device=device)
+    with Span(device) as span:
+        for _ in range(50):
+            work = work @ work
+    assert not span.is_over()
+    assert span.seconds() > 0.0
+    assert torch.cuda.current_stream(device).query()  # nothing of it is left to do
 
 
 @pytest.mark.parametrize("under_way", [1, 2, None])

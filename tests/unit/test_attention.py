@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from deebert.attention import (
+    _has_varlen_kernel,
+    _in_parts,
     _onednn_multiplies_bfloat16,
     _powers_of_two,
     _products_by_run,
@@ -68,6 +70,29 @@ def test_a_neighbour_changes_nothing() -> None:
 
 def test_no_sequences_give_no_rows() -> None:
     assert varlen_attention(random_qkv(0), SequenceLayout.of([])).shape == (0, 2, 8)
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 6, 7])
+def test_more_sequences_than_a_kernel_takes_are_attended_to_in_parts(most: int) -> None:
+    layout = SequenceLayout.of([5, 1, 5, 5, 2, 2, 1])
+    qkv = random_qkv(layout.total_tokens)
+    asked: list[int] = []
+
+    def kernel(rows: Tensor, part: SequenceLayout) -> Tensor:
+        assert len(rows) == part.total_tokens == int(part.cu_seqlens[-1])
+        asked.append(len(part))
+        return _sdpa_by_run(rows, part)
+
+    attended = _in_parts(kernel, qkv, layout, most=most)
+
+    torch.testing.assert_close(attended, _sdpa_by_run(qkv, layout), atol=1e-6, rtol=0)
+    assert sum(asked) == 7
+    assert max(asked) <= most
+
+
+@pytest.mark.parametrize("size", [26, 264])
+def test_the_variable_length_kernel_takes_heads_of_multiples_of_8_up_to_256(size: int) -> None:
+    assert not _has_varlen_kernel(torch.empty(1, 3, 1, size, dtype=torch.bfloat16))
 
 
 def test_keeps_bfloat16() -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,13 +19,16 @@ from deebert.packing import PackedTokens
 from jobs.bench import BenchJob, _quick, _settings, _workload
 from jobs.benchmarks import results, rivals, roofline
 from jobs.benchmarks.contenders import Outcome, Packed, Shared, every_kth
-from jobs.benchmarks.pipeline_suite import EnginesAlone, rate_after_start
+from jobs.benchmarks.pipeline_suite import EnginesAlone, own_device, rate_after_start
 from jobs.benchmarks.profiles import ScriptedExits, nobody_leaves, shares_with_mean
 from jobs.benchmarks.timing import Spread, paired_ratios, take_turns
 from jobs.benchmarks.workload import SHAPES, draw_lengths, prepare, random_checkpoint
 from jobs.cli import main
 from pipeline.cluster import Placement
 from pipeline.config import Replicas
+from pipeline.engine import Exits
+from pipeline.engine.batch import SampleBatch
+from pipeline.engine.runner import Runner, Step
 from tests.conftest import make_model
 
 
@@ -115,9 +119,12 @@ def packed() -> Callable[..., Packed]:
 
 
 class TestContenders:
+    @pytest.mark.parametrize("under_way", [None, 2, 5])
     @pytest.mark.parametrize("regroups", [True, False])
-    def test_the_scripted_histogram_comes_out(self, packed: Callable[..., Packed], regroups: bool) -> None:
-        outcome = packed([0.2, 0.2, 0.0, 0.2, 0.4], regroups=regroups)()
+    def test_the_scripted_histogram_comes_out(
+        self, packed: Callable[..., Packed], regroups: bool, under_way: int | None
+    ) -> None:
+        outcome = packed([0.2, 0.2, 0.0, 0.2, 0.4], regroups=regroups, under_way=under_way)()
 
         histogram = np.bincount(outcome.exit_layers, minlength=6)[1:]  # type: ignore[arg-type]
         np.testing.assert_allclose(histogram, np.array([0.2, 0.2, 0.0, 0.2, 0.4]) * SAMPLES, atol=1)
@@ -148,6 +155,30 @@ class TestContenders:
 
         assert shrinking.layer_tokens == pytest.approx(regrouping.layer_tokens, rel=0.02)
         assert shrinking.steps > 1.3 * regrouping.steps
+
+    @pytest.mark.parametrize(("under_way", "most"), [(None, 1), (2, 2)])
+    def test_shrinking_has_as_many_micro_batches_under_way_as_regrouping(
+        self,
+        packed: Callable[..., Packed],
+        monkeypatch: pytest.MonkeyPatch,
+        under_way: int | None,
+        most: int,
+    ) -> None:
+        start, finish, running = Runner.start, Runner.finish, [0]
+
+        def counting(runner: Runner, *given: Any) -> Step:
+            running.append(running[-1] + 1)
+            return start(runner, *given)
+
+        def counting_down(runner: Runner, *given: Any) -> tuple[Exits, SampleBatch | None]:
+            running.append(running[-1] - 1)
+            return finish(runner, *given)
+
+        monkeypatch.setattr(Runner, "start", counting)
+        monkeypatch.setattr(Runner, "finish", counting_down)
+        packed(shares_with_mean(3.0, 5).tolist(), regroups=False, under_way=under_way)()
+
+        assert (max(running), running[-1]) == (most, 0)
 
     def test_nobody_leaves_costs_every_off_ramp(self, packed: Callable[..., Packed]) -> None:
         full, nobody = packed()(), packed(nobody_leaves(5).tolist())()
@@ -270,6 +301,10 @@ class TestPipelineSuite:
         alone = EnginesAlone(workload=work, settings=_settings(job, work.checkpoint), placement=placement)
 
         assert alone() == 31
+
+    def test_engines_alone_have_a_gpu_each(self) -> None:
+        assert [str(own_device(torch.device("cuda"), i)) for i in (0, 1)] == ["cuda:0", "cuda:1"]
+        assert [str(own_device(torch.device("cpu"), i)) for i in (0, 1)] == ["cpu", "cpu"]
 
     def test_start_up_is_taken_off_only_where_it_can_be_told(self) -> None:
         whole, start = Spread.of([30.0, 31.0, 32.0]), Spread.of([10.0, 11.0, 12.0])

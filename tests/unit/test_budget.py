@@ -84,8 +84,8 @@ def test_a_gpu_has_another_micro_batch_under_way_while_one_is_waited_for() -> No
 def test_on_a_gpu_memory_is_what_is_free_and_what_torch_keeps_for_reuse(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Between 3 segments wait 3 micro-batches each with 2 under way; those hold 2 states, and a layer makes 6."""
-    states = 3 * 3 + 2 * 2 + 6
+    """Before 2 of 3 segments wait states of 4 micro-batches with 2 under way; those hold 2, and a layer makes 6."""
+    states = 2 * 4 + 2 * 2 + 6
     needed = 2 * (states * 1024 + 2 * 4096) * 8192 / 0.4
     kept, used = 3 << 30, 2 << 30
     monkeypatch.setattr("torch.cuda.memory_reserved", lambda device: kept)
@@ -130,5 +130,7 @@ def test_what_is_an_end_of_memory() -> None:
     assert is_out_of_memory(
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`")
     )
+    assert is_out_of_memory(torch.AcceleratorError("CUDA error: out of memory"))
+    assert not is_out_of_memory(torch.AcceleratorError("CUDA error: invalid configuration argument"))
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert not is_out_of_memory(ValueError("can't allocate memory"))

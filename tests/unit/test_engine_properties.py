@@ -8,6 +8,7 @@ the real encoder is what `tests/parity` shows.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -894,3 +895,23 @@ def test_a_warm_up_leaves_nothing_behind() -> None:
     with torch.no_grad():
         ramp.classifier.bias[1] = torch.nan
     warm_up(PackedEncoder.of(model), HALF_A_NAT)  # what has diverged is the rows' to say
+
+
+class ThreadsEncoder(ScriptedEncoder):
+    """An encoder that notes which threads run it."""
+
+    longest_input = 8
+
+    def layer(self, index: int, states: Tensor, layout: SequenceLayout) -> Tensor:
+        self.threads = {*getattr(self, "threads", ()), threading.current_thread()}
+        return super().layer(index, states, layout)
+
+
+def test_a_warm_up_runs_on_one_thread_that_has_ended_with_it() -> None:
+    encoder = ThreadsEncoder(2, (1,))
+
+    warm_up(encoder, HALF_A_NAT)  # type: ignore[arg-type]
+
+    (thread,) = encoder.threads
+    assert thread is not threading.current_thread()
+    assert not thread.is_alive()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from deebert.packing import PackedTokens, SequenceLayout
+from deebert.packing import PackedTokens, SequenceLayout, _count_here, _count_there
 
 THREE = PackedTokens.pack([[1, 2], [3], [4, 5, 6]], token_type_ids=[[0, 1], [0], [0, 0, 1]])
 
@@ -71,6 +73,16 @@ def test_token_index_names_rows_in_the_order_asked() -> None:
     assert layout.token_index(np.array([2, 0])).tolist() == [3, 4, 5, 0, 1]
     assert layout.token_index(np.array([1])).tolist() == [2]
     assert layout.token_index(np.array([], dtype=np.int64)).tolist() == []
+
+
+@given(sequences=st.lists(st.tuples(st.integers(-50, 50), st.integers(1, 9))))
+def test_a_gpu_counts_tokens_as_the_host_does(sequences: list[tuple[int, int]]) -> None:
+    shift, lengths = np.array(sequences, dtype=np.int64).reshape(-1, 2).T
+
+    here, there = (count(shift, lengths, torch.device("cpu")) for count in (_count_here, _count_there))
+
+    assert here.dtype == there.dtype == torch.int64
+    assert here.tolist() == there.tolist()
 
 
 def test_take_reorders_repeats_and_drops() -> None:

@@ -34,6 +34,17 @@ def test_a_query_of_zeros_gives_the_mean() -> None:
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_means_are_summed_in_float32(dtype: torch.dtype) -> None:
+    layout = SequenceLayout.of([1, 3, 3, 4000])
+    states = torch.rand(layout.total_tokens, 48, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+    pooled = mean_of_tokens(states, layout)
+
+    exact = torch.stack([part.double().mean(0) for part in states.split(layout.lengths.tolist())])
+    torch.testing.assert_close(pooled, exact.to(dtype))
+
+
 @pytest.mark.parametrize("way", [_weighted_by_run, _weighted_by_segment])
 @pytest.mark.parametrize("scale", [1.0, 100.0])  # the second overflows float32 without a maximum
 def test_no_sequence_reads_its_neighbours(way: object, scale: float) -> None:

@@ -69,6 +69,19 @@ def test_emulated_bfloat16_is_named(
     assert caplog.messages == ["this CPU emulates bfloat16, which takes longer than float32: give auto"]
 
 
+def test_a_gpu_that_emulates_bfloat16_is_named_with_what_it_does_not_emulate(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *, including_emulation: False)
+
+    assert resolve_precision("float16", has_gpu=True) == resolve_precision("auto", has_gpu=True) == "float16"
+    assert not caplog.records
+
+    assert resolve_precision("bfloat16", has_gpu=True) == "bfloat16"
+    assert caplog.messages == ["this GPU emulates bfloat16, which takes longer than float16: give float16"]
+
+
 def test_beside_int8_nothing_is_emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     without_bfloat16(monkeypatch)
 

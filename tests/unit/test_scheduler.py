@@ -5,9 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from deebert.packing import PackedTokens
 from pipeline.engine.batch import SampleBatch
+from pipeline.engine.budget import most_held
 from pipeline.engine.layer_buffer import LayerBuffer
 from pipeline.engine.scheduler import next_layer
 
@@ -25,6 +28,12 @@ def buffer(*lengths: int) -> LayerBuffer:
     made = LayerBuffer(MICRO_BATCH_TOKENS)
     made.put(samples(*lengths))
     return made
+
+
+def held_tokens(waiting: LayerBuffer) -> int:
+    """Tokens whose states are kept in memory, those that were taken already among them."""
+    storages = {rows.untyped_storage().data_ptr(): rows for c in waiting._chunks for rows in c.token_rows}
+    return sum(rows.untyped_storage().nbytes() // rows.itemsize for rows in storages.values())
 
 
 FULL, PARTLY, EMPTY = (5, 5), (5, 4), ()
@@ -134,6 +143,33 @@ class TestLayerBuffer:
         waiting.shrink(3)
 
         assert [waiting.take().sample_ids.tolist() for _ in then] == then
+
+    def test_a_chunk_is_kept_whole_until_the_last_of_it_is_taken(self) -> None:
+        waiting = buffer(*[1] * 9)
+        waiting.put(samples(*[1] * 10))
+        assert len(waiting.take()) == 10
+
+        waiting.put(samples(*[1] * 10))
+
+        assert (waiting.tokens, held_tokens(waiting)) == (19, 20)
+        assert len(waiting.take()) == 10
+        assert (waiting.tokens, held_tokens(waiting)) == (9, 10)
+
+    @given(
+        chunks=st.lists(st.lists(st.integers(1, 4), min_size=1, max_size=3).filter(lambda c: sum(c) <= 10)),
+        under_way=st.integers(1, 3),
+    )
+    def test_what_it_keeps_in_memory_is_a_micro_batch_more_than_what_waits(
+        self, chunks: list[list[int]], under_way: int
+    ) -> None:
+        waiting = LayerBuffer(MICRO_BATCH_TOKENS)
+        for first in range(0, len(chunks), under_way):
+            while waiting.is_full:
+                waiting.take()
+            for lengths in chunks[first : first + under_way]:
+                waiting.put(samples(*lengths))
+            assert waiting.tokens < (under_way + 1) * MICRO_BATCH_TOKENS
+            assert held_tokens(waiting) < most_held(under_way) * MICRO_BATCH_TOKENS
 
     def test_no_samples_change_nothing(self) -> None:
         waiting = buffer(3)

@@ -31,7 +31,7 @@ from pipeline.errors import UsageError
 from pipeline.lanes import Lanes, Submission
 from pipeline.planning import make_plan
 from pipeline.tokenization import TextTokenizer, TokenizedBatch
-from pipeline.windows import Answered, TextsInFlight, WindowedTexts
+from pipeline.windows import SLOT_BITS, Answered, TextsInFlight, WindowedTexts, by_slot
 from tests.conftest import ModelFactory, make_model, make_tokenizer
 from tests.unit.test_lanes import wait
 
@@ -262,6 +262,30 @@ class TestGathering:
         assert leave(second[0], first[2], first[1]) == [70, 71]
         assert leave(second[1]) == [80]
         assert vars(in_flight)["_batches"] == {}
+
+
+@given(slots=st.lists(st.integers(0, 5), max_size=40), seed=st.integers(0, 99), certain=st.booleans())
+def test_who_left_is_parted_by_who_brought_them(slots: list[int], seed: int, certain: bool) -> None:
+    rng, count = np.random.default_rng(seed), len(slots)
+    of = np.array(slots, dtype=np.int64)
+    places = rng.permutation(1 << 20)[:count]
+    exits = Exits(
+        sample_ids=(of << SLOT_BITS) | places,
+        exit_layer=3,
+        logits=rng.standard_normal((count, 3)).astype(np.float32),
+        entropy=rng.random(count).astype(np.float32),
+        certainty=rng.random(count).astype(np.float32) if certain else None,
+        problem=SINGLE_LABEL,
+    )
+
+    parts = list(by_slot(exits))
+
+    assert [slot for slot, _, _ in parts] == sorted(set(slots))
+    for slot, found, answers in parts:
+        chosen = np.flatnonzero(of == slot)
+        assert found.tolist() == places[chosen].tolist()
+        for name, column in vars(Answered.of(exits).take(chosen)).items():
+            assert column.tobytes() == getattr(answers, name).tobytes(), name
 
 
 def lanes_for(encoder: PackedEncoder, micro_batch_tokens: int) -> Lanes:
