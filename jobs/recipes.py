@@ -197,9 +197,10 @@ class _Study:
         else:
             if isinstance(variant, Between):
                 self._go_between(variant, seed, self._model(name, seed))
+                seconds = time.monotonic() - started
             else:
                 train(self._train_job(name, variant, seed))
-            seconds = time.monotonic() - started
+                seconds = _training_seconds(self._model(name, seed))
             total = seconds + before
             made = self._scored(self._model(name, seed))
         return replace(made, seconds=seconds, total_seconds=total)
@@ -363,6 +364,13 @@ def check_study(folder: Path, settings: Mapping[str, Any], *, flag: str) -> None
                 f"the folder {str(folder)!r} is of other settings ({name.replace('_', ' ')} {theirs.get(name)}, not "
                 f"{value}): go on with its own, or choose another {flag}"
             )
+
+
+def _training_seconds(folder: Path) -> float:
+    """Over all attempts: a training that was killed took no less for it."""
+    from deebert.training import LOG_NAME, read_log
+
+    return sum(record["seconds"] for record in read_log(folder / LOG_NAME) if "done" in record)
 
 
 def _keep(score: ModelScore, path: Path) -> None:

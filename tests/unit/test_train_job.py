@@ -20,6 +20,7 @@ from deebert.training import (
     ALTERNATING,
     BEST,
     JOINT,
+    LOG_NAME,
     OFF_RAMPS,
     PAPER_STAGE_2,
     RECIPES,
@@ -623,6 +624,11 @@ class TestRecipesJob:
         assert sorted(p.stem for p in (tmp_path / "out").glob("*-42.json")) == ["taught-42", "two-stage-42"]
         assert str(tmp_path) not in (tmp_path / "out" / "results.json").read_text()
 
+        # What a training took is what its log says, over all attempts.
+        assert kept_seconds(tmp_path / "out", "taught") == pytest.approx(
+            sum(r["seconds"] for r in read_log(tmp_path / "out" / "taught-42" / LOG_NAME) if "done" in r)
+        )
+
         # Part of the way to a model that goes on from there: nothing is trained for it, and it is a model like another.
         words[words.index("--variants") + 1] = "continued-40"
         assert recipes_job.execute(words, prog="recipes") == 0
@@ -633,12 +639,9 @@ class TestRecipesJob:
         )
         for name, weight in between.items():
             torch.testing.assert_close(weight, 0.6 * start[name] + 0.4 * end[name], rtol=0, atol=1e-6)
-        scores = {
-            name: json.loads((tmp_path / "out" / f"{name}-42.json").read_text())
-            for name in ("continued", "continued-40")
-        }
-        assert scores["continued-40"]["total_seconds"] == pytest.approx(
-            scores["continued"]["total_seconds"] + scores["continued-40"]["seconds"]
+        assert kept_seconds(tmp_path / "out", "continued-40", total=True) == pytest.approx(
+            kept_seconds(tmp_path / "out", "continued", total=True)
+            + kept_seconds(tmp_path / "out", "continued-40")
         )
         words[words.index("--variants") + 1] = "taught"
 
@@ -691,3 +694,8 @@ def test_python_users_get_the_model_back(words: list[str], tmp_path: Path, saved
     )
 
     assert not model.training
+
+
+def kept_seconds(study: Path, variant: str, *, total: bool = False) -> float:
+    score = json.loads((study / f"{variant}-42.json").read_text())
+    return float(score["total_seconds" if total else "seconds"])
