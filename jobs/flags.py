@@ -18,7 +18,7 @@ import yaml
 from pipeline.config import comma_list, flag
 from pipeline.errors import UsageError
 
-__all__ = ["comma_list", "flag", "parse_job"]
+__all__ = ["comma_list", "flag", "label_names", "parse_job"]
 
 Job = TypeVar("Job")
 _REQUIRED = dataclasses.MISSING
@@ -30,6 +30,15 @@ _SWITCH = {"true": True, "false": False}
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see `{self.prog} --help`")
+
+
+def label_names(text: str) -> tuple[str, ...]:
+    """``a,b`` -> ("a", "b"), each once: of two labels with one name, only one would ever be learnt."""
+    names = comma_list(text)
+    twice = [name for i, name in enumerate(names) if name in names[:i]]
+    if twice:
+        raise ValueError(f"{twice[0]!r} is named twice, give each label once")
+    return names
 
 
 def parse_job(job: type[Job], argv: Sequence[str], *, prog: str, description: str) -> Job:

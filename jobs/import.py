@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jobs.flags import comma_list, flag, parse_job
+from jobs.flags import flag, label_names, parse_job
 from jobs.terminal import quiet_libraries
 from pipeline.errors import UsageError
 
@@ -24,7 +24,7 @@ class ImportJob:
     labels: tuple[str, ...] | None = flag(
         "label names in the order of their ids; left out, those of its config.json",
         default=None,
-        parse=comma_list,
+        parse=label_names,
         metavar="A,B",
     )
     allow_pickle: bool = flag("read weights from pytorch_model.bin where there are no others", default=False)

@@ -1,12 +1,13 @@
 """Labels as they stand in a source, turned into what a problem learns from: ids, sets of ids, or numbers.
 
-Matched by name wherever there are names: the number of a label means what its source says. Knows nothing of
-files, tokens or models.
+Matched by name wherever there are names: the number of a label means what its source says. Text files have no
+types, so that here, and nowhere else, digits become numbers. Knows nothing of files, tokens or models.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,9 @@ from jobs.labelled_rows import LabelledRows
 
 ONE_NUMBER = ("LABEL_0",)
 """What Hugging Face calls the one output of a regression."""
+_WHOLE = re.compile(r"-?(?:0|[1-9][0-9]*)")
+"""Not 01, which is a name."""
+_FRACTION = re.compile(r"-?[0-9]+\.[0-9]+")
 
 
 def found_problem(rows: LabelledRows) -> Problem:
@@ -53,12 +57,40 @@ def label_places(theirs: Sequence[str], ours: Sequence[str]) -> tuple[int | None
     return tuple(places.get(name.casefold()) for name in theirs)
 
 
+def class_of(rows: LabelledRows, label: Any) -> str | int:
+    """A name, or an integer where it is written as one; integral floats are integers, others no classes.
+
+    Raises:
+        DataError: it is no class.
+    """
+    if isinstance(label, str):
+        is_number = rows.class_names is None and _WHOLE.fullmatch(label.strip())
+        return int(label) if is_number else label
+    if isinstance(label, int):
+        return label
+    if not isinstance(label, float):
+        raise DataError(
+            f"{rows.source!r} has the label {label!r}, which is no class: give names or whole numbers"
+        )
+    if not label.is_integer():
+        raise _no_class(rows.source, label)
+    return int(label)
+
+
+def number_of(label: str | int) -> int | None:
+    """A label that is written as a whole number; a column with gaps has come to be written 1.0 in many a file."""
+    if isinstance(label, int):
+        return label
+    value = float(label) if _FRACTION.fullmatch(label) else math.nan
+    return int(value) if value.is_integer() else None
+
+
 def _single(rows: LabelledRows, names: tuple[str, ...] | None) -> tuple[tuple[int, ...], tuple[str, ...]]:
     if any(isinstance(label, list | tuple) for label in rows.labels):
         raise DataError(
             f"{rows.source!r} has rows with several labels: give --problem multi_label_classification"
         )
-    labels = tuple(_class(rows.source, label) for label in rows.labels)
+    labels = tuple(class_of(rows, label) for label in rows.labels)
     ids, order = _ids(rows, labels, names)
     return tuple(ids[label] for label in labels), order
 
@@ -66,9 +98,7 @@ def _single(rows: LabelledRows, names: tuple[str, ...] | None) -> tuple[tuple[in
 def _sets(
     rows: LabelledRows, names: tuple[str, ...] | None, separator: str
 ) -> tuple[tuple[tuple[int, ...], ...], tuple[str, ...]]:
-    sets = [
-        tuple(_class(rows.source, label) for label in _several(labels, separator)) for labels in rows.labels
-    ]
+    sets = [tuple(class_of(rows, label) for label in _several(labels, separator)) for labels in rows.labels]
     ids, order = _ids(rows, [label for labels in sets for label in labels], names)
     if not order:
         raise DataError(f"{rows.source!r} has no label in any row: name the labels with --labels")
@@ -85,14 +115,16 @@ def _several(labels: Any, separator: str) -> Sequence[Any]:
 def _ids(
     rows: LabelledRows, labels: Sequence[Any], names: tuple[str, ...] | None
 ) -> tuple[dict[Any, int], tuple[str, ...]]:
-    """The id of each label that occurs: by name where labels are names, else integers as they are."""
+    """The id of each label that occurs: by name where one is a name, else whole numbers as they are."""
     present = sorted(set(labels), key=lambda x: (isinstance(x, str), x))
-    order = names or rows.class_names or tuple(map(str, present))
+    order = names or rows.class_names or tuple(_found_name(rows.source, label) for label in present)
     ids: dict[Any, int | None] = dict(
         zip(present, label_places(tuple(map(str, present)), order), strict=True)
     )
-    if None in ids.values() and all(isinstance(label, int) for label in present):
-        ids = {label: label if 0 <= label < len(order) else None for label in present}
+    if rows.class_names is None and all(i is None for i in ids.values()):
+        numbers = {label: number_of(label) for label in present}
+        if None not in numbers.values():
+            ids = {label: i if i in range(len(order)) else None for label, i in numbers.items()}
     unknown = [label for label, i in ids.items() if i is None]
     if unknown:
         raise DataError(
@@ -102,17 +134,17 @@ def _ids(
     return {label: int(i or 0) for label, i in ids.items()}, order
 
 
-def _class(source: str, label: Any) -> str | int:
-    """A name or an integer; integral floats are integers (a column with gaps becomes float), others no classes."""
-    if isinstance(label, str | int):
-        return label
-    if not isinstance(label, float):
-        raise DataError(f"{source!r} has the label {label!r}, which is no class: give names or whole numbers")
-    if not label.is_integer():
-        raise DataError(
-            f"{source!r} has the label {label}, a measure and not a class: give class labels, or --problem regression"
-        )
-    return int(label)
+def _found_name(source: str, label: str | int) -> str:
+    """The name of a label that nothing else names; no fraction, which says that the column is a measure."""
+    if isinstance(label, str) and _FRACTION.fullmatch(label) and number_of(label) is None:
+        raise _no_class(source, label)
+    return str(label)
+
+
+def _no_class(source: str, label: str | float) -> DataError:
+    return DataError(
+        f"{source!r} has the label {label}, a measure and not a class: give class labels, or --problem regression"
+    )
 
 
 def _measure(source: str, label: Any) -> float:

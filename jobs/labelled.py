@@ -18,7 +18,7 @@ from deebert.errors import DataError
 from deebert.evaluation import LabelledSequences
 from deebert.problem import MULTI_LABEL, REGRESSION, SINGLE_LABEL, Problem, problem_of
 from jobs.glue import Columns, GlueTask, find_task, task_of_hub_id, tsv_path
-from jobs.label_ids import found_problem, label_places, labels_of
+from jobs.label_ids import class_of, found_problem, label_places, labels_of, number_of
 from jobs.labelled_rows import LabelledRows, read_rows
 from pipeline.errors import UsageError
 from pipeline.tokenization import TextTokenizer
@@ -139,32 +139,6 @@ class LabelledSource:
         return str(tsv_path(self.glue_dir, task, split)) if self.glue_dir is not None else str(self.data)
 
 
-def load_labelled(
-    source: str,
-    *,
-    text_column: str,
-    text_pair_column: str | None,
-    label_column: str,
-    names: tuple[str, ...] | None = None,
-    split: str = "train",
-) -> LabelledTexts:
-    """Load labelled texts.
-
-    Args:
-        source: a CSV, TSV, JSONL or Parquet file, a folder saved by `datasets`, or ``hub-id[:configuration]``.
-        text_column: first segment.
-        text_pair_column: second segment, or None.
-        label_column: integers or names.
-        names: the label names in order; found in the data when None.
-        split: of a hub data set or a saved `DatasetDict`.
-
-    Raises:
-        DataError: no such source or column, or labels that are not among `names`.
-    """
-    columns = Columns(text=text_column, pair=text_pair_column, label=label_column)
-    return _texts_of(read_rows(source, (columns,), split=split), names)
-
-
 def sample(data: LabelledSequences, most: int | None, *, seed: int) -> LabelledSequences:
     """At most `most` samples, drawn at random; all of them, in their order, when None."""
     if most is None or most >= len(data):
@@ -174,15 +148,19 @@ def sample(data: LabelledSequences, most: int | None, *, seed: int) -> LabelledS
 
 def _load_task(task: GlueTask, source: str, split: str, names: tuple[str, ...] | None) -> LabelledTexts:
     if problem_of(task.problem_type) is REGRESSION:
-        rows = read_rows(source, task.columns, split=split, is_label=_is_number)
+        rows = read_rows(source, task.columns, split=split, is_label=_is_number, of_glue=True)
         return _texts_of(rows, None, REGRESSION)
     # A number is told from a name by the task alone: MNLI's numbers differ from source to source.
     known = {*task.labels, *task.values} if source.endswith(".tsv") else None
     rows = read_rows(
-        source, task.columns, split=split, is_label=lambda label: known is None or str(label) in known
+        source,
+        task.columns,
+        split=split,
+        is_label=lambda label: known is None or str(label) in known,
+        of_glue=True,
     )
     renamed = tuple(task.values.get(str(label), label) for label in rows.labels)
-    if not task.has_fixed_order and any(isinstance(label, int) for label in renamed):
+    if not task.has_fixed_order and any(number_of(class_of(rows, label)) is not None for label in renamed):
         raise DataError(
             f"{source!r} numbers the labels of {task.name}, which differ from source to source: give their names"
         )

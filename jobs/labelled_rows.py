@@ -7,12 +7,14 @@ tokens or models.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from deebert.errors import DataError
+from jobs.delimited import SUFFIXES, read_delimited, read_delimited_header
 from jobs.glue import Columns
 from jobs.tsv import read_tsv, read_tsv_header
 
@@ -32,7 +34,7 @@ class LabelledRows:
     texts: tuple[str, ...]
     pairs: tuple[str, ...] | None
     labels: tuple[Any, ...]
-    """Names or numbers, or lists of names or integers, as the source has them."""
+    """Names or numbers, or lists of names or integers, as the source has them; a text file has texts."""
     class_names: tuple[str, ...] | None
     """Label names in the order of their ids, where the source states them; `labels` are names then."""
 
@@ -40,7 +42,7 @@ class LabelledRows:
 @dataclass(frozen=True, kw_only=True)
 class _Row:
     place: str
-    """Where to look: ``line 7`` or ``row 6``."""
+    """Where to look: ``line 7``, or ``row 6`` and what is wrong with it."""
     cells: tuple[Any, ...] | None
     """Text, second text where there is one, label; None where the line is broken."""
 
@@ -52,6 +54,7 @@ def read_rows(
     split: str,
     is_label: IsLabel = lambda label: True,
     no_label: Sequence[Any] = (None, ""),
+    of_glue: bool = False,
 ) -> LabelledRows:
     """Read every usable row.
 
@@ -62,25 +65,26 @@ def read_rows(
         split: of a hub data set or of a folder with several.
         is_label: a row with a label of which it is not true is broken.
         no_label: cells of rows that have no label and are left out.
+        of_glue: whether a TSV file is GLUE's, which has no quoting.
 
     Raises:
         DataError: no such source or columns, no usable row, or too many broken ones.
     """
-    path = Path(source)
-    if path.suffix == ".tsv":
+    path, class_names = Path(source), None
+    if of_glue and path.suffix == ".tsv":
         _require_file(path)
         chosen = _choose(source, columns, read_tsv_header(path))
-        rows = [
-            _Row(place=f"line {row.line}", cells=row.cells and _as_texts(row.cells))
-            for row in read_tsv(path, chosen.all())
-        ]
-        class_names = None
+        rows = [_Row(place=f"line {row.line}", cells=row.cells) for row in read_tsv(path, chosen.all())]
+    elif files := _delimited_files(source, split):
+        chosen = _choose(source, columns, read_delimited_header(files[0]))
+        rows = [row for file in files for row in _delimited(file, chosen, of_several=len(files) > 1)]
     else:
         data = _open(source, split)
         chosen = _choose(source, columns, data.column_names)
         class_names = _class_names(data.features[chosen.label])
         values = [data[column][:] for column in chosen.all()]
-        values[-1] = [_named(label, class_names) for label in values[-1]]
+        if class_names is not None:
+            values[-1] = [_named(label, class_names) for label in values[-1]]
         rows = [_Row(place=f"row {i}", cells=cells) for i, cells in enumerate(zip(*values, strict=True))]
     usable = _usable(source, rows, is_label, no_label)
     *texts, labels = zip(*usable, strict=True)
@@ -132,15 +136,10 @@ def _choose(source: str, columns: Sequence[Columns], present: Sequence[str]) -> 
     raise DataError(f"{source!r} has no column {missing!r}: it has {', '.join(present)}")
 
 
-def _as_texts(cells: tuple[str, ...]) -> tuple[Any, ...]:
-    """A text file has no types: a label of digits is a number, as in the other formats."""
-    *texts, label = cells
-    return (*texts, _number_if_digits(label))
-
-
-def _number_if_digits(label: Any) -> Any:
-    is_number = isinstance(label, str) and label.isdecimal() and str(int(label)) == label
-    return int(label) if is_number else label
+def _delimited(file: Path, columns: Columns, *, of_several: bool) -> Iterator[_Row]:
+    for row in read_delimited(file, columns.all()):
+        place = f"row {row.row} of {file.name}" if of_several else f"row {row.row}"
+        yield _Row(place=f"{place} ({row.flaw})" if row.flaw else place, cells=row.cells)
 
 
 def _class_names(feature: Any) -> tuple[str, ...] | None:
@@ -148,29 +147,35 @@ def _class_names(feature: Any) -> tuple[str, ...] | None:
     return tuple(feature.names) if hasattr(feature, "names") else None
 
 
-def _named(label: Any, class_names: tuple[str, ...] | None) -> Any:
+def _named(label: Any, class_names: tuple[str, ...]) -> Any:
     """A class's name for its number; None for -1, which is how hidden test labels are written."""
     if isinstance(label, list):
         return [_named(one, class_names) for one in label]
-    if class_names is None or label is None:
-        return _number_if_digits(label)
-    return class_names[label] if label >= 0 else None
+    return class_names[label] if label is not None and label >= 0 else None
 
 
-_KINDS: dict[str, tuple[str, dict[str, Any]]] = {
-    # The words "null" and "NA" are texts like any other.
-    ".csv": ("csv", {"keep_default_na": False, "encoding": "utf-8-sig"}),
-    ".jsonl": ("json", {}),
-    ".json": ("json", {}),
-    ".ndjson": ("json", {}),
-    ".parquet": ("parquet", {}),
-    ".pq": ("parquet", {}),
-}
+_KINDS = {".jsonl": "json", ".json": "json", ".ndjson": "json", ".parquet": "parquet", ".pq": "parquet"}
 
 
 def _require_file(path: Path) -> None:
     if not path.is_file():
         raise DataError(f"no such file: {str(path)!r}")
+
+
+def _delimited_files(source: str, split: str) -> list[Path]:
+    """The source itself, or a folder's files of the split, where they are CSV or TSV: `datasets` would guess types."""
+    path = Path(source)
+    if path.suffix in SUFFIXES and not path.is_dir():
+        _require_file(path)
+        return [path]
+    if not path.is_dir() or _is_saved(path):
+        return []
+    import datasets
+
+    with _refusing(source):
+        found = datasets.load_dataset_builder(source).config.data_files or {}
+    files = [Path(file) for file in found.get(split, ())]
+    return files if all(file.suffix in SUFFIXES for file in files) else []
 
 
 def _open(source: str, split: str):  # type: ignore[no-untyped-def]  # `datasets` is untyped
@@ -180,17 +185,26 @@ def _open(source: str, split: str):  # type: ignore[no-untyped-def]  # `datasets
     path = Path(source)
     if path.suffix in _KINDS:
         _require_file(path)
-    try:
+    with _refusing(source):
         if path.is_dir() and _is_saved(path):
             saved = datasets.load_from_disk(source)
-            return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
+            if not isinstance(saved, datasets.DatasetDict):
+                return saved
+            if split not in saved:
+                raise DataError(f"{source!r} has no split {split!r}: it has {', '.join(saved)}")
+            return saved[split]
         if path.suffix in _KINDS:
-            kind, options = _KINDS[path.suffix]
-            return datasets.load_dataset(kind, data_files=source, split="train", **options)
+            return datasets.load_dataset(_KINDS[path.suffix], data_files=source, split="train")
         name, _, configuration = (source, "", "") if path.is_dir() else source.partition(":")
         return datasets.load_dataset(name, configuration or None, split=split)
-    except KeyError:
-        raise DataError(f"{source!r} has no split {split!r}: it has {', '.join(saved)}") from None
+
+
+@contextmanager
+def _refusing(source: str) -> Iterator[None]:
+    import datasets
+
+    try:
+        yield
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().splitlines()[0]
         raise DataError(

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deebert.problem import SINGLE_LABEL
-from jobs.flags import comma_list, flag, parse_job
+from jobs.flags import comma_list, flag, label_names, parse_job
 from jobs.glue import TASK_NAMES, Columns
 from jobs.recipe_scores import ModelScore, judge, tables
 from jobs.recipe_variants import BASE, VARIANTS, Between, Static, Trained
@@ -64,7 +64,7 @@ class RecipesJob:
     text_pair_column: str | None = flag("column of the second segment", default=None)
     label_column: str = flag("column of the label", default="label")
     labels: tuple[str, ...] | None = flag(
-        "label names in the order of their ids", default=None, parse=comma_list, metavar="A,B"
+        "label names in the order of their ids", default=None, parse=label_names, metavar="A,B"
     )
     output: str = flag("folder for the models, results.json and results.md")
     variants: tuple[str, ...] = flag(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jobs.flags import comma_list, flag
+from jobs.flags import flag, label_names
 from jobs.glue import TASK_NAMES, Columns
 from pipeline.config import PRECISION_HELP, PRECISIONS, WINDOW_STRIDE_HELP, positive, whole
 
@@ -24,7 +24,10 @@ class SubjectFlags:
     )
     glue_dir: str | None = flag("or GLUE's TSV folders, with --task", default=None, metavar="DIR")
     task: str | None = flag(
-        "GLUE task of the data: settles columns, label names and metric", default=None, choices=TASK_NAMES
+        "GLUE task of the data: settles columns, label names and metric; a TSV is then read without quotes, as "
+        "GLUE's are",
+        default=None,
+        choices=TASK_NAMES,
     )
     text_column: str = flag("column of the text", default="text")
     text_pair_column: str | None = flag("column of the second segment", default=None)
@@ -32,7 +35,7 @@ class SubjectFlags:
     labels: tuple[str, ...] | None = flag(
         "the model's label names in the order of its ids; left out, those it was saved with",
         default=None,
-        parse=comma_list,
+        parse=label_names,
         metavar="A,B",
     )
     label_separator: str = flag("multi-label CSV and TSV: between the labels of a row", default=",")

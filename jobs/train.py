@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobs.flags import comma_list, flag, parse_job
+from jobs.flags import comma_list, flag, label_names, parse_job
 from jobs.glue import TASK_NAMES, Columns
 from jobs.terminal import quiet_libraries
 from jobs.train_recipe import recipe_of
@@ -76,15 +76,18 @@ class TrainJob:
     )
     glue_dir: str | None = flag("or GLUE's TSV folders, with --task", default=None, metavar="DIR")
     task: str | None = flag(
-        "GLUE task of the data: settles columns and label names", default=None, choices=TASK_NAMES
+        "GLUE task of the data: settles columns and label names; a TSV is then read without quotes, as GLUE's are",
+        default=None,
+        choices=TASK_NAMES,
     )
     text_column: str = flag("column of the text", default="text")
     text_pair_column: str | None = flag("column of the second segment", default=None)
     label_column: str = flag("column of the label", default="label")
     labels: tuple[str, ...] | None = flag(
-        "label names in the order of their ids; found in the data if left out",
+        "label names in the order of their ids; found in the data if left out; a classifier's LABEL_0, LABEL_1 "
+        "are renamed so",
         default=None,
-        parse=comma_list,
+        parse=label_names,
         metavar="A,B",
     )
     problem: str | None = flag(
@@ -112,7 +115,11 @@ class TrainJob:
         metavar="I,I",
     )
     shared_pooler: bool = flag("all off-ramps share one pooler; each has its own classifier", default=False)
-    max_length: int = flag("tokens a text is cut to", default=128, parse=positive)
+    max_length: int | None = flag(
+        "tokens a text is cut to; left out, what the model of --from-model is cut to, else 128",
+        default=None,
+        parse=positive,
+    )
     max_rows: int | None = flag("train on a random sample of this many rows", default=None, parse=positive)
     recipe: str = flag(
         "two-stage is the paper's; joint and alternating train off-ramps with the backbone; off-ramps is stage 2 "
@@ -147,15 +154,15 @@ class TrainJob:
         choices=("fast", "exact", "none"),
     )
     epochs: float | None = flag(
-        "stage 1, and stage 3 of best: epochs (paper: 3, RoBERTa 10)",
+        "stage 1, and stage 3 of best: epochs (3, as in the paper for BERT; RoBERTa there: 10)",
         default=None,
         parse=float,
     )
     batch_size: int | None = flag(
-        "stages 1 and 3: samples per step, of all processes (paper: 8)", default=None, parse=int
+        "stages 1 and 3: samples per step, of all processes (8, as in the paper)", default=None, parse=int
     )
     learning_rate: float | None = flag(
-        "stages 1 and 3: peak learning rate (paper: 2e-5)", default=None, parse=float
+        "stages 1 and 3: peak learning rate (2e-5, as in the paper)", default=None, parse=float
     )
     interpolation: tuple[float, float] | None = flag(
         "stage 3 of best (1,0), or stage 1 with --from-model (1): share of its change to the weights that is kept, one "
@@ -323,15 +330,19 @@ def _load(
     from transformers import set_seed
 
     from jobs.labelled import sample
-    from jobs.train_start import check_fit, fresh_start, trained_start
+    from jobs.train_start import check_fit, fresh_start, name_labels, resolved_length, trained_start
     from pipeline.tokenization import TextTokenizer
 
     set_seed(job.seed)
     start = None if job.backbone is not None else trained_start(job)
-    texts = _source(job, start).training_texts(job.labels)
-    start = start or fresh_start(job, texts)
+    source = _source(job, start)
+    texts = source.training_texts(job.labels)
+    if start is None:
+        start = fresh_start(job, texts)
+    elif job.labels is not None or (source.glue_task is not None and source.glue_task.has_fixed_order):
+        name_labels(start, texts)
     check_fit(start, texts)
-    length = min(job.max_length, start.longest_input)
+    length = resolved_length(job, start)
     start.model.config.max_seq_length = length
     data = texts.tokenized(TextTokenizer(start.tokenizer, max_length=length))
     return start.model, start.tokenizer, sample(data, job.max_rows, seed=job.seed)

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from jobs.labelled import LabelledTexts
     from jobs.train import TrainJob
 
+DEFAULT_LENGTH = 128
+"""Tokens that a text is cut to where neither the flags nor a model say."""
+
 
 def trained_start(job: TrainJob) -> Checkpoint:
     """The model or classifier to go on with.
@@ -73,6 +76,27 @@ def fresh_start(job: TrainJob, texts: LabelledTexts) -> Checkpoint:
         return _with_tokenizer(job.backbone, model)
 
 
+def name_labels(start: Checkpoint, texts: LabelledTexts) -> None:
+    """Give the names that the texts' labels were told to have to a model whose own are placeholders, in their order."""
+    if _has_placeholders(start) and len(start.labels) == len(texts.names):
+        config = start.model.config
+        config.id2label = dict(enumerate(texts.names))
+        config.label2id = {name: i for i, name in enumerate(texts.names)}
+
+
+def resolved_length(job: TrainJob, start: Checkpoint) -> int:
+    """The tokens a text is cut to.
+
+    Raises:
+        UsageError: more were asked for than the model has positions for.
+    """
+    from pipeline.planning import resolve_max_length
+
+    if job.max_length is None and job.from_model is None:
+        return min(DEFAULT_LENGTH, start.longest_input)
+    return resolve_max_length(job.max_length, None, start)
+
+
 def check_fit(start: Checkpoint, texts: LabelledTexts) -> None:
     """Refuse labels that the model does not have, and answers that could never leave early.
 
@@ -85,11 +109,22 @@ def check_fit(start: Checkpoint, texts: LabelledTexts) -> None:
                 "a regression has no entropy to exit by: give --learn-to-exit, which trains a head that tells when"
             )
         return
+    if start.labels != texts.names and _has_placeholders(start):
+        count = len(start.labels)
+        raise UsageError(
+            f"the model {start.path!r} has {count} labels without names and the data has {', '.join(texts.names)}: "
+            f"name the model's {count} labels with --labels, in the order of its ids"
+        )
     if start.labels != texts.names:
         raise UsageError(
             f"the model {start.path!r} knows {', '.join(start.labels)} and the data has {', '.join(texts.names)}: "
             f"give --labels {','.join(start.labels)}"
         )
+
+
+def _has_placeholders(start: Checkpoint) -> bool:
+    """Whether its labels are what Hugging Face calls them where nobody has named them."""
+    return start.labels == tuple(f"LABEL_{i}" for i in range(len(start.labels)))
 
 
 def _off_ramp_config(job: TrainJob) -> dict[str, Any]:

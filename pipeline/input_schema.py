@@ -166,7 +166,7 @@ def _columns(file: InputFile, block_bytes: int) -> Columns | None:
         case "arrow":
             return _named_once(file, arrow_schema(file))
         case "csv":
-            return _csv_columns(file, block_bytes)
+            return csv_columns(file, block_bytes)
         case "jsonl":
             return _jsonl_columns(file, block_bytes)
         case "text":
@@ -181,7 +181,8 @@ def _named_once(file: InputFile, schema: Any) -> Columns:
     return columns
 
 
-def _csv_columns(file: InputFile, block_bytes: int) -> Columns | None:
+def csv_columns(file: InputFile, block_bytes: int = OTHER_BLOCK_BYTES) -> Columns | None:
+    """The columns that the header of a CSV or TSV file names, all strings; None where it is empty."""
     text = head(file, block_bytes)[0].decode("utf-8-sig", errors="replace")
     rows = csv.reader(io.StringIO(text, newline=""), delimiter=csv_delimiter(file))
     header = next((row for row in rows if row), None)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
@@ -11,7 +13,7 @@ import pytest
 from deebert.errors import DataError
 from jobs import cli
 from jobs.glue import TASKS, Columns, find_task, task_of_hub_id
-from jobs.labelled import LabelledSource, LabelledTexts, load_labelled
+from jobs.labelled import LabelledSource, LabelledTexts
 from pipeline.errors import UsageError
 
 PLAIN = Columns(text="text", label="label")
@@ -206,8 +208,10 @@ class TestLabelOrder:
             "mismatched": (0,),
         }
 
-    def test_numbers_of_mnli_without_names_are_refused(self, tmp_path: Path) -> None:
-        write(tmp_path, "mnli.csv", "premise,hypothesis,label", "a,b,0", "c,d,1")
+    @pytest.mark.parametrize("numbers", ["01", ("0.0", "1.0")])
+    def test_numbers_of_mnli_without_names_are_refused(self, tmp_path: Path, numbers: Sequence[str]) -> None:
+        rows = (f"a,b,{number}" for number in numbers)
+        write(tmp_path, "mnli.csv", "premise,hypothesis,label", *rows)
         source = LabelledSource(data=str(tmp_path / "mnli.csv"), task="mnli", columns=PLAIN)
 
         with pytest.raises(DataError, match="numbers the labels of mnli, which differ from source to source"):
@@ -284,9 +288,8 @@ def test_train_needs_labelled_texts(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 class TestOtherData:
-    def load(self, path: Path, **options: object) -> LabelledTexts:
-        given = {"text_column": "text", "text_pair_column": None, "label_column": "label", **options}
-        return load_labelled(str(path), **given)  # type: ignore[arg-type]
+    def load(self, path: Path, names: tuple[str, ...] | None = None, **options: Any) -> LabelledTexts:
+        return LabelledSource(data=str(path), columns=PLAIN, **options).training_texts(names)
 
     def test_names_are_found_in_the_data(self, tmp_path: Path) -> None:
         write(tmp_path, "a.csv", "text,label", "x,good", "y,bad", "z,good")
@@ -306,6 +309,75 @@ class TestOtherData:
         assert self.load(tmp_path / "a.csv").names == ("1", "2", "3", "4")
         assert self.load(tmp_path / "a.csv", names=("1", "2", "3", "4")).labels == (3, 0, 2, 1)
 
+    @pytest.mark.parametrize("ending", ["csv", "tsv"])
+    def test_values_are_texts_as_they_stand(self, tmp_path: Path, ending: str) -> None:
+        between = "\t" if ending == "tsv" else ","
+        rows = (("007", "01"), ("1.50", "02"), ("1e5", "01"), ("null", "02"), ("True", "01"))
+        write(tmp_path, f"a.{ending}", *(between.join(row) for row in (("text", "label"), *rows)))
+
+        texts = self.load(tmp_path / f"a.{ending}")
+
+        assert texts.texts == ("007", "1.50", "1e5", "null", "True")
+        assert (texts.names, texts.labels) == (("01", "02"), (0, 1, 0, 1, 0))
+
+    @pytest.mark.parametrize("ending", ["csv", "tsv"])
+    def test_quotes_are_read_as_the_pipeline_reads_them(self, tmp_path: Path, ending: str) -> None:
+        between = "\t" if ending == "tsv" else ","
+        quoted = '"he said ""good""' + between + '\nand left"'
+        write(tmp_path, f"a.{ending}", f"text{between}label", f"{quoted}{between}good", f'"x"{between}"bad"')
+
+        texts = self.load(tmp_path / f"a.{ending}")
+
+        assert texts.texts == (f'he said "good"{between}\nand left', "x")
+        assert named(texts) == ["good", "bad"]
+
+    def test_a_tasks_own_tsv_has_no_quotes_wherever_it_lies(self, tmp_path: Path) -> None:
+        write(tmp_path, "dev.tsv", "sentence\tlabel", '" a lone one\t1', '"a whole one"\t0')
+        source = LabelledSource(data=str(tmp_path / "dev.tsv"), task="sst-2", columns=PLAIN)
+
+        assert source.training_texts().texts == ('" a lone one', '"a whole one"')
+
+    @pytest.mark.parametrize(
+        ("labels", "names", "ids"),
+        [
+            (("-1", "1", "0"), ("-1", "0", "1"), (0, 2, 1)),
+            (("10", "9", "b"), ("9", "10", "b"), (1, 0, 2)),
+            (("1.0", "0.0"), ("0.0", "1.0"), (1, 0)),
+        ],
+    )
+    def test_names_that_are_numbers_are_in_their_order(
+        self, tmp_path: Path, labels: tuple[str, ...], names: tuple[str, ...], ids: tuple[int, ...]
+    ) -> None:
+        write(tmp_path, "a.csv", "text,label", *(f"x,{label}" for label in labels))
+
+        texts = self.load(tmp_path / "a.csv")
+
+        assert (texts.names, texts.labels) == (names, ids)
+
+    def test_fractions_are_names_where_they_are_named(self, tmp_path: Path) -> None:
+        write(tmp_path, "a.csv", "text,label", "x,4.0", "y,3.5")
+        assert self.load(tmp_path / "a.csv", names=("3.5", "4.0")).labels == (1, 0)
+
+        write(tmp_path, "b.csv", "text,label", "x,1.0", "y,0.0")
+        assert self.load(tmp_path / "b.csv", names=("bad", "good")).labels == (1, 0)
+
+    def test_a_row_that_cannot_be_read_is_skipped_with_the_reason(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        (tmp_path / "a.csv").write_bytes(b"text,label\nx,good\ny,bad,3\ncaf\xe9,good\n")
+
+        with caplog.at_level(logging.WARNING):
+            texts = self.load(tmp_path / "a.csv")
+
+        assert texts.texts == ("x",)
+        assert "first row 1 (the row has 3 columns, not 2)" in caplog.text
+
+    def test_an_empty_file_is_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "a.csv").write_text("")
+
+        with pytest.raises(DataError, match=r"a\.csv' is empty: give a file with a header line"):
+            self.load(tmp_path / "a.csv")
+
     def test_class_labels_are_matched_by_name(self, tmp_path: Path) -> None:
         features = datasets.Features(
             text=datasets.Value("string"), label=datasets.ClassLabel(names=["good", "bad"])
@@ -316,11 +388,21 @@ class TestOtherData:
         assert self.load(tmp_path / "saved").names == ("good", "bad")
         assert self.load(tmp_path / "saved", names=("bad", "good")).labels == (1, 0)
 
+    @pytest.mark.parametrize("names", [["1", "2"], ["1.0", "2.0"]])
+    def test_class_labels_that_are_digits_are_names(self, tmp_path: Path, names: list[str]) -> None:
+        features = datasets.Features(text=datasets.Value("string"), label=datasets.ClassLabel(names=names))
+        data = datasets.Dataset.from_dict({"text": ["x", "y"], "label": [0, 1]}, features=features)
+        data.save_to_disk(tmp_path / "saved")
+
+        assert self.load(tmp_path / "saved").labels == (0, 1)
+        with pytest.raises(DataError, match=r"has the label '1(\.0)?', which is not among bad, good"):
+            self.load(tmp_path / "saved", names=("bad", "good"))
+
     def test_a_folder_of_files_is_a_data_set(self, tmp_path: Path) -> None:
         write(tmp_path, "local/train.csv", "text,label", "x,good")
-        write(tmp_path, "local/test.csv", "text,label", "y,bad")
+        write(tmp_path, "local/test.csv", "text,label", "007,bad")
 
-        assert self.load(tmp_path / "local", split="test").texts == ("y",)
+        assert self.load(tmp_path / "local", split="test").texts == ("007",)
 
     def test_a_split_that_is_not_there(self, tmp_path: Path) -> None:
         data = datasets.Dataset.from_dict({"text": ["x"], "label": ["a"]})
@@ -355,7 +437,9 @@ class TestOtherData:
             (("x,good", "y,ugly"), ("bad", "good"), "has the label 'ugly', which is not among bad, good"),
             (("x,0", "y,2"), ("bad", "good"), "has the label 2, which is not among bad, good"),
             (("x,", "y,"), None, "has no row with a label"),
-            (("x,3.8", "y,1.2"), None, "has the label 3.8, a measure and not a class"),
+            (("x,3.8", "y,1.2"), None, "has the label 1.2, a measure and not a class"),
+            (("x,1", "y,2", "z,0"), ("1", "2", "3"), "has the label 0, which is not among 1, 2, 3: name all"),
+            (("x,01",), ("0", "1"), "has the label '01', which is not among 0, 1"),
         ],
     )
     def test_labels_that_cannot_be_meant(

@@ -98,6 +98,17 @@ class TestData:
         found = load(tmp_path / "a.tsv", problem=MULTI_LABEL, label_separator="|")
         assert found.labels == ((0, 1), (2,))
 
+    @pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
+    def test_numbers_are_the_same_labels_alone_and_beside_others(self, tmp_path: Path, name: str) -> None:
+        between = "\t" if name == "a.tsv" else ","
+        rows = (("text", "label"), ("x", '"0,2"'), ("x", "1"), ("x", "2"), ("x", ""))
+        (tmp_path / name).write_text("".join(f"{text}{between}{label}\n" for text, label in rows))
+
+        found = load(tmp_path / name, problem=MULTI_LABEL)
+        assert (found.names, found.labels) == (("0", "1", "2"), ((0, 2), (1,), (2,), ()))
+        found = load(tmp_path / name, TONES, problem=MULTI_LABEL)
+        assert (found.names, found.labels) == (TONES, ((0, 2), (1,), (2,), ()))
+
     def test_an_empty_cell_says_that_no_label_applies(self, tmp_path: Path) -> None:
         (tmp_path / "a.csv").write_text('text,label\nx,good\ny,\nz,"dull,good"\n')
         (tmp_path / "a.tsv").write_text("text\tlabel\nx\tgood\ny\t\nz\tdull,good\n")

@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from transformers import BertConfig, BertForSequenceClassification
 
 from deebert.backbones import FAMILIES
 from deebert.checkpoint import load_checkpoint
@@ -46,6 +47,7 @@ from jobs.train import _RECIPE_NAMES, TrainJob, train
 from jobs.train_recipe import recipe_of
 from jobs.training_plot import draw_training_log
 from pipeline.errors import UsageError
+from tests.conftest import VOCABULARY
 
 
 def described(**flags: Any) -> Recipe:
@@ -209,6 +211,24 @@ def words(saved_model: Path, tmp_path: Path) -> list[str]:
     ]
 
 
+def save_classifier(folder: Path, tokenizer: Any, **config: Any) -> BertForSequenceClassification:
+    """A classifier of Hugging Face; where nothing names its labels, they are LABEL_0 and so on."""
+    classifier = BertForSequenceClassification(
+        BertConfig(
+            vocab_size=len(VOCABULARY),
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=48,
+            max_position_embeddings=64,
+            **config,
+        )
+    )
+    classifier.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return classifier
+
+
 def refusal(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     assert main(["train", *argv]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
@@ -318,6 +338,10 @@ class TestRefusals:
                 "--backbone a --seed 4294967296",
                 "argument --seed: '4294967296' is not a whole number below 2^32; see `deebert train --help`",
             ),
+            (
+                "--backbone a --labels negative,positive,positive",
+                "argument --labels: 'positive' is named twice, give each label once; see `deebert train --help`",
+            ),
             ("--backbone a --held-out 1.5", "held_out is 1.5: give a share between 0 and 1"),
         ],
     )
@@ -346,14 +370,44 @@ class TestRefusals:
             capsys, *words
         )
 
+    def test_more_tokens_than_the_model_has_positions_for(
+        self, words: list[str], backbone_words: list[str], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        for start in (words, backbone_words):
+            assert refusal(capsys, *start, "--max-length", "65") == (
+                "--max-length 65 is more than the 64 tokens that the model has positions for: give at most that"
+            )
+
+
+def test_help_states_what_a_stage_through_the_backbone_does(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+
+    stages = [stage for recipe in RECIPES.values() for stage in recipe.stages.values()]
+    (defaults,) = {(s.epochs, s.batch_size, s.learning_rate) for s in stages if isinstance(s, BackboneStage)}
+    assert defaults == (3, 8, 2e-5)
+    assert "epochs (3, as in the paper for BERT; RoBERTa there: 10)" in text
+    assert "of all processes (8, as in the paper)" in text
+    assert "peak learning rate (2e-5, as in the paper)" in text
+
 
 class TestModelFolder:
-    def test_knows_what_its_training_truncated_to_within_what_its_positions_allow(
-        self, words: list[str], tmp_path: Path
+    def test_knows_what_its_training_truncated_to(self, words: list[str], tmp_path: Path) -> None:
+        assert main(["train", *words, "--max-length", "10"]) == 0
+        assert load_checkpoint(str(tmp_path / "model")).model.config.max_seq_length == 10
+
+        words[words.index("--from-model") + 1] = str(tmp_path / "model")
+        words[words.index("--output") + 1] = str(tmp_path / "next")
+        assert main(["train", *words]) == 0
+        assert load_checkpoint(str(tmp_path / "next")).model.config.max_seq_length == 10
+
+    def test_without_a_model_texts_are_cut_to_what_the_backbone_has_positions_for(
+        self, backbone_words: list[str], tmp_path: Path
     ) -> None:
-        for length, kept in ((10, 10), (500, 64)):
-            assert main(["train", *words, "--max-length", str(length), "--overwrite"]) == 0
-            assert load_checkpoint(str(tmp_path / "model")).model.config.max_seq_length == kept
+        assert main(["train", *backbone_words]) == 0
+
+        assert load_checkpoint(str(tmp_path / "model")).model.config.max_seq_length == 64
 
     @pytest.mark.parametrize("recipe", ["two-stage", "joint", "alternating", "best"])
     def test_is_a_model_with_its_log_and_drawing(self, recipe: str, words: list[str], tmp_path: Path) -> None:
@@ -409,24 +463,13 @@ class TestModelFolder:
     def test_from_a_classifier_the_weights_are_kept(
         self, words: list[str], tokenizer: Any, tmp_path: Path
     ) -> None:
-        from transformers import BertConfig, BertForSequenceClassification
-
-        from tests.conftest import VOCABULARY
-
         names = dict(enumerate(LABELS.split(",")))
-        config = BertConfig(
-            vocab_size=len(VOCABULARY),
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            intermediate_size=48,
-            max_position_embeddings=64,
+        classifier = save_classifier(
+            tmp_path / "classifier",
+            tokenizer,
             id2label=names,
             label2id={name: i for i, name in names.items()},
         )
-        classifier = BertForSequenceClassification(config)
-        classifier.save_pretrained(tmp_path / "classifier")
-        tokenizer.save_pretrained(tmp_path / "classifier")
         data, output = words[words.index("--data") + 1], str(tmp_path / "model")
 
         start = ["--from-classifier", str(tmp_path / "classifier"), "--labels", LABELS]
@@ -436,6 +479,69 @@ class TestModelFolder:
         assert model.final_classifier.classifier.weight.equal(classifier.classifier.weight)
         kept = classifier.bert.encoder.state_dict()
         assert all(value.equal(kept[name]) for name, value in model.backbone.encoder.state_dict().items())
+
+
+class TestClassifiersWithoutNames:
+    """Very many on the hub call their labels LABEL_0, LABEL_1."""
+
+    @pytest.fixture
+    def nameless(self, tokenizer: Any, tmp_path: Path) -> list[str]:
+        save_classifier(tmp_path / "classifier", tokenizer)
+        start = ["--from-classifier", str(tmp_path / "classifier"), "--output", str(tmp_path / "model")]
+        return [*start, "--precision", "float32", "--overwrite"]
+
+    @pytest.fixture
+    def data(self, tmp_path: Path) -> str:
+        (tmp_path / "two.csv").write_text("text,label\n" + "it is good,positive\nit is bad,negative\n" * 12)
+        return str(tmp_path / "two.csv")
+
+    def names(self, tmp_path: Path) -> tuple[str, ...]:
+        config = load_checkpoint(str(tmp_path / "model")).model.config
+        assert config.label2id == {name: i for i, name in config.id2label.items()}
+        return tuple(config.id2label.values())
+
+    @pytest.mark.parametrize("names", ["negative,positive", "positive,negative"])
+    def test_are_given_them_in_the_order_of_their_ids(
+        self, nameless: list[str], data: str, tmp_path: Path, names: str
+    ) -> None:
+        assert main(["train", *nameless, "--data", data, "--labels", names]) == 0
+
+        assert ",".join(self.names(tmp_path)) == names
+
+    def test_numbers_are_their_ids(self, nameless: list[str], tmp_path: Path) -> None:
+        (tmp_path / "ids.csv").write_text("text,label\n" + "it is good,1\nit is bad,0\n" * 12)
+        words = [*nameless, "--data", str(tmp_path / "ids.csv")]
+
+        assert main(["train", *words, "--labels", "negative,positive"]) == 0
+
+        assert self.names(tmp_path) == ("negative", "positive")
+
+    def test_a_task_names_them(self, nameless: list[str], tmp_path: Path) -> None:
+        (tmp_path / "train.tsv").write_text("sentence\tlabel\n" + "it is good\t1\nit is bad\t0\n" * 12)
+
+        assert main(["train", *nameless, "--glue-dir", str(tmp_path), "--task", "sst-2"]) == 0
+
+        assert self.names(tmp_path) == ("negative", "positive")
+
+    def test_no_order_is_guessed(
+        self,
+        nameless: list[str],
+        data: str,
+        tokenizer: Any,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        asks = "name the model's 2 labels with --labels, in the order of its ids"
+        assert refusal(capsys, *nameless, "--data", data).endswith(
+            f"has 2 labels without names and the data has negative, positive: {asks}"
+        )
+        assert refusal(capsys, *nameless, "--data", data, "--labels", "bad,negative,positive").endswith(asks)
+
+        # Models of MNLI differ in what they number how.
+        save_classifier(tmp_path / "classifier", tokenizer, num_labels=3)
+        (tmp_path / "train.tsv").write_text("sentence1\tsentence2\tgold_label\na\tb\tneutral\n")
+        said = refusal(capsys, *nameless, "--glue-dir", str(tmp_path), "--task", "mnli")
+        assert "has 3 labels without names and the data has contradiction, entailment, neutral" in said
 
 
 @pytest.fixture
