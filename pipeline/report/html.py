@@ -31,7 +31,7 @@ def render_page(
         facts=facts,
         plots=_plots(record, accounting, evidence, outlook),
         corpus=None if outlook is None else q.count(outlook.documents),
-        is_measured=accounting.measured_saving is not None,
+        has_control=accounting.control_seconds > 0,
         wide_layers=not plots.fits_half_width(record.model.num_layers),
     )
 

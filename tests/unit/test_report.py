@@ -113,9 +113,8 @@ class TestAccounting:
         got = account(RECORD)
         assert got.full_depth is not None
         assert got.full_depth.seconds == got.full_depth.control_seconds == pytest.approx(6.6)
-        assert not got.full_depth.is_bounded
         assert (got.full_depth.basis, got.full_depth.control_rows) == ("measured", 2)
-        assert got.seconds_saved == got.measured_saving == pytest.approx(1 - 4.0 / 6.6)
+        assert got.seconds_saved == pytest.approx(1 - 4.0 / 6.6)
         assert [layer.full_depth_seconds for layer in got.layers] == pytest.approx([3.0, 3.0])
 
     def test_a_slow_control_sample_is_no_saving(self) -> None:
@@ -124,7 +123,9 @@ class TestAccounting:
         got = account(with_totals(control=slow), price_per_hour=3.6)
         assert got.full_depth is not None
         assert got.cost is not None
-        assert (got.full_depth.control_seconds, got.full_depth.is_bounded) == (pytest.approx(7.2), True)
+        assert got.full_depth.control_seconds == pytest.approx(7.2)
+        assert {got.full_depth.basis, got.cost.basis} == {"bounded"}
+        assert got.full_depth.control_rows == 2
         assert got.seconds_saved == pytest.approx(got.flops_saved)
         assert got.cost.full_depth == pytest.approx(1000 * 3040 / 1792)
 
@@ -133,7 +134,6 @@ class TestAccounting:
         assert got.full_depth is not None
         assert got.full_depth.seconds == pytest.approx(4.0 * 3040 / 1792)
         assert (got.full_depth.basis, got.full_depth.control_rows) == ("expected", 0)
-        assert got.measured_saving is None
         assert got.agreement is None
         assert {layer.full_depth_seconds for layer in got.layers} == {None}
 
@@ -250,8 +250,8 @@ class TestEvidence:
             ({"num_tokens": [2, 3, 4, 3]}, "squared tokens"),
             ({"num_tokens": [3, 2, 2, 5]}, "tokens per exit layer"),
             ({"truncated": [True, True, True, False]}, "truncated rows"),
-            ({"audit_prediction": [None, 1, None, 0]}, "audited rows that agree"),
-            ({"audit_prediction": [None, None, None, 0]}, "audited rows"),
+            ({"audit_prediction": [None, 1, None, 0]}, "control rows that agree"),
+            ({"audit_prediction": [None, None, None, 0]}, "control rows"),
             ({"prediction": [0, 1, 1, 2]}, "rows whose label is not the name of their prediction"),
             ({"label": ["no", HOSTILE, "no", "no"]}, "rows whose label is not the name of their prediction"),
             ({"label": ["no", HOSTILE, HOSTILE, "maybe"]}, "rows with a label that the model does not have"),
@@ -370,7 +370,7 @@ class TestTables:
 
     def test_a_recount_of_more_than_was_recorded_is_not_the_same(self, tables: dict[str, Table]) -> None:
         assert tables["Recount"].rows[-2:] == (
-            ("Audited rows that agree", "1", "2", "NO"),
+            ("Control rows that agree", "1", "2", "NO"),
             ("Rows that left before the last layer", "3", "3", "yes"),
         )
 
@@ -446,11 +446,12 @@ class TestWriteReport:
             "$1,000.00",
             "$1,650.00",
             "$2,000.00",
-            "1 of 2 audited rows",
+            "1 of 2 control rows",
             "measured on 2 control rows",
         ):
             assert said in page
             assert said in report.text
+        assert page.count("(measured)</text>") == 2
         assert page.count("<svg") == 8
         assert 'role="alert"' not in page
         assert "!!" not in report.text
@@ -482,10 +483,12 @@ class TestWriteReport:
         page = Path(report.path).read_text(encoding="utf-8")
         assert report.evidence.findings == ()
         assert "not measured" in report.text
-        assert "--control 0.01" in report.text
+        # The same command with --control finds all shards committed, and measures nothing.
+        remedy = "classify with --control 0.01, into a new output or with --overwrite, to measure it"
+        assert remedy in " ".join(report.text.split())
         assert "<code>--control</code> 0.01" in page
         assert "Compute time saved (expected)" in page
-        assert "full depth, measured" not in page
+        assert "control rows at full depth" not in page
 
     @pytest.mark.parametrize("status", ["running", "failed", "interrupted"])
     def test_an_unfinished_run_says_so_first(self, tmp_path: Path, status: Any) -> None:
@@ -561,14 +564,22 @@ class TestWriteReport:
 
     def test_a_control_sample_slower_than_the_exits_is_said_to_bound_nothing(self, tmp_path: Path) -> None:
         slow = dataclasses.replace(CONTROL, seconds=(1.0, 1.2))
-        report = write_report(
-            str(write_run(tmp_path / "out", with_totals(control=slow))), price_per_hour=None
-        )
+        report = write_report(str(write_run(tmp_path / "out", with_totals(control=slow))), price_per_hour=3.6)
         text = " ".join(report.text.split())
         assert "41.1 %" in text  # 1 - 1792 / 3040
         assert "44.4 %" not in text
-        assert "no more than the FLOPs saved, since those rows ran in slower micro-batches" in text
-        assert "times all tokens are 7.2 s, for in fewer and emptier micro-batches they took longer" in text
+        said = "bounded by the FLOPs saved: 2 control rows at full depth say more, but ran in slower micro-batches"
+        assert said in text
+        assert "times all tokens are 7.2 s, for in fewer and emptier micro- batches they took longer" in text
+        # 1,000 with exits, by FLOPs 1,696.43; the control rows' 7.2 s would be 1,800.
+        assert "$1,696.43 at full depth (bounded)" in text
+        assert "the exits' own seconds per FLOP, times all FLOPs; the control rows took longer" in text
+        assert "1,800" not in text
+        page = Path(report.path).read_text(encoding="utf-8")
+        assert page.count("(bounded)</text>") == 2  # under the bars of seconds and of money
+        assert "measured on" not in text
+        assert "(measured)" not in page
+        assert "control rows at full depth, times all tokens" in page  # of each layer
 
     def test_the_machines_are_named(self, tmp_path: Path) -> None:
         mixed = with_totals(hardware={"NVIDIA H200": 1, "AMD EPYC": 3})
