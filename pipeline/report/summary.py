@@ -196,6 +196,8 @@ def _plot(reports: Sequence[Report]) -> str:
     known = [(r, r.accounting.full_depth) for r in reports if r.accounting.full_depth is not None]
     figure, axes = new_axes(FULL_WIDTH_INCHES, 0.5 + 0.3 * len(known))
     places = range(len(known))
+    # The end of a path tells runs apart.
+    names = [q.shortened(report.output, MAX_NAME_CHARS, keeps_end=True) for report, _ in known]
     spent = [report.accounting.compute_seconds for report, _ in known]
     full = [found.seconds for _, found in known]
     axes.barh(places, spent, height=0.72, color=EXECUTED)
@@ -212,16 +214,10 @@ def _plot(reports: Sequence[Report]) -> str:
         text = f"{q.duration(spent[place])}  ({q.percent(report.accounting.seconds_saved)} saved)"
         end = max(full[place], spent[place])
         axes.annotate(text, (end, place), (5, 0), textcoords="offset points", **style)
-    axes.set_yticks(places, [_short(report.output) for report, _ in known], parse_math=False)
+    axes.set_yticks(places, names, parse_math=False)
     axes.set_xlim(0, 1.35 * max([*full, *spent]))
     axes.invert_yaxis()
     axes.set_xticks([])
     axes.spines["bottom"].set_visible(False)
     axes.spines["left"].set(visible=True, color=LINE)
     return to_svg(figure, name="runs", title="Compute time of each run, and what exits spared")
-
-
-def _short(output: str) -> str:
-    """The end of a path tells runs apart."""
-    plain = "".join(c if c.isprintable() else "\ufffd" for c in output)
-    return plain if len(plain) <= MAX_NAME_CHARS else f"…{plain[1 - MAX_NAME_CHARS :]}"

@@ -385,7 +385,7 @@ def all_plots(record: RunRecord, labels: tuple[str, ...] = LABELS) -> Iterator[s
         plots.flops_comparison(accounting),
         plots.seconds_comparison(accounting),
         plots.cost_comparison(accounting.cost),
-        plots.label_distribution(labels, range(len(labels))),
+        plots.label_distribution(labels, range(len(labels)), of=accounting.rows),
         plots.score_ranges(ranges, record.model.num_layers),
     )
     return (svg for svg in drawn if svg is not None)
@@ -416,16 +416,24 @@ class TestPlots:
 
     def test_hostile_names_stay_text(self) -> None:
         names = (HOSTILE, "$a$ & $b", "nul\x00\x1b[31m", "日本語", "long " * 50, 'id="x" #1f2a37')
-        svg = plots.label_distribution(names, [6, 5, 4, 3, 2, 1])
+        svg = plots.label_distribution(names, [6, 5, 4, 3, 2, 1], of=21)
         texts = list(ElementTree.fromstring(svg).itertext())
         assert "<script" not in svg
         assert {"$a$ & $b", "nul\ufffd\ufffd[31m", "日本語", 'id="x" #1f2a37'} <= set(texts)
 
     def test_many_labels_are_summed(self) -> None:
-        svg = plots.label_distribution([f"class {i}" for i in range(100)], [1] * 100)
+        svg = plots.label_distribution([f"class {i}" for i in range(100)], [1] * 100, of=100)
         texts = list(ElementTree.fromstring(svg).itertext())
         assert "89 others" in texts
         assert "89  (89.0 %)" in texts
+
+    def test_of_several_labels_a_row_each_has_its_share_of_the_rows(self) -> None:
+        svg = plots.label_distribution(LABELS, [100, 50], of=100, one_each=False)
+        assert {"100  (100.0 %)", "50  (50.0 %)"} <= set(ElementTree.fromstring(svg).itertext())
+        many = plots.label_distribution([f"class {i}" for i in range(13)], [9] * 13, of=10, one_each=False)
+        texts = list(ElementTree.fromstring(many).itertext())
+        assert texts.count("9  (90.0 %)") == 11
+        assert "18" in texts  # of the two others; which rows have both is not known
 
     def test_nothing_is_left_behind_in_matplotlib(self) -> None:
         import matplotlib
@@ -768,6 +776,18 @@ class TestQuantities:
     def test_money(self) -> None:
         spelled = [q.money(12.5, "$"), q.money(0.01234, "$"), q.money(-2.0, "€"), q.money(1.0, "EUR")]
         assert spelled == ["$12.50", "$0.0123", f"{q.MINUS}€2.00", "EUR\u00a01.00"]
+
+    @pytest.mark.parametrize(
+        ("text", "keeps_end", "short"),
+        [
+            ("abcde", False, "abcde"),
+            ("abcdef", False, "abcd…"),
+            ("abcdef", True, "…cdef"),
+            ("a\x1b", True, "a\ufffd"),
+        ],
+    )
+    def test_names_that_are_too_long(self, text: str, keeps_end: bool, short: str) -> None:
+        assert q.shortened(text, 5, keeps_end=keeps_end) == short
 
     def test_flops(self) -> None:
         assert [q.flops(v) for v in (12.0, 3.2e15, 999.9e9)] == ["12 FLOP", "3.2 PFLOP", "1 TFLOP"]
