@@ -87,11 +87,9 @@ def expected_against_measured(found: EvaluatedSet) -> tuple[Picture, ...]:
     ]  # time that exits cost must not stretch the axis of what was expected
     axes.plot(ends, ends, color=LINE, linewidth=1)
     for which, pairs in timed.items():
-        line = ":" if which else "-"
-        _measured_line(
-            axes, [alone for alone, _ in pairs], EXECUTED, f"o{line}", f"one sample at a time{which}"
-        )
-        _measured_line(axes, [engine for _, engine in pairs], MARK, f"s{line}", f"through the engine{which}")
+        one, many = ("^:", "v:") if which else ("o-", "s-")
+        _measured_line(axes, [alone for alone, _ in pairs], EXECUTED, one, f"one sample at a time{which}")
+        _measured_line(axes, [engine for _, engine in pairs], MARK, many, f"through the engine{which}")
     _graph(axes, "expected saving of layer work, %", "time saved, %")
     picture = Picture(
         stem=file_stem(found, "expected_measured"),

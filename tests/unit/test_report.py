@@ -352,7 +352,7 @@ class TestEvidence:
 class TestTables:
     @pytest.fixture
     def tables(self, tmp_path: Path) -> dict[str, Table]:
-        """Those of a run of whose two audited rows both agree, where the record says one."""
+        """Those of a run of whose two control rows both agree, where the record says one."""
         folder = write_run(tmp_path / "out", audit_prediction=[0, None, None, 0])
         found = gather_evidence(parts(folder), RECORD)
         return {table.title: table for table in state_tables(RECORD, account(RECORD), found)}
@@ -587,7 +587,7 @@ class TestWriteReport:
         assert page.count("(bounded)</text>") == 2  # under the bars of seconds and of money
         assert "measured on" not in text
         assert "(measured)" not in page
-        assert "control rows at full depth, times all tokens" in page  # of each layer
+        assert "</i>control rows at full depth<" in page  # of each layer
 
     def test_the_machines_are_named(self, tmp_path: Path) -> None:
         mixed = with_totals(hardware={"NVIDIA H200": 1, "AMD EPYC": 3})
