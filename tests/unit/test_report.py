@@ -31,6 +31,8 @@ from pipeline.report import (
 )
 from pipeline.report import quantities as q
 from pipeline.report.accounting import wilson_interval
+from pipeline.report.facts import state_facts
+from pipeline.report.html import render_page
 from pipeline.report.ledger import Table, state_tables
 from tests.run_by_hand import (
     ATTEMPT,
@@ -463,6 +465,17 @@ class TestWriteReport:
         assert page.count("<svg") == 8
         assert 'role="alert"' not in page
         assert "!!" not in report.text
+
+    def test_labels_of_a_multi_label_run_are_shares_of_its_rows(self, tmp_path: Path) -> None:
+        """All four rows have all thirteen labels."""
+        labels = tuple(f"class {i}" for i in range(13))
+        model = dataclasses.replace(RECORD.model, labels=labels, problem_type="multi_label_classification")
+        record, accounting = dataclasses.replace(RECORD, model=model), account(RECORD)
+        found = gather_evidence(parts(write_run(tmp_path / "out")), RECORD)
+        found = dataclasses.replace(found, label_rows=(4,) * 13)
+        page = render_page("out", record, accounting, found, state_facts(record, accounting, found))
+        assert page.count(">4  (100.0 %)</text>") == 11
+        assert page.count(">8</text>") == 1  # of the two others: whose rows are the same ones
 
     def test_work_that_was_done_again_is_told_apart(self, tmp_path: Path) -> None:
         again = COMPUTE + COMPUTE
