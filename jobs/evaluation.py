@@ -7,7 +7,7 @@ of flags' spelling, pages or pictures.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,16 +18,16 @@ from deebert.baselines import StaticStyle, kept_layers
 from deebert.checkpoint import store_int8_agreement
 from deebert.encoder import PackedEncoder
 from deebert.evaluation import LabelledSequences, Trace, predictions, trace
-from deebert.exit_policy import FULL_DEPTH, StoredPolicy
+from deebert.exit_policy import FULL_DEPTH, EntropyThreshold, StoredPolicy
 from deebert.precision import LEAST_INT8_AGREEMENT, resolve_precision
-from deebert.problem import REGRESSION
+from deebert.problem import REGRESSION, Problem, problem_of
 from deebert.training import BackboneStage, Recipe
 from jobs.labelled import LabelledSource, sample
 from jobs.scoring import evaluated
 from jobs.static import StaticBaseline, train_static
 from jobs.subject import Subject, load_subject, origin_of, packed_encoder
 from jobs.terminal import showing
-from jobs.timing import Contender, choose_samples, measure
+from jobs.timing import Contender, Measure, Timing, choose_samples, measure
 from jobs.traces import (
     StaticRecord,
     TracedSet,
@@ -67,7 +67,10 @@ def run(job: EvaluateJob) -> Evaluation:
         raise UsageError(
             f"the model {job.model!r} is a regression, which has no labels to keep: leave --store-agreement out"
         )
+    if subject is not None:  # before anything is traced
+        _check_thresholds(job, subject.encoder.problem, subject.labels)
     file = traced_file(job, subject)
+    _check_thresholds(job, problem_of(file.origin.problem_type), file.origin.labels)
     statics = file.statics
     if subject is not None and subject.data:
         fresh: tuple[StaticBaseline, ...] = ()
@@ -88,6 +91,14 @@ def run(job: EvaluateJob) -> Evaluation:
         origin=origin,
         sets=tuple(evaluated(name, file, policies_of(job, file), statics) for name in file.sets),
     )
+
+
+def _check_thresholds(job: EvaluateJob, problem: Problem, labels: Sequence[str]) -> None:
+    """What `classify` would refuse is no operating point to show. Where answers have no entropy, none is tried."""
+    for threshold in () if problem.outcomes(len(labels)) is None else job.thresholds:
+        EntropyThreshold(threshold).check(
+            problem=problem, num_labels=len(labels), num_layers=1, learns_to_exit=False
+        )
 
 
 def _lengths(origin: TraceOrigin) -> str:
@@ -264,8 +275,23 @@ def _timed(
         if job.timing_rows == 0 or wanted <= alike:
             continue
         log.info("measuring %d contenders in turn, %d rounds", len(contenders), job.timing_rounds)
-        timings[name] = measure(contenders, alone, engine, rounds=job.timing_rounds)
+        kept = _of_earlier_rounds(timings.get(name, ()), {record.name for record in file.statics} - wanted)
+        timings[name] = (*measure(contenders, alone, engine, rounds=job.timing_rounds), *kept)
     return file if timings == file.timings else _kept(job, replace(file, timings=timings))
+
+
+def _of_earlier_rounds(timings: Sequence[Timing], names: Set[str]) -> tuple[Timing, ...]:
+    """Those of static baselines whose models are gone, each beside full depth's seconds of its own rounds."""
+    full = next((timing for timing in timings if timing.name == FULL_DEPTH_NAME), None)
+
+    def beside(mine: Measure, whole: Measure) -> Measure:
+        return mine if mine.full_depth_seconds else replace(mine, full_depth_seconds=whole.seconds)
+
+    return tuple(
+        replace(timing, alone=beside(timing.alone, full.alone), engine=beside(timing.engine, full.engine))
+        for timing in timings
+        if full is not None and timing.name in names
+    )
 
 
 def policies_of(job: EvaluateJob, file: TraceFile) -> dict[str, StoredPolicy]:

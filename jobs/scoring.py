@@ -111,6 +111,7 @@ class _SetScorer:
             samples=mine.samples,
             rounds=self.timings[name].rounds,
             seconds=mine.seconds,
-            saving=1.0 - mine.seconds / full.seconds,
+            saving=1.0 - mine.seconds / (mine.full_depth_seconds or full.seconds),
             expected_saving=1.0 - mine.mean_exit_layer / self.shape.num_layers,
+            in_earlier_rounds=mine.full_depth_seconds is not None,
         )

@@ -42,6 +42,8 @@ class Measure:
     """All samples; the median round."""
     mean_exit_layer: float
     """Of these very samples."""
+    full_depth_seconds: float | None = None
+    """Full depth's in the same rounds, where those were before the rounds of the other contenders of its set."""
 
 
 @dataclass(frozen=True, kw_only=True)

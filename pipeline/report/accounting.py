@@ -18,8 +18,9 @@ from deebert.cost import ModelShape, expected_saving, mean_exit_layer
 from pipeline.engine.stats import EngineStats
 from pipeline.records import Attempt, ModelRecord, RunRecord, Totals
 
-Basis = Literal["measured", "expected"]
-"""``measured``: the control sample ran at full depth and was timed. ``expected``: scaled by FLOPs."""
+Basis = Literal["measured", "bounded", "expected"]
+"""``measured``: the control sample ran at full depth and was timed. ``bounded``: it did, but took longer than the exit
+lane's own time, scaled by FLOPs, which counts instead. ``expected``: that, without a control sample."""
 
 SECONDS_PER_HOUR = 3600.0
 DOCUMENTS_PER_PRICE = 1_000_000
@@ -50,12 +51,7 @@ class FullDepth:
     """What the control sample took, scaled to all tokens; None when expected."""
     basis: Basis
     control_rows: int
-    """Rows the measurement rests on; 0 when expected."""
-
-    @property
-    def is_bounded(self) -> bool:
-        """Whether the control sample took longer than `seconds`."""
-        return self.control_seconds is not None and self.control_seconds > self.seconds
+    """Rows of the control sample; 0 when expected."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,21 +126,15 @@ class Accounting:
     control_batch_samples: float | None
     """Mean samples per micro-batch of the audit lane; a much smaller one makes full depth look slow."""
     agreement: Agreement | None
-    """None where no row was audited, and of a regression, which has `difference` instead."""
+    """None without control rows, and of a regression, which has `difference` instead."""
     difference: float | None
-    """Of a regression: mean |number - full depth's| of the audited rows."""
+    """Of a regression: mean |number - full depth's| of the control rows."""
     wall_seconds: float
     """Summed over attempts."""
     rows_per_second: float | None
     """Committed rows per wall second, start-up included."""
     cost: Cost | None
     layers: tuple[LayerAccount, ...]
-
-    @property
-    def measured_saving(self) -> float | None:
-        """Share of compute seconds saved, only if full depth was measured."""
-        measured = self.full_depth is not None and self.full_depth.basis == "measured"
-        return self.seconds_saved if measured else None
 
 
 def account(record: RunRecord, *, price_per_hour: float | None = None, currency: str = "$") -> Accounting:
@@ -275,9 +265,8 @@ def _full_depth(totals: Totals, executed: float, at_full_depth: float) -> FullDe
     by_flops = spent * at_full_depth / executed if executed > 0 and spent > 0 else math.inf
     if scale is not None:
         found, rows = totals.control.total_seconds * scale, totals.audited_rows
-        return FullDepth(
-            seconds=min(found, by_flops), control_seconds=found, basis="measured", control_rows=rows
-        )
+        basis: Basis = "measured" if found <= by_flops else "bounded"
+        return FullDepth(seconds=min(found, by_flops), control_seconds=found, basis=basis, control_rows=rows)
     if by_flops < math.inf:
         return FullDepth(seconds=by_flops, control_seconds=None, basis="expected", control_rows=0)
     return None

@@ -53,7 +53,7 @@ def draw(found: EvaluatedSet) -> tuple[Picture, ...]:
 
 def quality_against_saving(found: EvaluatedSet) -> Picture:
     """The score over the share saved: of layer work, and of time where it was measured."""
-    curve = (found.full, *(found.thresholds or found.certainties))
+    curve = _by_saving(found.full, *(found.thresholds or found.certainties))
     timed = [(point, point.alone.saving) for point in curve if point.alone]
     # Beside it stand two half-width figures where time was measured, else one.
     figure, axes = new_axes(FULL_WIDTH_INCHES if timed else HALF_WIDTH_INCHES, _CURVE_HEIGHT_INCHES)
@@ -61,7 +61,7 @@ def quality_against_saving(found: EvaluatedSet) -> Picture:
         _line(axes, [x for _, x in timed], [p for p, _ in timed], FULL_DEPTH, "s", "time, measured alone")
     _line(axes, [p.saving for p in curve], curve, EXECUTED, "o", "layer work, expected")
     if found.thresholds and found.certainties:
-        learned = (found.full, *found.certainties)
+        learned = _by_saving(found.full, *found.certainties)
         _line(axes, [p.saving for p in learned], learned, MARK, "^", "layer work, learned exits")
     _static_marks(axes, [100 * point.saving for point in found.statics], found.statics)
     _name_thresholds(axes, found.thresholds or found.certainties)
@@ -71,15 +71,25 @@ def quality_against_saving(found: EvaluatedSet) -> Picture:
 
 def expected_against_measured(found: EvaluatedSet) -> tuple[Picture, ...]:
     """Time saved over the saving that Eq. 2 expects of the same samples; none where nothing was measured."""
-    curve = (found.full, *found.thresholds, *found.certainties)
-    alone, engine = [p.alone for p in curve if p.alone], [p.engine for p in curve if p.engine]
-    if not alone:
+    curves = {"": (found.full, *(found.thresholds or found.certainties))}
+    if found.thresholds and found.certainties:
+        curves[", learned exits"] = (found.full, *found.certainties)
+    timed = {
+        which: [(p.alone, p.engine) for p in curve if p.alone and p.engine] for which, curve in curves.items()
+    }
+    expected = [100 * m.expected_saving for pairs in timed.values() for pair in pairs for m in pair]
+    if not expected:
         return ()
     figure, axes = new_axes(HALF_WIDTH_INCHES, _CURVE_HEIGHT_INCHES)
-    values = [100 * x for m in (*alone, *engine) for x in (m.saving, m.expected_saving)]
-    axes.plot([min(0.0, *values), max(values)], [min(0.0, *values), max(values)], color=LINE, linewidth=1)
-    _measured_line(axes, alone, EXECUTED, "o", "one sample at a time")
-    _measured_line(axes, engine, MARK, "s", "through the engine")
+    ends = [
+        min(expected),
+        max(expected),
+    ]  # time that exits cost must not stretch the axis of what was expected
+    axes.plot(ends, ends, color=LINE, linewidth=1)
+    for which, pairs in timed.items():
+        one, many = ("^:", "v:") if which else ("o-", "s-")
+        _measured_line(axes, [alone for alone, _ in pairs], EXECUTED, one, f"one sample at a time{which}")
+        _measured_line(axes, [engine for _, engine in pairs], MARK, many, f"through the engine{which}")
     _graph(axes, "expected saving of layer work, %", "time saved, %")
     picture = Picture(
         stem=file_stem(found, "expected_measured"),
@@ -163,9 +173,14 @@ def _line(
     axes.plot([100 * s for s in savings], scores, marker=marker, markersize=5, color=colour, label=label)
 
 
-def _measured_line(axes: Axes, measured: Sequence[Measured], colour: str, marker: str, label: str) -> None:
-    expected, saved = [100 * m.expected_saving for m in measured], [100 * m.saving for m in measured]
-    axes.plot(expected, saved, marker=marker, markersize=5, color=colour, label=label)
+def _measured_line(axes: Axes, measured: Sequence[Measured], colour: str, style: str, label: str) -> None:
+    marks = sorted(((100 * m.expected_saving, 100 * m.saving) for m in measured), key=lambda mark: mark[0])
+    axes.plot(*zip(*marks, strict=True), style, markersize=5, color=colour, label=label)
+
+
+def _by_saving(*points: EvaluatedPoint) -> list[EvaluatedPoint]:
+    """Certainty thresholds rise as savings fall: in their own order, a line from full depth would loop back."""
+    return sorted(points, key=lambda point: point.saving)
 
 
 def _static_marks(axes: Axes, xs: Sequence[float], statics: Sequence[EvaluatedPoint]) -> None:

@@ -27,6 +27,8 @@ class Measured:
     """Share of full depth's time saved."""
     expected_saving: float
     """Eq. 2 on these very samples."""
+    in_earlier_rounds: bool = False
+    """Than those of the other points: so was the full depth that `saving` is against."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,15 +154,24 @@ def _threshold_row(point: EvaluatedPoint, full: EvaluatedPoint) -> tuple[str, ..
 
 def _timing_table(found: EvaluatedSet) -> Table:
     timed = [(p.name, p.alone, p.engine) for p in found.points if p.alone and p.engine]
-    _, alone, engine = timed[0]
+    _, alone, engine = timed[0]  # full depth
+    earlier = "".join(
+        f" {name}: {a.samples:,} alone and {e.samples:,} in the engine, the median of {a.rounds} earlier rounds, "
+        "against full depth's time in those."
+        for name, a, e in timed
+        if a.in_earlier_rounds
+    )
     ways = ("expected saving, {} %", "ms a sample, {}", "time saved, {} %")
     return Table(
         title=_title(found, "Measured time"),
         columns=("threshold", *(way.format(which) for which in ("alone", "engine") for way in ways)),
-        rows=tuple((name, *_time_cells(a), *_time_cells(e)) for name, a, e in timed),
+        rows=tuple(
+            (f"{name}, earlier" if a.in_earlier_rounds else name, *_time_cells(a), *_time_cells(e))
+            for name, a, e in timed
+        ),
         note=f"Alone: {alone.samples:,} samples, one at a time, as in the paper. Engine: {engine.samples:,} samples "
         f"handed over at once. The median of {alone.rounds} rounds in which all took their turn. Expected: Eq. 2 on "
-        "the samples timed.",
+        f"the samples timed.{earlier}",
     )
 
 

@@ -15,7 +15,7 @@ from pipeline.report.evidence import Evidence
 from pipeline.report.ledger import Table, state_tables
 from pipeline.report.outlook import Outlook, outlook_table, outlook_warnings
 
-MEASURE_IT = "run with --control 0.01 to measure it"
+MEASURE_IT = "classify with --control 0.01, into a new output or with --overwrite, to measure it"
 PRICE_IT = "give --price-per-hour to state it"
 SMALL_BATCH_SHARE = 0.5
 
@@ -115,13 +115,17 @@ def _rows_basis(record: RunRecord, accounting: Accounting) -> str:
 def _time_saved(accounting: Accounting) -> Fact:
     if accounting.full_depth is None:
         return Fact(name="Compute time saved", value=q.NOT_MEASURED, basis=f"nothing ran yet; {MEASURE_IT}")
-    if accounting.full_depth.basis == "measured":
-        basis = f"measured on {q.count(accounting.full_depth.control_rows)} control rows at full depth"
-        if accounting.full_depth.is_bounded:
-            basis += "; no more than the FLOPs saved, since those rows ran in slower micro-batches"
-        return Fact(name="Compute time saved", value=q.percent(accounting.seconds_saved), basis=basis)
-    basis = f"expected from FLOPs, not measured: {MEASURE_IT}"
-    return Fact(name="Compute time saved (expected)", value=q.percent(accounting.seconds_saved), basis=basis)
+    rows = f"{q.count(accounting.full_depth.control_rows)} control rows at full depth"
+    words: dict[Basis, str] = {
+        "measured": f"measured on {rows}",
+        "bounded": f"bounded by the FLOPs saved: {rows} say more, but ran in slower micro-batches",
+        "expected": f"expected from FLOPs, not measured: {MEASURE_IT}",
+    }
+    basis = accounting.full_depth.basis
+    mark = "" if basis == "measured" else f" ({basis})"
+    return Fact(
+        name=f"Compute time saved{mark}", value=q.percent(accounting.seconds_saved), basis=words[basis]
+    )
 
 
 def _agreement(accounting: Accounting) -> Fact:
@@ -129,7 +133,7 @@ def _agreement(accounting: Accounting) -> Fact:
         return Fact(
             name="Difference from full depth",
             value=f"{accounting.difference:.4g}",
-            basis="mean absolute difference of the audited rows' numbers",
+            basis="mean absolute difference of the control rows' numbers",
         )
     name, found = "Agreement with full depth", accounting.agreement
     if found is None:
@@ -137,7 +141,7 @@ def _agreement(accounting: Accounting) -> Fact:
     return Fact(
         name=name,
         value=q.percent(found.share),
-        basis=f"{q.count(found.agreeing_rows)} of {q.count(found.audited_rows)} audited rows; "
+        basis=f"{q.count(found.agreeing_rows)} of {q.count(found.audited_rows)} control rows; "
         f"95 % interval {q.percent(found.low)} to {q.percent(found.high)}",
     )
 
@@ -224,10 +228,10 @@ def _full_depth_basis(accounting: Accounting) -> str:
         return f"expected: the measured time with exits, scaled by FLOPs; {MEASURE_IT}"
     rows = q.count(full_depth.control_rows)
     measured = f"seconds per token of {rows} control rows without exits, times all tokens"
-    if full_depth.is_bounded:
+    if full_depth.basis == "bounded":
         slower = q.duration(full_depth.control_seconds)
         return (
-            f"the exits' own seconds per FLOP, times all FLOPs; {measured} are {slower}, for in fewer and "
+            f"bounded: the exits' own seconds per FLOP, times all FLOPs; {measured} are {slower}, for in fewer and "
             "emptier micro-batches they took longer"
         )
     return f"measured: {measured}"
@@ -238,6 +242,7 @@ def _cost_facts(cost: Cost) -> Iterator[Fact]:
     scope = f"model compute at {price} per replica-hour; no start-up, idle time or storage"
     words: dict[Basis, str] = {
         "measured": "measured on the control rows",
+        "bounded": "bounded: the exits' own seconds per FLOP, times all FLOPs; the control rows took longer",
         "expected": f"expected; {MEASURE_IT}",
     }
     million = "per million documents"

@@ -31,7 +31,7 @@ def render_page(
         facts=facts,
         plots=_plots(record, accounting, evidence, outlook),
         corpus=None if outlook is None else q.count(outlook.documents),
-        is_measured=accounting.measured_saving is not None,
+        has_control=accounting.control_seconds > 0,
         wide_layers=not plots.fits_half_width(record.model.num_layers),
     )
 
@@ -49,7 +49,12 @@ def _plots(
         "exit_histogram": plots.exit_histogram(accounting),
         "layer_work": plots.layer_work(accounting),
         "seconds_per_layer": plots.seconds_per_layer(accounting),
-        "labels": plots.label_distribution(record.model.labels, evidence.label_rows)
+        "labels": plots.label_distribution(
+            record.model.labels,
+            evidence.label_rows,
+            of=evidence.rows,
+            one_each=record.model.problem_type != "multi_label_classification",
+        )
         if any(evidence.label_rows)
         else None,
         "scores": plots.score_ranges(evidence.score_ranges, record.model.num_layers)

@@ -53,12 +53,12 @@ def _layer_table(accounting: Accounting, evidence: Evidence) -> Table:
             "Micro-batches",
             "Seconds",
             "At full depth",
-            "Audited",
+            "Control rows",
             "Agreement",
         ),
         rows=rows,
         note="A dot after the layer marks an off-ramp; layer 0 is the embeddings. At full depth: the "
-        "seconds of the control sample, scaled to all tokens. Audited, agreement: of rows leaving after a layer, "
+        "seconds of the control sample, scaled to all tokens. Control rows, agreement: of rows leaving after a layer, "
         "recounted from the parts.",
     )
 
@@ -87,8 +87,8 @@ def _recount_table(record: RunRecord, evidence: Evidence) -> Table:
         ("Rows", totals.rows, evidence.rows),
         ("Tokens", totals.tokens, evidence.tokens),
         ("Truncated rows", totals.truncated_rows, evidence.truncated_rows),
-        ("Audited rows", totals.audited_rows, sum(evidence.audited_rows)),
-        ("Audited rows that agree", totals.audit_agreements, sum(evidence.agreeing_rows)),
+        ("Control rows", totals.audited_rows, sum(evidence.audited_rows)),
+        ("Control rows that agree", totals.audit_agreements, sum(evidence.agreeing_rows)),
         ("Rows that left before the last layer", sum(totals.exit_rows[:-1]), sum(evidence.exit_rows[:-1])),
     )
     return Table(

@@ -118,15 +118,24 @@ def cost_comparison(cost: Cost | None) -> str | None:
     return _comparison("cost", title, values, labels, cost.basis)
 
 
-def label_distribution(labels: Sequence[str], rows: Sequence[int]) -> str:
-    """Rows per predicted label, the most frequent first; the tail is summed."""
+def label_distribution(labels: Sequence[str], rows: Sequence[int], *, of: int, one_each: bool = True) -> str:
+    """Rows per predicted label, the most frequent first; the tail is summed.
+
+    Args:
+        labels: names.
+        rows: of each label.
+        of: all rows, which the shares are of.
+        one_each: whether a row has one label.
+    """
     names, counts = _head_and_tail(labels, rows)
     figure, axes = new_axes(HALF_WIDTH_INCHES, 0.55 + 0.28 * len(names))
-    total, places = max(sum(counts), 1), range(len(names))
+    texts, places = [f"{q.count(n)}  ({q.percent(n / max(of, 1))})" for n in counts], range(len(names))
+    if len(labels) > MAX_LABELS and not one_each:
+        texts[-1] = q.count(counts[-1])  # a row that has two of these labels is in it twice: no share of rows
     axes.barh(places, counts, height=BAR_SHARE, color=EXECUTED)
-    for place, n in zip(places, counts, strict=True):
-        _beside(axes, n, place, f"{q.count(n)}  ({q.percent(n / total)})")
-    axes.set_yticks(places, [_short(name) for name in names], parse_math=False)
+    for place, (n, text) in enumerate(zip(counts, texts, strict=True)):
+        _beside(axes, n, place, text)
+    axes.set_yticks(places, [q.shortened(name, MAX_NAME_CHARS) for name in names], parse_math=False)
     _lying_axis(axes, max(counts, default=0), room=1.6)
     return to_svg(figure, name="labels", title="Rows per predicted label")
 
@@ -234,9 +243,3 @@ def _head_and_tail(labels: Sequence[str], rows: Sequence[int]) -> tuple[list[str
     if tail:
         names, counts = [*names, f"{len(tail)} others"], [*counts, sum(n for _, n in tail)]
     return names, counts
-
-
-def _short(name: str) -> str:
-    """User text: control characters are not XML, and a long name would squeeze the bars."""
-    plain = "".join(c if c.isprintable() else "\ufffd" for c in name)
-    return plain if len(plain) <= MAX_NAME_CHARS else f"{plain[: MAX_NAME_CHARS - 1]}…"

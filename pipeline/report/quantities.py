@@ -1,4 +1,7 @@
-"""How the report spells numbers: counts, shares, durations, FLOPs, money. Knows nothing of runs."""
+"""How the report spells numbers: counts, shares, durations, FLOPs, money; and names of others' choice.
+
+Knows nothing of runs.
+"""
 
 from __future__ import annotations
 
@@ -65,6 +68,19 @@ def rate(rows_per_second: float | None) -> str:
     if rows_per_second is None:
         return NOT_MEASURED
     return f"{rows_per_second:,.0f}" if rows_per_second >= 100 else f"{rows_per_second:.3g}"
+
+
+def printable(text: str, instead: str = "\ufffd") -> str:
+    """User text with `instead` for each control character: they are not XML, and would steer a terminal."""
+    return "".join(c if c.isprintable() else instead for c in text)
+
+
+def shortened(text: str, most: int, *, keeps_end: bool = False) -> str:
+    """User text in at most `most` printable characters: its beginning, or its end."""
+    plain = printable(text)
+    if len(plain) <= most:
+        return plain
+    return f"…{plain[1 - most :]}" if keeps_end else f"{plain[: most - 1]}…"
 
 
 def decimal(value: float | None, digits: int = 2) -> str:

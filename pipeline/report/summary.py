@@ -5,6 +5,7 @@ Arithmetic over what `write_report` found of each run. Knows nothing of parts or
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup
 
 from pipeline.report import quantities as q
-from pipeline.report.accounting import SECONDS_PER_HOUR, Accounting
+from pipeline.report.accounting import SECONDS_PER_HOUR, Accounting, Basis
 from pipeline.report.facts import Fact, Facts
 from pipeline.report.ledger import Table, brief_policy
 from pipeline.report.svg import EXECUTED, FULL_WIDTH_INCHES, INK, LINE, SAVED, TEXT_POINTS, new_axes, to_svg
@@ -39,11 +40,8 @@ class _Sum:
     rows: int
     spent: float
     full_depth: float
-    expected_runs: int
-    """Whose full depth is expected from FLOPs, not measured."""
-
-    bounded_runs: int
-    """Whose control sample was slower than their saved FLOPs allow."""
+    bases: Counter[Basis]
+    """Of how many runs full depth is known in which way."""
 
     @property
     def saved(self) -> float | None:
@@ -79,8 +77,7 @@ def _total(accounts: Sequence[Accounting]) -> _Sum:
         rows=sum(a.rows for a in accounts),
         spent=sum(spent for spent, _ in known),
         full_depth=sum(full.seconds for _, full in known),
-        expected_runs=sum(full.basis == "expected" for _, full in known),
-        bounded_runs=sum(full.is_bounded for _, full in known),
+        bases=Counter(full.basis for _, full in known),
     )
 
 
@@ -113,10 +110,15 @@ def _headline(total: _Sum, price_per_hour: float | None, currency: str) -> Itera
 def _basis(total: _Sum) -> str:
     if total.saved is None:
         return "nothing ran yet"
-    if total.expected_runs:
-        return f"of {total.expected_runs} of {total.runs} runs expected from FLOPs, not measured"
-    bounded = f"; of {total.bounded_runs} no more than the FLOPs saved" if total.bounded_runs else ""
-    return f"measured on control rows at full depth{bounded}"
+    words: dict[Basis, str] = {
+        "measured": "measured on control rows at full depth",
+        "bounded": "bounded by the FLOPs saved, since the control rows ran in slower micro-batches",
+        "expected": "expected from FLOPs, not measured",
+    }
+    found = {basis: total.bases[basis] for basis in words if total.bases[basis]}
+    if len(found) == 1:
+        return words[next(iter(found))]
+    return "; ".join(f"of {runs} of {total.runs} runs {words[basis]}" for basis, runs in found.items())
 
 
 def _cost(seconds: float, price_per_hour: float) -> float:
@@ -153,8 +155,9 @@ def _table(reports: Sequence[Report], total: _Sum, price_per_hour: float | None,
                 *_cost_cells(total.spent, total.full_depth, price_per_hour, currency),
             ),
         ),
-        note="Compute: of the model, summed over replicas. At full depth: measured on the control rows, or (e) "
-        "expected from FLOPs. Agreement: of audited rows with full depth. Seconds of unlike machines are summed as "
+        note="Compute: of the model, summed over replicas. At full depth: measured on the control rows, (b) "
+        "bounded by the FLOPs saved, where those took longer, or (e) expected from FLOPs. Agreement: of control rows "
+        "with full depth. Seconds of unlike machines are summed as "
         "they are.",
     )
 
@@ -162,7 +165,7 @@ def _table(reports: Sequence[Report], total: _Sum, price_per_hour: float | None,
 def _row(report: Report, price_per_hour: float | None, currency: str) -> tuple[str, ...]:
     accounting, record = report.accounting, report.record
     full, agreement = accounting.full_depth, accounting.agreement
-    mark = " (e)" if full is not None and full.basis == "expected" else ""
+    marks: dict[Basis, str] = {"measured": "", "bounded": " (b)", "expected": " (e)"}
     return (
         report.output,
         record.status,
@@ -170,7 +173,7 @@ def _row(report: Report, price_per_hour: float | None, currency: str) -> tuple[s
         q.count(accounting.rows),
         "–" if accounting.mean_exit_layer is None else f"{accounting.mean_exit_layer:.2f}",
         q.duration(accounting.compute_seconds),
-        "–" if full is None else f"{q.duration(full.seconds)}{mark}",
+        "–" if full is None else f"{q.duration(full.seconds)}{marks[full.basis]}",
         "–" if full is None else q.percent(accounting.seconds_saved),
         "–" if agreement is None else q.percent(agreement.share),
         *_cost_cells(accounting.compute_seconds, full.seconds if full else None, price_per_hour, currency),
@@ -193,6 +196,8 @@ def _plot(reports: Sequence[Report]) -> str:
     known = [(r, r.accounting.full_depth) for r in reports if r.accounting.full_depth is not None]
     figure, axes = new_axes(FULL_WIDTH_INCHES, 0.5 + 0.3 * len(known))
     places = range(len(known))
+    # The end of a path tells runs apart.
+    names = [q.shortened(report.output, MAX_NAME_CHARS, keeps_end=True) for report, _ in known]
     spent = [report.accounting.compute_seconds for report, _ in known]
     full = [found.seconds for _, found in known]
     axes.barh(places, spent, height=0.72, color=EXECUTED)
@@ -209,16 +214,10 @@ def _plot(reports: Sequence[Report]) -> str:
         text = f"{q.duration(spent[place])}  ({q.percent(report.accounting.seconds_saved)} saved)"
         end = max(full[place], spent[place])
         axes.annotate(text, (end, place), (5, 0), textcoords="offset points", **style)
-    axes.set_yticks(places, [_short(report.output) for report, _ in known], parse_math=False)
+    axes.set_yticks(places, names, parse_math=False)
     axes.set_xlim(0, 1.35 * max([*full, *spent]))
     axes.invert_yaxis()
     axes.set_xticks([])
     axes.spines["bottom"].set_visible(False)
     axes.spines["left"].set(visible=True, color=LINE)
     return to_svg(figure, name="runs", title="Compute time of each run, and what exits spared")
-
-
-def _short(output: str) -> str:
-    """The end of a path tells runs apart."""
-    plain = "".join(c if c.isprintable() else "\ufffd" for c in output)
-    return plain if len(plain) <= MAX_NAME_CHARS else f"…{plain[1 - MAX_NAME_CHARS :]}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator
 
+from pipeline.report import quantities as q
 from pipeline.report.facts import Fact, Facts
 from pipeline.report.ledger import Table
 
@@ -22,7 +23,7 @@ def render_text(facts: Facts) -> str:
 
 
 def _warning(text: str) -> str:
-    return textwrap.fill(_printable(text), LINE_WIDTH, initial_indent="!! ", subsequent_indent="   ")
+    return textwrap.fill(q.printable(text, " "), LINE_WIDTH, initial_indent="!! ", subsequent_indent="   ")
 
 
 def _facts(facts: tuple[Fact, ...]) -> str:
@@ -43,7 +44,7 @@ def _wrapped(fact: Fact, room: int) -> Iterator[tuple[str, ...]]:
 
 def _table(table: Table) -> str:
     right = tuple(range(1, len(table.columns)))
-    headings, *rows = (tuple(_printable(cell) for cell in row) for row in (table.columns, *table.rows))
+    headings, *rows = (tuple(q.printable(cell, " ") for cell in row) for row in (table.columns, *table.rows))
     lines = _align([headings, *rows], right=right).split("\n")
     rule = "-" * max(len(line) for line in lines)
     notes = textwrap.wrap(table.note, LINE_WIDTH)
@@ -58,8 +59,3 @@ def _align(rows: list[tuple[str, ...]], right: tuple[int, ...]) -> str:
 def _pad(row: tuple[str, ...], widths: list[int], right: tuple[int, ...]) -> Iterator[str]:
     for i, (cell, width) in enumerate(zip(row, widths, strict=True)):
         yield cell.rjust(width) if i in right else cell.ljust(width)
-
-
-def _printable(text: str) -> str:
-    """User text must not steer the terminal."""
-    return "".join(c if c.isprintable() else " " for c in text)

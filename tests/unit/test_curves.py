@@ -117,8 +117,37 @@ class TestFigures:
         (axes,) = panels(FOUND, "expected_measured")
 
         found = lines(axes)
-        assert found["one sample at a time"] == near((10, 0), (28, 18), (40, 30), (62, 52), (22, 12))
-        assert found["through the engine"] == near((10, 0), (23.5, 13.5), (32.5, 22.5), (49, 39), (19, 9))
+        assert found["one sample at a time"] == near((10, 0), (28, 18), (40, 30), (62, 52))
+        assert found["one sample at a time, learned exits"] == near((10, 0), (22, 12))
+        assert found["through the engine"] == near((10, 0), (23.5, 13.5), (32.5, 22.5), (49, 39))
+        assert found["through the engine, learned exits"] == near((10, 0), (19, 9))
+
+    def test_lines_do_not_loop_back_where_savings_fall_as_thresholds_rise(self) -> None:
+        # A sample that leaves saves three of four layers; certainties in their own order.
+        learned = tuple(
+            point(f"certainty {c}", score, 0.8, (0, n, 0, 0, 10 - n))
+            for c, score, n in ((0.5, 0.6, 8), (0.7, 0.7, 4), (0.9, 0.75, 2))
+        )
+        both, alone = replace(FOUND, certainties=learned), replace(FOUND, thresholds=(), certainties=learned)
+        curve = near((0, 80), (15, 75), (30, 70), (60, 60))
+
+        assert lines(*panels(both, "quality_saving"))["layer work, learned exits"] == curve
+        assert lines(*panels(alone, "quality_saving"))["layer work, expected"] == curve
+        assert lines(*panels(alone, "quality_saving"))["time, measured alone"] == near(
+            (0, 80), (12, 75), (24, 70), (48, 60)
+        )
+        of_time = near((10, 0), (22, 12), (34, 24), (58, 48))
+        assert lines(*panels(both, "expected_measured"))["one sample at a time, learned exits"] == of_time
+        assert lines(*panels(alone, "expected_measured"))["one sample at a time"] == of_time
+
+    def test_exits_that_cost_time_do_not_stretch_the_axis_of_what_was_expected(self) -> None:
+        costly = replace(FOUND.thresholds[0], engine=replace(measured(0.2, samples=50), saving=-2.5))
+
+        (axes,) = panels(replace(FOUND, thresholds=(costly,), certainties=()), "expected_measured")
+
+        diagonal, *_ = (line.get_xydata().tolist() for line in axes.get_lines())
+        assert diagonal == near((10, 10), (30, 30))
+        assert axes.get_xlim()[0] > 0
 
     def test_without_timings_there_is_no_figure_of_time(self) -> None:
         full = point("full depth", 0.8, 0.9, (0, 0, 0, 0, 10), timed=False)

@@ -447,6 +447,34 @@ class TestStaticBaselines:
         with pytest.raises(AssertionError, match="trained again"):
             run(*data, *kept, *static, "--max-train-rows", 17, "--epochs", 1)
 
+    def test_their_times_outlive_their_models(
+        self, pair_model: Path, backbone: Path, glue: Path, run: Run, tmp_path: Path
+    ) -> None:
+        """A threshold more is measured with all that can be; a baseline's model was not kept."""
+        data = ("--model", pair_model, "--glue-dir", glue, "--task", "mrpc")
+        kept = ("--trace", tmp_path / "t.parquet", "--timing-rounds", 1, "--output", tmp_path / "out")
+        static = ("--static-depths", "2", "--backbone", backbone, "--max-train-rows", 16, "--epochs", 1)
+        name = "static 2 (first)"
+
+        def measured() -> dict[str, dict[str, str]]:
+            rows = read(tmp_path / "out" / "timings.csv")
+            return {row.pop("threshold"): row for row in rows}
+
+        def saved() -> tuple[str, str]:
+            row = next(row for row in read(tmp_path / "out" / "thresholds.csv") if row["threshold"] == name)
+            return row["time saved, alone %"], row["time saved, engine %"]
+
+        run(*data, *static, *kept, *flags((0.3,)), "--timing-rows", 8)
+        first, savings = measured(), saved()
+        for thresholds, rows in (((0.3, 0.6), 8), ((0.3, 0.6, 0.68), 6)):
+            run(*data, *kept, *flags(thresholds), "--timing-rows", rows)
+
+            assert set(measured()) == {"full depth", *map(str, thresholds), f"{name}, earlier"}
+            assert measured()[f"{name}, earlier"] == first[name]
+            assert saved() == savings
+        said = "static 2 (first): 8 alone and 60 in the engine, the median of 1 earlier rounds, against full depth"
+        assert said in (tmp_path / "out" / "report.html").read_text().replace("&#39;", "'")
+
     def test_they_are_not_trained_on_the_rows_that_score_them(
         self, pair_model: Path, backbone: Path, glue: Path, refusal: Run
     ) -> None:
@@ -497,6 +525,23 @@ class TestFlags:
         assert refusal(*data, "--max-length", 2) == (
             "--max-length 2 is less than the 3 special tokens of a pair of texts: give more"
         )
+
+    def test_a_threshold_that_no_answer_can_be_above(
+        self, refusal: Run, run: Run, pair_model: Path, glue: Path, tmp_path: Path
+    ) -> None:
+        says = (
+            "the entropy threshold 5 is above ln(2) = 0.6931, the largest entropy of 2 labels: give at most that, or "
+            "leave it out to run at full depth"
+        )
+        data, trace_file = (
+            ("--model", pair_model, "--glue-dir", glue, "--task", "mrpc"),
+            tmp_path / "t.parquet",
+        )
+
+        assert refusal(*data, "--trace", trace_file, *flags((0.3, 5))) == says
+        assert not trace_file.exists()  # nothing was traced
+        run(*data, "--trace", trace_file, "--timing-rows", 0)
+        assert refusal("--trace", trace_file, *flags((0.3, 5))) == says
 
     def test_labels_are_as_many_as_the_models(self, refusal: Run, pair_model: Path) -> None:
         words = ("--model", pair_model, "--data", "d.csv", "--labels", "a,b,c")

@@ -31,6 +31,8 @@ from pipeline.report import (
 )
 from pipeline.report import quantities as q
 from pipeline.report.accounting import wilson_interval
+from pipeline.report.facts import state_facts
+from pipeline.report.html import render_page
 from pipeline.report.ledger import Table, state_tables
 from tests.run_by_hand import (
     ATTEMPT,
@@ -113,9 +115,8 @@ class TestAccounting:
         got = account(RECORD)
         assert got.full_depth is not None
         assert got.full_depth.seconds == got.full_depth.control_seconds == pytest.approx(6.6)
-        assert not got.full_depth.is_bounded
         assert (got.full_depth.basis, got.full_depth.control_rows) == ("measured", 2)
-        assert got.seconds_saved == got.measured_saving == pytest.approx(1 - 4.0 / 6.6)
+        assert got.seconds_saved == pytest.approx(1 - 4.0 / 6.6)
         assert [layer.full_depth_seconds for layer in got.layers] == pytest.approx([3.0, 3.0])
 
     def test_a_slow_control_sample_is_no_saving(self) -> None:
@@ -124,7 +125,9 @@ class TestAccounting:
         got = account(with_totals(control=slow), price_per_hour=3.6)
         assert got.full_depth is not None
         assert got.cost is not None
-        assert (got.full_depth.control_seconds, got.full_depth.is_bounded) == (pytest.approx(7.2), True)
+        assert got.full_depth.control_seconds == pytest.approx(7.2)
+        assert {got.full_depth.basis, got.cost.basis} == {"bounded"}
+        assert got.full_depth.control_rows == 2
         assert got.seconds_saved == pytest.approx(got.flops_saved)
         assert got.cost.full_depth == pytest.approx(1000 * 3040 / 1792)
 
@@ -133,7 +136,6 @@ class TestAccounting:
         assert got.full_depth is not None
         assert got.full_depth.seconds == pytest.approx(4.0 * 3040 / 1792)
         assert (got.full_depth.basis, got.full_depth.control_rows) == ("expected", 0)
-        assert got.measured_saving is None
         assert got.agreement is None
         assert {layer.full_depth_seconds for layer in got.layers} == {None}
 
@@ -250,8 +252,8 @@ class TestEvidence:
             ({"num_tokens": [2, 3, 4, 3]}, "squared tokens"),
             ({"num_tokens": [3, 2, 2, 5]}, "tokens per exit layer"),
             ({"truncated": [True, True, True, False]}, "truncated rows"),
-            ({"audit_prediction": [None, 1, None, 0]}, "audited rows that agree"),
-            ({"audit_prediction": [None, None, None, 0]}, "audited rows"),
+            ({"audit_prediction": [None, 1, None, 0]}, "control rows that agree"),
+            ({"audit_prediction": [None, None, None, 0]}, "control rows"),
             ({"prediction": [0, 1, 1, 2]}, "rows whose label is not the name of their prediction"),
             ({"label": ["no", HOSTILE, "no", "no"]}, "rows whose label is not the name of their prediction"),
             ({"label": ["no", HOSTILE, HOSTILE, "maybe"]}, "rows with a label that the model does not have"),
@@ -352,7 +354,7 @@ class TestEvidence:
 class TestTables:
     @pytest.fixture
     def tables(self, tmp_path: Path) -> dict[str, Table]:
-        """Those of a run of whose two audited rows both agree, where the record says one."""
+        """Those of a run of whose two control rows both agree, where the record says one."""
         folder = write_run(tmp_path / "out", audit_prediction=[0, None, None, 0])
         found = gather_evidence(parts(folder), RECORD)
         return {table.title: table for table in state_tables(RECORD, account(RECORD), found)}
@@ -370,7 +372,7 @@ class TestTables:
 
     def test_a_recount_of_more_than_was_recorded_is_not_the_same(self, tables: dict[str, Table]) -> None:
         assert tables["Recount"].rows[-2:] == (
-            ("Audited rows that agree", "1", "2", "NO"),
+            ("Control rows that agree", "1", "2", "NO"),
             ("Rows that left before the last layer", "3", "3", "yes"),
         )
 
@@ -385,7 +387,7 @@ def all_plots(record: RunRecord, labels: tuple[str, ...] = LABELS) -> Iterator[s
         plots.flops_comparison(accounting),
         plots.seconds_comparison(accounting),
         plots.cost_comparison(accounting.cost),
-        plots.label_distribution(labels, range(len(labels))),
+        plots.label_distribution(labels, range(len(labels)), of=accounting.rows),
         plots.score_ranges(ranges, record.model.num_layers),
     )
     return (svg for svg in drawn if svg is not None)
@@ -416,16 +418,24 @@ class TestPlots:
 
     def test_hostile_names_stay_text(self) -> None:
         names = (HOSTILE, "$a$ & $b", "nul\x00\x1b[31m", "日本語", "long " * 50, 'id="x" #1f2a37')
-        svg = plots.label_distribution(names, [6, 5, 4, 3, 2, 1])
+        svg = plots.label_distribution(names, [6, 5, 4, 3, 2, 1], of=21)
         texts = list(ElementTree.fromstring(svg).itertext())
         assert "<script" not in svg
         assert {"$a$ & $b", "nul\ufffd\ufffd[31m", "日本語", 'id="x" #1f2a37'} <= set(texts)
 
     def test_many_labels_are_summed(self) -> None:
-        svg = plots.label_distribution([f"class {i}" for i in range(100)], [1] * 100)
+        svg = plots.label_distribution([f"class {i}" for i in range(100)], [1] * 100, of=100)
         texts = list(ElementTree.fromstring(svg).itertext())
         assert "89 others" in texts
         assert "89  (89.0 %)" in texts
+
+    def test_of_several_labels_a_row_each_has_its_share_of_the_rows(self) -> None:
+        svg = plots.label_distribution(LABELS, [100, 50], of=100, one_each=False)
+        assert {"100  (100.0 %)", "50  (50.0 %)"} <= set(ElementTree.fromstring(svg).itertext())
+        many = plots.label_distribution([f"class {i}" for i in range(13)], [9] * 13, of=10, one_each=False)
+        texts = list(ElementTree.fromstring(many).itertext())
+        assert texts.count("9  (90.0 %)") == 11
+        assert "18" in texts  # of the two others; which rows have both is not known
 
     def test_nothing_is_left_behind_in_matplotlib(self) -> None:
         import matplotlib
@@ -446,14 +456,26 @@ class TestWriteReport:
             "$1,000.00",
             "$1,650.00",
             "$2,000.00",
-            "1 of 2 audited rows",
+            "1 of 2 control rows",
             "measured on 2 control rows",
         ):
             assert said in page
             assert said in report.text
+        assert page.count("(measured)</text>") == 2
         assert page.count("<svg") == 8
         assert 'role="alert"' not in page
         assert "!!" not in report.text
+
+    def test_labels_of_a_multi_label_run_are_shares_of_its_rows(self, tmp_path: Path) -> None:
+        """All four rows have all thirteen labels."""
+        labels = tuple(f"class {i}" for i in range(13))
+        model = dataclasses.replace(RECORD.model, labels=labels, problem_type="multi_label_classification")
+        record, accounting = dataclasses.replace(RECORD, model=model), account(RECORD)
+        found = gather_evidence(parts(write_run(tmp_path / "out")), RECORD)
+        found = dataclasses.replace(found, label_rows=(4,) * 13)
+        page = render_page("out", record, accounting, found, state_facts(record, accounting, found))
+        assert page.count(">4  (100.0 %)</text>") == 11
+        assert page.count(">8</text>") == 1  # of the two others: whose rows are the same ones
 
     def test_work_that_was_done_again_is_told_apart(self, tmp_path: Path) -> None:
         again = COMPUTE + COMPUTE
@@ -482,10 +504,12 @@ class TestWriteReport:
         page = Path(report.path).read_text(encoding="utf-8")
         assert report.evidence.findings == ()
         assert "not measured" in report.text
-        assert "--control 0.01" in report.text
+        # The same command with --control finds all shards committed, and measures nothing.
+        remedy = "classify with --control 0.01, into a new output or with --overwrite, to measure it"
+        assert remedy in " ".join(report.text.split())
         assert "<code>--control</code> 0.01" in page
         assert "Compute time saved (expected)" in page
-        assert "full depth, measured" not in page
+        assert "control rows at full depth" not in page
 
     @pytest.mark.parametrize("status", ["running", "failed", "interrupted"])
     def test_an_unfinished_run_says_so_first(self, tmp_path: Path, status: Any) -> None:
@@ -561,14 +585,22 @@ class TestWriteReport:
 
     def test_a_control_sample_slower_than_the_exits_is_said_to_bound_nothing(self, tmp_path: Path) -> None:
         slow = dataclasses.replace(CONTROL, seconds=(1.0, 1.2))
-        report = write_report(
-            str(write_run(tmp_path / "out", with_totals(control=slow))), price_per_hour=None
-        )
+        report = write_report(str(write_run(tmp_path / "out", with_totals(control=slow))), price_per_hour=3.6)
         text = " ".join(report.text.split())
         assert "41.1 %" in text  # 1 - 1792 / 3040
         assert "44.4 %" not in text
-        assert "no more than the FLOPs saved, since those rows ran in slower micro-batches" in text
-        assert "times all tokens are 7.2 s, for in fewer and emptier micro-batches they took longer" in text
+        said = "bounded by the FLOPs saved: 2 control rows at full depth say more, but ran in slower micro-batches"
+        assert said in text
+        assert "times all tokens are 7.2 s, for in fewer and emptier micro- batches they took longer" in text
+        # 1,000 with exits, by FLOPs 1,696.43; the control rows' 7.2 s would be 1,800.
+        assert "$1,696.43 at full depth (bounded)" in text
+        assert "the exits' own seconds per FLOP, times all FLOPs; the control rows took longer" in text
+        assert "1,800" not in text
+        page = Path(report.path).read_text(encoding="utf-8")
+        assert page.count("(bounded)</text>") == 2  # under the bars of seconds and of money
+        assert "measured on" not in text
+        assert "(measured)" not in page
+        assert "</i>control rows at full depth<" in page  # of each layer
 
     def test_the_machines_are_named(self, tmp_path: Path) -> None:
         mixed = with_totals(hardware={"NVIDIA H200": 1, "AMD EPYC": 3})
@@ -757,6 +789,18 @@ class TestQuantities:
     def test_money(self) -> None:
         spelled = [q.money(12.5, "$"), q.money(0.01234, "$"), q.money(-2.0, "€"), q.money(1.0, "EUR")]
         assert spelled == ["$12.50", "$0.0123", f"{q.MINUS}€2.00", "EUR\u00a01.00"]
+
+    @pytest.mark.parametrize(
+        ("text", "keeps_end", "short"),
+        [
+            ("abcde", False, "abcde"),
+            ("abcdef", False, "abcd…"),
+            ("abcdef", True, "…cdef"),
+            ("a\x1b", True, "a\ufffd"),
+        ],
+    )
+    def test_names_that_are_too_long(self, text: str, keeps_end: bool, short: str) -> None:
+        assert q.shortened(text, 5, keeps_end=keeps_end) == short
 
     def test_flops(self) -> None:
         assert [q.flops(v) for v in (12.0, 3.2e15, 999.9e9)] == ["12 FLOP", "3.2 PFLOP", "1 TFLOP"]
