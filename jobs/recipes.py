@@ -370,7 +370,7 @@ def _training_seconds(folder: Path) -> float:
     """Over all attempts: a training that was killed took no less for it."""
     from deebert.training import LOG_NAME, read_log
 
-    return sum(record["seconds"] for record in read_log(folder / LOG_NAME) if "done" in record)
+    return sum(float(record["seconds"]) for record in read_log(folder / LOG_NAME) if "done" in record)
 
 
 def _keep(score: ModelScore, path: Path) -> None:

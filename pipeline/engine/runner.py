@@ -160,9 +160,8 @@ class Runner:
             with Span(self.device) as gather:
                 survivors = after.take(np.flatnonzero(~leaves))
             self._gathers.append((step.first, last, gather))
-        if (
-            self.device.type == "cuda"
-        ):  # which meanwhile is at the next micro-batch: the host's time is not its own
+        # A GPU meanwhile is at the next micro-batch: the host's time is not its own.
+        if self.device.type == "cuda":
             self._count_gathers(stats)
         else:
             self._gathers.clear()

@@ -81,10 +81,8 @@ def expected_against_measured(found: EvaluatedSet) -> tuple[Picture, ...]:
     if not expected:
         return ()
     figure, axes = new_axes(HALF_WIDTH_INCHES, _CURVE_HEIGHT_INCHES)
-    ends = [
-        min(expected),
-        max(expected),
-    ]  # time that exits cost must not stretch the axis of what was expected
+    # Of what was expected alone: time that exits cost must not stretch the axis.
+    ends = [min(expected), max(expected)]
     axes.plot(ends, ends, color=LINE, linewidth=1)
     for which, pairs in timed.items():
         one, many = ("^:", "v:") if which else ("o-", "s-")
