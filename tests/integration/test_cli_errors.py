@@ -349,7 +349,7 @@ class TestCommandLine:
 
     def test_missing_flags(self, refusal: Refusal) -> None:
         assert refusal("classify") == (
-            "deebert classify needs --model, --input, --output; see `deebert classify --help`"
+            "--model, --input, --output are missing; see `deebert classify --help`"
         )
 
     def test_train_data_that_is_not_there(self, refusal: Refusal, saved_model: Path, tmp_path: Path) -> None:
@@ -416,7 +416,7 @@ def begin_run(config: ClassifyConfig) -> None:
             software_version="0",
             identity=run.identity,
             model=run.model,
-            inputs=config.input,
+            inputs=config.inputs,
             planned_shards=len(run.shards),
             planned_files=len(run.files),
             shard_rows=run.shard_rows,
