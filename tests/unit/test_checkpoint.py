@@ -50,7 +50,7 @@ class TestLoading:
         self, folder: Path, tiny_model: ModelFactory
     ) -> None:
         model = tiny_model()
-        size = model.config.vocab_size + 3
+        size = model.config.backbone_config.vocab_size + 3
         model.resize_token_embeddings(size)
         model.save_pretrained(folder)
 
