@@ -78,8 +78,16 @@ def choose_threshold(
 
     Returns:
         The chosen point; full depth itself where no threshold keeps enough.
+
+    Raises:
+        PolicyError: full depth scores 0 or less, or no number.
     """
     full = score(trace, labels, FULL_DEPTH, metric)
+    if keep_accuracy > 0 and not full.score > 0:
+        raise PolicyError(
+            "full depth scores 0 or less on these texts, of which no share can be kept: give texts with every "
+            "label, or another target"
+        )
     points = (score(trace, labels, policy, metric) for policy in _candidates(trace, steps))
     kept = [p for p in points if p.score >= keep_accuracy * full.score]
     return max(kept, key=lambda p: p.saving, default=full)

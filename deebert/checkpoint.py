@@ -20,7 +20,7 @@ from deebert.errors import CheckpointError
 from deebert.exit_policy import FULL_DEPTH, ExitPolicy, StoredPolicy, policy_from_dict
 from deebert.modeling import DeeBertForSequenceClassification
 from deebert.problem import SINGLE_LABEL
-from deebert.weights import UNREADABLE, is_folder_name, load_pretrained, reason, refuse_pickles
+from deebert.weights import UNREADABLE, announce_hub, is_folder_name, load_pretrained, reason, refuse_pickles
 
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model")
 # What decides a backbone's answers and does not show in its weights' names and shapes; beside its activation.
@@ -78,6 +78,7 @@ def load_checkpoint(name_or_path: str, *, allow_pickle: bool = False) -> Checkpo
     """
     if is_folder_name(name_or_path):
         _check_folder(Path(name_or_path), allow_pickle=allow_pickle)
+    announce_hub(name_or_path)
     try:
         config = DeeBertConfig.from_pretrained(name_or_path)
     except UNREADABLE as error:

@@ -92,6 +92,16 @@ class DeeBertConfig(PreTrainedConfig):
         return problem_of(self.problem_type)
 
     @property
+    def vocab_size(self) -> int:
+        """Embeddings of the backbone."""
+        return int(self.backbone_config.vocab_size)
+
+    @vocab_size.setter
+    def vocab_size(self, value: int) -> None:
+        # `resize_token_embeddings` notes the new size here, and the backbone is built from its own configuration.
+        self.backbone_config.vocab_size = value
+
+    @property
     def num_hidden_layers(self) -> int:
         """Transformer layers of the backbone."""
         return int(self.backbone_config.num_hidden_layers)

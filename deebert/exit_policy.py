@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -209,7 +208,7 @@ class EntropyThreshold(_ByThreshold):
             if value > math.log(outcomes):
                 raise PolicyError(
                     f"the entropy threshold {value:g} is above ln({outcomes}) = {math.log(outcomes):.4g}, the largest "
-                    f"entropy of {num_labels} labels: give at most that, or leave it out to run at full depth"
+                    f"entropy of {num_labels} labels: give at most that, or -1 to run at full depth"
                 )
 
     def _refuse_impossible(self, value: float) -> None:
@@ -270,21 +269,28 @@ class LearningToExit(_ByThreshold):
 FULL_DEPTH = EntropyThreshold(None)
 """No exits: every sample runs through all layers."""
 
+_CALIBRATE = "store another one with `deebert calibrate`"
+
 StoredPolicy = EntropyThreshold | LearningToExit
 """The policies that a model's configuration can hold."""
 
 
-def policy_from_dict(values: dict[str, Any]) -> StoredPolicy:
-    """The policy whose `to_dict` gave `values`.
+def policy_from_dict(values: Any) -> StoredPolicy:
+    """The policy whose `to_dict` gave `values`, which come from a file that anybody may have written.
 
     Raises:
-        PolicyError: an unknown type.
+        PolicyError: no dictionary, an unknown type, or thresholds that are no numbers.
     """
-    kinds: dict[Any, type[StoredPolicy]] = {kind.name: kind for kind in (EntropyThreshold, LearningToExit)}
-    if (name := values.get("type")) not in kinds:
+    kinds: dict[str, type[StoredPolicy]] = {kind.name: kind for kind in (EntropyThreshold, LearningToExit)}
+    if not isinstance(values, dict):
+        raise PolicyError(f"the exit policy {values!r} has no type and thresholds: {_CALIBRATE}")
+    name, thresholds, layer_0 = (values.get(key) for key in ("type", "thresholds", "layer_0"))
+    if not isinstance(name, str) or name not in kinds:
         raise PolicyError(
             f"unknown exit policy {name!r}: this version knows {' and '.join(map(repr, kinds))}"
         )
-    thresholds = values.get("thresholds")
-    of = tuple(thresholds) if isinstance(thresholds, Sequence) else thresholds
-    return kinds[name](of, values.get("layer_0"))
+    of_layers = thresholds if isinstance(thresholds, list | tuple) else [thresholds]
+    for value in (*of_layers, layer_0):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise PolicyError(f"the {name} exit policy has a threshold {value!r}, no number: {_CALIBRATE}")
+    return kinds[name](tuple(thresholds) if isinstance(thresholds, list | tuple) else thresholds, layer_0)

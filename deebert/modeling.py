@@ -20,7 +20,7 @@ from transformers.utils.generic import ModelOutput
 from deebert.backbones import FAMILIES, family_of, no_family
 from deebert.config import DeeBertConfig, OffRampPooling
 from deebert.errors import BackboneError, CheckpointError
-from deebert.weights import load_pretrained
+from deebert.weights import announce_hub, load_pretrained
 
 log = logging.getLogger(__name__)
 
@@ -305,6 +305,7 @@ class DeeBertForSequenceClassification(PreTrainedModel):
 
 
 def _backbone_config(name_or_path: str) -> PreTrainedConfig:
+    announce_hub(name_or_path)
     kind = PreTrainedConfig.get_config_dict(name_or_path)[0].get("model_type")
     # Asked before the Auto class is, which for a kind that it does not know recommends to run the model's code.
     if kind is not None and kind not in FAMILIES:

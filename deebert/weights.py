@@ -6,6 +6,7 @@ only their tensors are read (`torch.load(weights_only=True)`). Knows nothing of 
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import struct
@@ -14,13 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.errors import LocalEntryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from deebert.errors import CheckpointError
+
+log = logging.getLogger(__name__)
 
 SAFETENSORS = "model.safetensors"
 PICKLE = "pytorch_model.bin"
@@ -40,7 +43,12 @@ _UNREADABLE_PICKLE = (*UNREADABLE, AssertionError, AttributeError, LookupError, 
 
 
 def reason(error: Exception) -> str:
-    """The first line of what a library says, to be quoted; with the next, where it only announces that."""
+    """The first line of what a library says, to be quoted; with the next, where it only announces that.
+
+    Of a name that is no folder's, transformers says no more than that the network failed.
+    """
+    if isinstance(error.__cause__, LocalEntryNotFoundError):
+        return "there is no such folder here, and the hub cannot be asked for that name: check the path, or the network"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
@@ -54,6 +62,12 @@ def is_folder_name(name_or_path: str) -> bool:
         or name_or_path.startswith((".", "~", os.sep))
         or name_or_path.count("/") > 1
     )
+
+
+def announce_hub(name_or_path: str) -> None:
+    """Say that a name is no folder's before the hub is asked for it: without a network, that takes a while."""
+    if not is_folder_name(name_or_path):
+        log.info("there is no folder %r here: asking the hub for it", name_or_path)
 
 
 def refuse_pickles(

@@ -8,31 +8,34 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from deebert.errors import PolicyError
 from jobs.flags import flag, parse_job
 from jobs.glue import find_task
 from jobs.subject_flags import SubjectFlags
 from jobs.terminal import quiet_libraries
+from pipeline.config import number
 from pipeline.errors import UsageError
 
 if TYPE_CHECKING:
     from deebert.calibration import Disagreement, Drop
+    from deebert.checkpoint import Checkpoint
     from deebert.evaluation import LabelledSequences, OperatingPointScore, Trace
     from jobs.metrics import NamedMetric
 
 
 def _proper_share(text: str) -> float:
-    value = float(text)
+    value = number(text)
     if not 0 < value < 1:
         raise ValueError(f"{text!r} is not a share between 0 and 1")
     return value
 
 
 def _kept_share(text: str) -> float:
-    return 1.0 if float(text) == 1 else _proper_share(text)
+    return 1.0 if number(text) == 1 else _proper_share(text)
 
 
 def _speed_up(text: str) -> float:
-    value = float(text)
+    value = number(text)
     if not 1 < value < float("inf"):
         raise ValueError(f"{text!r} is not a number above 1")
     return value
@@ -89,7 +92,7 @@ def calibrate(job: CalibrateJob) -> str:
 
     Raises:
         UsageError: not exactly one target, a hub id, several sets, or flags that do not go together.
-        PolicyError: the texts cannot show that the target is met, or no threshold meets it.
+        PolicyError: the texts cannot show that the target is met, or no threshold meets it and saves anything.
         DataError: labelled data that cannot be read or does not fit the model.
         CheckpointError: the model cannot be loaded, or its folder not written.
     """
@@ -113,13 +116,18 @@ def calibrate(job: CalibrateJob) -> str:
     task = None if subject.task is None else find_task(subject.task)
     metric = metrics_of(task, subject.labels, subject.encoder.problem)[0]
     point = _chosen(job, trace, data, metric)
+    if point.saving <= 0:
+        raise PolicyError(
+            "no threshold that meets this target saves anything, so none is stored: relax the target, or train longer"
+        )
     full = score(trace, data.labels, FULL_DEPTH, metric.compute)
     store_operating_point(Path(job.model), point.policy)
     found = disagreement(trace, point.policy, confidence=job.confidence)
     lost = None
     if trace.problem is SINGLE_LABEL:
         lost = drop(trace, data.labels, point.policy, confidence=job.confidence)
-    said = _said(job, point, full, metric.name, found=found, lost=lost)
+    earlier = _stored(subject.checkpoint)
+    said = _said(job, point, full, metric.name, earlier=earlier, found=found, lost=lost)
     return "\n".join(f"{name:<18}{value}" for name, value in said)
 
 
@@ -161,16 +169,28 @@ def _chosen(
     return choose_threshold(trace, labels, keep_accuracy=job.keep, metric=compute)
 
 
+def _stored(checkpoint: Checkpoint) -> str | None:
+    """The operating point that the model had before, in words; as it stands where it is none."""
+    stored = checkpoint.model.config.exit_policy
+    try:
+        return None if stored is None else str(checkpoint.exit_policy)
+    except PolicyError:
+        return str(stored)
+
+
 def _said(
     job: CalibrateJob,
     point: OperatingPointScore,
     full: OperatingPointScore,
     metric: str,
     *,
+    earlier: str | None,
     found: Disagreement,
     lost: Drop | None,
 ) -> Iterator[tuple[str, str]]:
     yield "operating point", str(point.policy)
+    if earlier is not None:
+        yield "in place of", earlier
     yield metric, f"{100 * point.score:.2f} % on {found.texts} texts; {100 * full.score:.2f} % at full depth"
     # What was tested is the target, not what the bound came to where the tests ended.
     bounded = "" if job.max_disagreement is None else _bound(job, job.max_disagreement)

@@ -80,6 +80,8 @@ def run(verb: str, argv: Sequence[str] | None = None, *, prog: str | None = None
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     for noisy in ("httpx", "datasets", "fsspec", "matplotlib", "fontTools"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    # Two lines for each time that the hub is asked again: the error says in the end that it cannot be reached.
+    logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
     try:
         return int(import_module(f"jobs.{verb}").execute(words, prog=prog or f"python -m jobs.{verb}"))
     except _MISUSE as error:

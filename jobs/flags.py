@@ -59,8 +59,8 @@ def parse_job(job: type[Job], argv: Sequence[str], *, prog: str, description: st
     fields = dataclasses.fields(job)  # type: ignore[arg-type]
     missing = [f.name for f in fields if f.default is _REQUIRED and f.name not in values]
     if missing:
-        flags = ", ".join(_flag_name(name) for name in missing)
-        raise UsageError(f"{prog} needs {flags}; see `{prog} --help`")
+        flags, verb = ", ".join(map(_flag_name, missing)), "is" if len(missing) == 1 else "are"
+        raise UsageError(f"{flags} {verb} missing; see `{prog} --help`")
     return job(**values)
 
 

@@ -14,7 +14,7 @@ import fsspec
 from jobs.evaluate import CERTAINTY_THRESHOLDS, ENTROPY_THRESHOLDS, numbers
 from jobs.flags import flag, parse_job
 from jobs.terminal import showing
-from pipeline.config import positive_number
+from pipeline.config import number, positive_number
 from pipeline.errors import UsageError
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ SUMMARY_PAGE = "deebert-report.html"
 
 def _documents(text: str) -> int:
     """``250000000``, ``250_000_000`` or ``2.5e8``."""
-    value = float(text)
+    value = number(text)
     if not (1 <= value <= MOST_DOCUMENTS and value.is_integer()):
         raise ValueError(f"{text!r} is not a number of documents")
     return int(value)

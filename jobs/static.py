@@ -18,6 +18,7 @@ from deebert.checkpoint import Checkpoint
 from deebert.evaluation import LabelledSequences
 from deebert.modeling import DeeBertForSequenceClassification
 from deebert.training import Recipe, check_labels, train
+from deebert.weights import reason
 from jobs.traces import StaticRecord
 from pipeline.errors import UsageError
 
@@ -61,8 +62,7 @@ def train_static(
             problem_type=config.problem.name,
         )
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UsageError(f"cannot load the backbone {backbone!r}: {reason}") from error
+        raise UsageError(f"cannot load the backbone {backbone!r}: {reason(error)}") from error
     _check_same_kind(backbone, whole.config.backbone_config, like)
     model = cut(whole, kept_layers(whole.config.num_hidden_layers, record.depth, record.style))
     # The Trainer prints its summary on stdout, which belongs to the tables.

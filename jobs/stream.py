@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from pipeline.config import (
     thresholds,
     whole,
 )
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,8 +97,16 @@ def execute(argv: Sequence[str], *, prog: str) -> int:
     policy = resolve_policy(job.entropy_threshold, job.certainty_threshold, checkpoint)
     # Not `sys.stdin`: the interpreter closes that at its end, and aborts if the reader thread waits in it.
     lines = open(sys.stdin.fileno(), "rb", closefd=False)  # noqa: SIM115
-    stream(checkpoint, policy, lines, sys.stdout, config)
-    return 0
+    ended = stream(checkpoint, policy, lines, sys.stdout, config)
+    if ended.unreadable:
+        log.warning(
+            "%d of %d lines could not be read and are answered with an error, the first: %s",
+            ended.unreadable,
+            ended.lines,
+            ended.first_error,
+        )
+    # Not one line that could be read: a wrong --text-column rather than a few bad lines.
+    return 1 if 0 < ended.lines == ended.unreadable else 0
 
 
 if __name__ == "__main__":

@@ -145,5 +145,6 @@ def _refusing_unreadable(what: str, name: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UsageError(f"cannot load the {what} {name!r}: {reason}") from error
+        from deebert.weights import reason
+
+        raise UsageError(f"cannot load the {what} {name!r}: {reason(error)}") from error

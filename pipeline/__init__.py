@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipeline.config import ClassifyConfig
+    from pipeline.config import ClassifyConfig, Replicas
     from pipeline.engine import Engine, EngineConfig
     from pipeline.report import write_report
     from pipeline.run import ClassifyResult, classify
@@ -22,6 +22,7 @@ _HOMES = {
     "ClassifyResult": "run",
     "Engine": "engine",
     "EngineConfig": "engine",
+    "Replicas": "config",
     "StreamConfig": "stream",
     "classify": "run",
     "write_report": "report",
@@ -32,6 +33,7 @@ __all__ = [
     "ClassifyResult",
     "Engine",
     "EngineConfig",
+    "Replicas",
     "StreamConfig",
     "classify",
     "write_report",

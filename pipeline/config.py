@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.errors import UsageError
+
 PRECISIONS = ("auto", "float32", "bfloat16", "float16", "int8")
 """`deebert.precision.DTYPES`, known without torch."""
 PRECISION_HELP = (
@@ -111,9 +113,43 @@ class Replicas:
         return str(self.least) if self.least == self.most else f"{self.least}:{self.most}"
 
 
+def integer(text: str) -> int:
+    """A whole number."""
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is not a whole number{_as_integer(text)}") from None
+
+
+def _as_integer(text: str) -> str:
+    """How to write what ``50,000`` and ``1e6`` mean."""
+    try:
+        value = float(text.replace(",", "") if re.fullmatch(r"\d{1,3}(,\d{3})+", text) else text)
+    except ValueError:
+        return ""
+    return f": write {int(value)}" if value.is_integer() else ""
+
+
+def number(text: str) -> float:
+    """A number."""
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is not a number{_as_share(text)}") from None
+
+
+def _as_share(text: str) -> str:
+    """How to write what ``5%`` means."""
+    try:
+        percent = float(text.strip().removesuffix("%"))
+    except ValueError:
+        return ""
+    return f": write {percent / 100:g} for {percent:g} %"
+
+
 def positive(text: str) -> int:
     """A whole number above 0."""
-    value = int(text)
+    value = integer(text)
     if value < 1:
         raise ValueError(f"{text!r} is not a whole number above 0")
     return value
@@ -121,7 +157,7 @@ def positive(text: str) -> int:
 
 def whole(text: str) -> int:
     """A whole number from 0."""
-    value = int(text)
+    value = integer(text)
     if value < 0:
         raise ValueError(f"{text!r} is not a whole number from 0")
     return value
@@ -137,7 +173,7 @@ def random_seed(text: str) -> int:
 
 def positive_number(text: str) -> float:
     """A number above 0."""
-    value = float(text)
+    value = number(text)
     if not 0.0 < value < math.inf:
         raise ValueError(f"{text!r} is not a number above 0")
     return value
@@ -145,18 +181,81 @@ def positive_number(text: str) -> float:
 
 def share(text: str) -> float:
     """A number from 0 to 1."""
-    value = float(text)
+    value = number(text)
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"{text!r} is not a share between 0 and 1")
     return value
 
 
+def check_fields(job: Any) -> None:
+    """Refuse values that no flag could have given, by the flags' own parsers: from Python, any value comes.
+
+    Args:
+        job: a dataclass whose fields were made by `flag`.
+
+    Raises:
+        UsageError: names the field.
+    """
+    for field in dataclasses.fields(job):
+        value = getattr(job, field.name)
+        if value is None and field.default is None:
+            continue
+        try:
+            _check_value(field, value)
+        except ValueError as error:
+            raise UsageError(f"{field.name}: {error}") from error
+
+
+def _check_value(field: dataclasses.Field[Any], value: Any) -> None:
+    parse, choices, several = (field.metadata[name] for name in ("parse", "choices", "several"))
+    if field.default is False:
+        if not isinstance(value, bool):
+            raise ValueError(f"{value!r} is not a switch: give True or False")
+    elif choices is not None:
+        if value not in choices:
+            raise ValueError(f"{value!r} is none of {', '.join(choices)}")
+    elif several or parse is comma_list:
+        if not (isinstance(value, Sequence) and all(isinstance(item, str) for item in _listed(value))):
+            raise ValueError(f"{value!r} is neither a str nor a tuple of them: give one of the two")
+        if several and not value:
+            raise ValueError(f"{value!r} is empty: give at least one")
+    elif parse in (thresholds, certainties):
+        values = value if isinstance(value, tuple) else (value,)
+        if not values or not all(item is None or _is_number(item) for item in values):
+            raise ValueError(
+                f"{value!r} is neither a number nor a tuple of one for each layer: give one of the two"
+            )
+    elif parse is str:
+        if not isinstance(value, str):
+            raise ValueError(f"{value!r} is not a str: give one")
+    elif parse == Replicas.parse:
+        if not isinstance(value, Replicas | int):
+            raise ValueError(f"{value!r} is neither an int nor Replicas(MIN, MAX): give one of the two")
+        parse(str(value))
+    elif not _is_number(value):
+        raise ValueError(f"{value!r} is neither an int nor a float: give one of the two")
+    else:
+        parse(str(value))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _listed(value: str | Sequence[str]) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ClassifyConfig:
-    """What `classify` takes. The docstrings of the fields are the flags' help."""
+    """What `classify` takes. The docstrings of the fields are the flags' help.
+
+    Raises:
+        UsageError: a value that no flag could have given.
+    """
 
     model: str = flag("folder or hub id of a DeeBERT model")
-    input: tuple[str, ...] = flag(
+    input: str | Sequence[str] = flag(
         "files, folders, globs or URLs: Parquet, JSONL, CSV, text (gzip, zstd) by suffix; saved data sets",
         several=True,
         metavar="PATH",
@@ -165,7 +264,7 @@ class ClassifyConfig:
     text_column: str = flag("column to classify", default="text")
     text_pair_column: str | None = flag("second text of a pair", default=None)
     id_column: str | None = flag("column copied to row_id; else source_file:source_row", default=None)
-    keep_columns: tuple[str, ...] = flag(
+    keep_columns: str | Sequence[str] = flag(
         "columns copied to the output", default=(), parse=comma_list, metavar="C,C"
     )
     entropy_threshold: Thresholds | None = flag(
@@ -181,7 +280,7 @@ class ClassifyConfig:
         parse=certainties,
         metavar="C",
     )
-    replicas: Replicas | None = flag(
+    replicas: Replicas | int | None = flag(
         "N, MIN:MAX or auto; left out, auto: one per GPU that Ray has, else one per core",
         default=None,
         parse=Replicas.parse,
@@ -223,7 +322,7 @@ class ClassifyConfig:
     max_bad_rows: int | None = flag(
         "fail when more rows than this cannot be classified; left out, 0.1 % of them, at least 100",
         default=None,
-        parse=int,
+        parse=whole,
     )
     on_changed: str = flag(
         "what to do with an input file that changed since it was classified",
@@ -243,3 +342,21 @@ class ClassifyConfig:
     ray_address: str | None = flag(
         "an existing Ray cluster; left out, RAY_ADDRESS, else a local Ray for this run", default=None
     )
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """`input`, of which one alone may be a str."""
+        return _listed(self.input)
+
+    @property
+    def kept_columns(self) -> tuple[str, ...]:
+        """`keep_columns`, of which one alone may be a str."""
+        return _listed(self.keep_columns)
+
+    @property
+    def replica_range(self) -> Replicas | None:
+        """`replicas`, of which a fixed number may be an int."""
+        return Replicas(self.replicas, self.replicas) if isinstance(self.replicas, int) else self.replicas

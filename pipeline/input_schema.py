@@ -101,9 +101,10 @@ def _agreed_type(probes: Sequence[tuple[InputFile, Columns]], name: str) -> Any:
         if first_file is None and not pa.types.is_null(type_):
             agreed, first_file = type_, file
         elif first_file and not _fits(file, type_, agreed):
+            of_csv = " (CSV columns are strings)" if "csv" in (first_file.format, file.format) else ""
             raise InputError(
-                f"column {name!r} is {agreed} in {first_file.path} but {type_} in {file.path}; "
-                "classify them in separate runs, or do not keep the column"
+                f"column {name!r} is {agreed} in {first_file.path} but {type_} in {file.path}{of_csv}: classify them "
+                "into separate outputs, or leave the column out of --id-column and --keep-columns"
             )
     return _settled(agreed)
 

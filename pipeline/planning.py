@@ -108,7 +108,7 @@ def check_output(run: RunPlan, output: Output, earlier: RunRecord | None) -> set
         return set()
     _check_same_run(run, output, earlier)
     stale = _stale_parts(run, existing)
-    if stale and run.config.on_changed == "refuse":
+    if stale and run.config.on_changed != "redo":  # parts go at that word alone
         paths = sorted(set(stale.values()))
         raise UsageError(
             f"the input {paths[0]!r}{f' and {len(paths) - 1} more' if len(paths) > 1 else ''} changed since it was "
@@ -176,10 +176,10 @@ def _short(value: Any) -> str:
 def _inputs(config: ClassifyConfig, output: Output) -> tuple[InputFile, ...]:
     """The input files, without what earlier runs wrote into an output inside an input folder."""
     inside = f"{real_path(output.path('')).rstrip('/')}/"
-    files = tuple(file for file in discover(config.input) if not real_path(file.path).startswith(inside))
+    files = tuple(file for file in discover(config.inputs) if not real_path(file.path).startswith(inside))
     if not files:
         raise UsageError(
-            f"the input {', '.join(config.input)} holds nothing but the output: give the texts' path"
+            f"the input {', '.join(config.inputs)} holds nothing but the output: give the texts' path"
         )
     return files
 
@@ -199,10 +199,10 @@ def _text_columns(config: ClassifyConfig) -> tuple[str, ...]:
 
 
 def _other_columns(config: ClassifyConfig) -> tuple[str, ...]:
-    clash = sorted(set(config.keep_columns) & set(RESERVED_COLUMNS))
+    clash = sorted(set(config.kept_columns) & set(RESERVED_COLUMNS))
     if clash:
         raise UsageError(f"--keep-columns {clash[0]} is the name of an output column: rename it in the input")
-    wanted = (*((config.id_column,) if config.id_column else ()), *config.keep_columns)
+    wanted = (*((config.id_column,) if config.id_column else ()), *config.kept_columns)
     return tuple(dict.fromkeys(wanted))
 
 
@@ -216,7 +216,7 @@ def _columns(
         source_file="",
         kept=schema.kept.empty_table(),
         id_column=config.id_column,
-        keep_columns=config.keep_columns,
+        keep_columns=config.kept_columns,
         labels=labels,
         with_probabilities=config.probabilities,
         with_windows=config.window_stride is not None,

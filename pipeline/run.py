@@ -89,13 +89,20 @@ def _resume(session: RaySession, run: RunPlan, output: Output) -> ClassifyResult
     done = check_output(run, output, earlier)
     run.catalog.save(output)
     if len(done) == len(run.shards) and earlier is not None and _still_holds(earlier, output):
-        log.info("nothing to do: all %d shards of %d files are committed", len(done), len(run.files))
+        log.info(
+            "nothing to do: all %d shards of %d files are committed%s",
+            len(done),
+            len(run.files),
+            "; --control measures rows as they are classified, and none are: add --overwrite"
+            if config.control
+            else "",
+        )
         _seal(output)  # a kill may have come between the record and the mark
         return ClassifyResult(record=earlier, new_shards=0)
     placement = place(
         session.resources(),
         on_gpus=session.uses_gpus(config.device),
-        replicas=config.replicas,
+        replicas=config.replica_range,
         threads=config.threads,
         weight_bytes=sum(p.nbytes for p in run.checkpoint.model.parameters()),
     )
@@ -233,7 +240,7 @@ class _Attempt:
             micro_batch_tokens=config.micro_batch_tokens,
             schema=run.schema,
             id_column=config.id_column,
-            keep_columns=config.keep_columns,
+            keep_columns=config.kept_columns,
             control=config.control,
             probabilities=config.probabilities,
             max_bad_rows=self._max_bad_rows,
@@ -292,7 +299,7 @@ class _Attempt:
             software_version=__version__,
             identity=self._run.identity,
             model=self._run.model,
-            inputs=self._run.config.input,
+            inputs=self._run.config.inputs,
             planned_shards=len(self._run.shards),
             planned_files=len(self._run.files),
             shard_rows=self._run.shard_rows,

@@ -70,13 +70,24 @@ class _Sample:
     """The sample's own id, if it has one."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Streamed:
+    """What a stream was made of."""
+
+    lines: int
+    unreadable: int
+    """Lines that were answered with an error."""
+    first_error: str = ""
+    """Of the first of them."""
+
+
 class _BadLineError(ValueError):
     """A line that cannot be classified, and why."""
 
 
 def stream(
     checkpoint: Checkpoint, policy: ExitPolicy, lines: Iterable[bytes], out: TextIO, config: StreamConfig
-) -> None:
+) -> Streamed:
     """Classify `lines` until they end; writes one JSON object per line to `out`, in order of exit.
 
     Args:
@@ -88,10 +99,13 @@ def stream(
 
     A line that cannot be read gives an object with its ``index`` and an ``error``: each line is answered.
 
+    Returns:
+        How many lines there were, and how many of them could not be read.
+
     Raises:
         ReadError: `lines` broke off; those that came before are answered.
     """
-    _Stream(checkpoint, policy, out, config).run(lines)
+    return _Stream(checkpoint, policy, out, config).run(lines)
 
 
 class _Stream:
@@ -109,9 +123,10 @@ class _Stream:
             None if config.window_stride is None else TextsInFlight(encoder.problem, encoder.num_labels)
         )
         self._out, self._config = out, config
+        self._errors, self._first_error = 0, ""
         self._waiting: dict[int, dict[str, Any]] = {}  # what the answer repeats of the sample, by index
 
-    def run(self, lines: Iterable[bytes]) -> None:
+    def run(self, lines: Iterable[bytes]) -> Streamed:
         arriving = _Arriving()
         # A daemon: where it waits, for a line or for room, it must not hold the process.
         threading.Thread(target=arriving.read, args=(lines,), daemon=True).start()
@@ -125,6 +140,7 @@ class _Stream:
                 for indices, answers in self._answered(exits):
                     self._write(self._spelled(indices, answers))
         arriving.check()
+        return Streamed(lines=arriving.num_read, unreadable=self._errors, first_error=self._first_error)
 
     def _submit(self, lines: list[tuple[int, bytes]]) -> None:
         samples: list[_Sample] = []
@@ -132,6 +148,7 @@ class _Stream:
             try:
                 samples.append(_parse(index, line, self._config))
             except _BadLineError as error:
+                self._errors, self._first_error = self._errors + 1, self._first_error or str(error)
                 self._write([{"index": index, "error": str(error)}])
         if not samples:
             return
@@ -202,7 +219,7 @@ class _Arriving:
         self._changed = threading.Condition()
         self._lines: deque[tuple[int, bytes]] = deque()
         self._bytes = 0
-        self._num_read = 0
+        self.num_read = 0
         self._ended = False
         self._error: BaseException | None = None
 
@@ -221,8 +238,8 @@ class _Arriving:
     def _put(self, line: bytes) -> None:
         with self._changed:
             self._changed.wait_for(lambda: self._has_room(len(line)))
-            self._lines.append((self._num_read, line))
-            self._num_read += 1
+            self._lines.append((self.num_read, line))
+            self.num_read += 1
             self._bytes += len(line)
             self._changed.notify()
 
@@ -260,7 +277,7 @@ class _Arriving:
             return
         said = str(getattr(self._error, "strerror", None) or self._error)
         reason = (said.splitlines() or [type(self._error).__name__])[0]
-        lines = "1 line" if self._num_read == 1 else f"{self._num_read} lines"
+        lines = "1 line" if self.num_read == 1 else f"{self.num_read} lines"
         raise ReadError(
             f"the input broke off after {lines}: {reason}; what was read is answered, send the rest again"
         ) from self._error

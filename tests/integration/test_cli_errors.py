@@ -19,6 +19,7 @@ import pytest
 import ray
 import torch
 import transformers
+from huggingface_hub.utils import _http
 from transformers import BertConfig, BertModel
 
 from jobs import cli
@@ -28,6 +29,9 @@ from pipeline.records import RunRecord, Totals
 from pipeline.sink import Output
 
 Refusal = Callable[..., str]
+NOWHERE = (
+    "there is no such folder here, and the hub cannot be asked for that name: check the path, or the network"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +47,8 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(ray, "init", refuse)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     handler = signal.getsignal(signal.SIGTERM)
-    levels = {name: logging.getLogger(name).level for name in ("httpx", "datasets", "fsspec", "matplotlib")}
+    quieted = ("httpx", "datasets", "fsspec", "matplotlib", _http.logger.name)
+    levels = {name: logging.getLogger(name).level for name in quieted}
     yield
     signal.signal(signal.SIGTERM, handler)
     for name, level in levels.items():
@@ -202,7 +207,19 @@ class TestModel:
         assert message == f"no such model folder: '{tmp_path}/nowhere'; train one with `deebert train`"
 
     def test_neither_a_folder_nor_on_the_hub(self, refused: Refusal) -> None:
-        assert "cannot load the model 'no-such-model'" in refused(model="no-such-model")
+        message = refused(model="no-such-model")
+        assert message == f"cannot load the model 'no-such-model': {NOWHERE}"
+
+    def test_a_process_says_so_before_it_asks_the_hub(self) -> None:
+        ended = run_python("-m", "jobs.stream", "--model", "models/nope")
+        assert ended.returncode == 2
+        first, last = ended.stderr.splitlines()
+        assert first.endswith("INFO there is no folder 'models/nope' here: asking the hub for it")
+        assert last == f"deebert stream: cannot load the model 'models/nope': {NOWHERE}"
+
+    def test_the_hubs_library_does_not_log_each_time_that_it_asks_again(self, refused: Refusal) -> None:
+        refused(model="no-such-model")
+        assert not _http.logger.isEnabledFor(logging.WARNING)
 
     @pytest.mark.parametrize(
         ("without", "says"),
@@ -349,7 +366,7 @@ class TestCommandLine:
 
     def test_missing_flags(self, refusal: Refusal) -> None:
         assert refusal("classify") == (
-            "deebert classify needs --model, --input, --output; see `deebert classify --help`"
+            "--model, --input, --output are missing; see `deebert classify --help`"
         )
 
     def test_train_data_that_is_not_there(self, refusal: Refusal, saved_model: Path, tmp_path: Path) -> None:
@@ -363,6 +380,8 @@ class TestCommandLine:
         data.write_text("text,label\ngood,1\nbad,0\n")
         words = ("--backbone", "/no/where", "--data", data, "--output", tmp_path / "model")
         assert "cannot load the backbone '/no/where': " in refusal("train", *words)
+        words = ("--backbone", "no/where", *words[2:])
+        assert refusal("train", *words) == f"cannot load the backbone 'no/where': {NOWHERE}"
 
     def test_train_output_that_is_a_file(self, refusal: Refusal, saved_model: Path, texts: Path) -> None:
         message = refusal("train", "--backbone", saved_model, "--data", texts, "--output", texts)
@@ -416,7 +435,7 @@ def begin_run(config: ClassifyConfig) -> None:
             software_version="0",
             identity=run.identity,
             model=run.model,
-            inputs=config.input,
+            inputs=config.inputs,
             planned_shards=len(run.shards),
             planned_files=len(run.files),
             shard_rows=run.shard_rows,

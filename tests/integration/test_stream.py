@@ -173,7 +173,10 @@ class TestAnswers:
             b'{"id": {"any": ["json"]}, "text": "a pair \\ud83d\\ude00"}\r',
         ]
         answers, err, code = start().finish(b"\n".join(lines))
-        assert (code, err) == (0, "")
+        assert code == 0
+        said = "8 of 12 lines could not be read and are answered with an error, the first: no text in the field 'text'"
+        assert err.count("\n") == 1
+        assert err.rstrip().endswith(said)
         by_index = {answer["index"]: answer for answer in answers}
         assert sorted(answer["index"] for answer in answers) == list(range(len(lines)))
         bad = [index for index, answer in sorted(by_index.items()) if "error" in answer]
@@ -182,6 +185,13 @@ class TestAnswers:
         assert by_index[5]["error"] == "not UTF-8: invalid start byte at byte 0"
         assert by_index[10]["num_tokens"] == 2  # [CLS] [SEP]: empty text is a text
         assert by_index[11]["id"] == {"any": ["json"]}
+
+    def test_not_one_line_that_can_be_read_is_a_failure(self, start: Start) -> None:
+        answers, err, code = start("--text-column", "body").finish(b'{"text": "good"}\n{"text": "bad"}\n')
+        assert code == 1
+        error = "no text in the field 'body'"
+        assert answers == [{"index": 0, "error": error}, {"index": 1, "error": error}]
+        assert f"2 of 2 lines could not be read and are answered with an error, the first: {error}\n" in err
 
     def test_long_texts_are_cut_and_say_so(self, start: Start) -> None:
         answers, _, code = start("--max-length", "8").finish(b"good film\n" + b"good " * 100)

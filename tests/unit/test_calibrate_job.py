@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from deebert.checkpoint import load_checkpoint, weights_digest
 from deebert.exit_policy import EntropyThreshold
@@ -27,8 +28,6 @@ def model(saved_model: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def data(model: Path, tmp_path: Path) -> Path:
     """Labelled with what the model says at full depth."""
-    import torch
-
     checkpoint = load_checkpoint(str(model))
     tokens = checkpoint.tokenizer(TEXTS, padding=True, return_tensors="pt")
     with torch.inference_mode():
@@ -72,6 +71,40 @@ def test_the_point_is_stored_and_runs_go_by_it(
     assert f"stored in         {model / 'config.json'}\n" in said
 
 
+@pytest.mark.parametrize(
+    ("stored", "said"),
+    [({"type": "entropy", "thresholds": 0.25}, "entropy < 0.25 nats"), ("mine", "mine"), (None, None)],
+)
+def test_a_point_that_is_replaced_is_named(
+    model: Path, data: Path, stored: object, said: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "exit_policy": stored}))
+
+    assert main(["calibrate", "--model", str(model), "--data", str(data), "--speed-up", "1.01"]) == 0
+
+    lines = capsys.readouterr().out.splitlines()
+    found = [line.removeprefix("in place of").strip() for line in lines if line.startswith("in place of")]
+    assert found == ([] if said is None else [said])
+
+
+def test_a_point_that_saves_nothing_is_not_stored(model: Path, data: Path, refusal: Refusal) -> None:
+    checkpoint = load_checkpoint(str(model))
+    for ramp in checkpoint.model.off_ramps:  # all but even, whatever the text
+        for parameter in ramp.parameters():
+            parameter.data.zero_()
+        ramp.classifier.bias.data[:] = torch.tensor([1e-4, 0.0, 0.0])
+    checkpoint.model.save_pretrained(model)
+    config = (model / "config.json").read_bytes()
+
+    said = refusal("--model", model, "--data", data, "--keep", 1)
+
+    assert said == (
+        "no threshold that meets this target saves anything, so none is stored: relax the target, or train longer"
+    )
+    assert (model / "config.json").read_bytes() == config
+
+
 def test_a_trace_that_is_there_spares_running_the_model(model: Path, data: Path, tmp_path: Path) -> None:
     words = ["--model", str(model), "--data", str(data), "--trace", str(tmp_path / "t.parquet")]
     assert main(["evaluate", *words, "--timing-rows", "0"]) == 0
@@ -113,6 +146,7 @@ def test_no_bound_that_the_texts_cannot_show(model: Path, data: Path, refusal: R
         (("--keep", "0.9", "--speed-up", "2"), "more than one target is given: give one of --keep"),
         (("--keep", "0"), "argument --keep: '0' is not a share between 0 and 1"),
         (("--max-disagreement", "1"), "argument --max-disagreement: '1' is not a share between 0 and 1"),
+        (("--keep", "99%"), "argument --keep: '99%' is not a number: write 0.99 for 99 %"),
         (("--speed-up", "1"), "argument --speed-up: '1' is not a number above 1"),
         (("--speed-up", "6"), "no threshold makes the model 6 times as fast: the most is "),
     ],

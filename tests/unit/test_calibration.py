@@ -74,6 +74,19 @@ def test_full_depth_where_no_exit_keeps_enough() -> None:
     assert point.saving == 0.0
 
 
+@pytest.mark.parametrize("scored", [0.0, -0.3, math.nan])
+def test_no_share_of_nothing_can_be_kept(scored: float) -> None:
+    """As of F1 where no text was found to hold a label: the most aggressive threshold would keep it all."""
+
+    def metric(labels: torch.Tensor, predictions: torch.Tensor) -> float:
+        return scored
+
+    with pytest.raises(
+        PolicyError, match=r"^full depth scores 0 or less on these texts, of which no share can"
+    ):
+        choose_threshold(LITERAL, LABELS, keep_accuracy=0.99, metric=metric)
+
+
 @pytest.mark.parametrize("num_labels", [2, 3, 4, 5, 7, 77])
 def test_the_choice_is_always_a_policy_that_the_model_accepts(num_labels: int) -> None:
     logits = torch.zeros(2, 1, num_labels)

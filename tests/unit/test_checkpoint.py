@@ -46,6 +46,19 @@ class TestLoading:
         stored = halves.state_dict()
         assert all(torch.equal(value, stored[name].float()) for name, value in model.state_dict().items())
 
+    def test_a_vocabulary_that_was_resized_is_saved_with_the_backbone(
+        self, folder: Path, tiny_model: ModelFactory
+    ) -> None:
+        model = tiny_model()
+        size = model.config.backbone_config.vocab_size + 3
+        model.resize_token_embeddings(size)
+        model.save_pretrained(folder)
+
+        loaded = load_checkpoint(str(folder)).model
+
+        assert loaded.config.vocab_size == loaded.config.backbone_config.vocab_size == size
+        assert weights_digest(loaded) == weights_digest(model)
+
     def test_the_stored_operating_point_is_the_exit_policy(self, folder: Path) -> None:
         edit_config(folder, exit_policy={"type": "entropy", "thresholds": [0.1, None, 0.2, 0.3]})
 

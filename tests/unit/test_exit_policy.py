@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import pytest
@@ -182,6 +183,27 @@ def test_an_unknown_policy_is_refused_by_name() -> None:
         policy_from_dict({"type": "patience"})
 
 
+@pytest.mark.parametrize(
+    ("stored", "says"),
+    [
+        ("0.2", "the exit policy '0.2' has no type and thresholds: store another one"),
+        (0.2, "the exit policy 0.2 has no type and thresholds"),
+        ({"type": ["x"]}, "unknown exit policy ['x']: this version knows"),
+        (
+            {"type": "entropy", "thresholds": "0.2"},
+            "the entropy exit policy has a threshold '0.2', no number",
+        ),
+        ({"type": "entropy", "thresholds": [0.2, "x"]}, "has a threshold 'x', no number"),
+        ({"type": "entropy", "thresholds": True}, "has a threshold True, no number"),
+        ({"type": "entropy", "thresholds": {"1": 0.2}}, "has a threshold {'1': 0.2}, no number"),
+        ({"type": "learning-to-exit", "thresholds": 0.9, "layer_0": "0.9"}, "a threshold '0.9', no number"),
+    ],
+)
+def test_a_json_form_that_no_policy_has_is_refused(stored: object, says: str) -> None:
+    with pytest.raises(PolicyError, match=re.escape(says)):
+        policy_from_dict(stored)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_thresholds_that_are_no_numbers_are_refused(value: float) -> None:
     with pytest.raises(PolicyError, match="is not a number: give nats between 0 and ln"):
@@ -194,6 +216,12 @@ def test_thresholds_that_are_no_numbers_are_refused(value: float) -> None:
 def test_a_threshold_above_the_largest_entropy_is_refused(threshold: float | tuple[float, ...]) -> None:
     with pytest.raises(PolicyError, match=r"threshold 0\.7 is above ln\(2\) = 0\.6931"):
         EntropyThreshold(threshold).check(**of_two_labels(3))
+
+
+def test_what_is_advised_for_full_depth_is_full_depth_whatever_the_model_stores() -> None:
+    with pytest.raises(PolicyError, match=r"give at most that, or -1 to run at full depth$"):
+        EntropyThreshold(5.0).check(**of_two_labels(3))
+    assert not any(EntropyThreshold(-1.0).can_fire(layer) for layer in (1, 2))
 
 
 def test_thresholds_up_to_the_largest_entropy_are_accepted() -> None:

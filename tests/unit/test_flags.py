@@ -61,16 +61,19 @@ class TestRequired:
     def test_all_missing_flags_are_named_at_once(self) -> None:
         with pytest.raises(UsageError) as error:
             parse("--model", "m")
-        assert one_sentence(error.value) == (
-            "deebert classify needs --input, --output; see `deebert classify --help`"
-        )
+        assert one_sentence(error.value) == ("--input, --output are missing; see `deebert classify --help`")
+
+    def test_one_missing_flag(self) -> None:
+        with pytest.raises(UsageError) as error:
+            parse(*REQUIRED[:4])
+        assert one_sentence(error.value) == "--output is missing; see `deebert classify --help`"
 
     def test_the_job_file_counts(self, job_file: JobFile) -> None:
         config = parse("--config", job_file("model: m\ninput: a\noutput: o\n"))
         assert (config.model, config.input, config.output) == ("m", ("a",), "o")
 
     def test_an_empty_key_is_left_out(self, job_file: JobFile) -> None:
-        with pytest.raises(UsageError, match="needs --model"):
+        with pytest.raises(UsageError, match=r"^--model is missing"):
             parse("--config", job_file("model:\ninput: a\noutput: o\n"))
 
 
@@ -165,11 +168,18 @@ class TestValues:
             (("--entropy-threshold", "high"), "'high' is not a number of nats"),
             (("--entropy-threshold", ""), "give a number of nats"),
             (("--shard-rows", "0"), "'0' is not a whole number above 0"),
-            (("--shard-rows", "ten"), "--shard-rows"),
-            (("--threads", "1.5"), "--threads"),
+            (("--shard-rows", "ten"), "--shard-rows: 'ten' is not a whole number; "),
+            (("--shard-rows", "50,000"), "--shard-rows: '50,000' is not a whole number: write 50000; "),
+            (("--shard-rows", "1e6"), "'1e6' is not a whole number: write 1000000; "),
+            (("--shard-rows", "1,5"), "'1,5' is not a whole number; "),
+            (("--threads", "1.5"), "--threads: '1.5' is not a whole number; "),
+            (("--control", "5%"), "--control: '5%' is not a number: write 0.05 for 5 %; "),
+            (("--control", "some"), "--control: 'some' is not a number; "),
+            (("--hang-seconds", "1h"), "--hang-seconds: '1h' is not a number; "),
             (("--control", "2"), "'2' is not a share between 0 and 1"),
             (("--control", "nan"), "'nan' is not a share between 0 and 1"),
-            (("--max-bad-rows", "few"), "--max-bad-rows"),
+            (("--max-bad-rows", "few"), "--max-bad-rows: 'few' is not a whole number; "),
+            (("--max-bad-rows", "-5"), "--max-bad-rows: '-5' is not a whole number from 0; "),
             (("--precision", "int4"), "invalid choice: 'int4'"),
             (("--on-changed", "ask"), "invalid choice: 'ask'"),
             (("--treads", "2"), "--treads"),
@@ -183,6 +193,60 @@ class TestValues:
         message = one_sentence(error.value)
         assert says in message
         assert "`deebert classify --help`" in message
+
+
+class TestPython:
+    """The same fields from Python, where no parser stands before them."""
+
+    @pytest.mark.parametrize(
+        ("field", "value", "says"),
+        [
+            ("input", (), "() is empty: give at least one"),
+            ("input", (Path("a"),), "is neither a str nor a tuple of them"),
+            ("output", Path("o"), "is not a str: give one"),
+            ("text_column", ("a", "b"), "('a', 'b') is not a str: give one"),
+            ("keep_columns", 5, "5 is neither a str nor a tuple of them: give one of the two"),
+            ("replicas", 0, "'0' is not a number of replicas"),
+            ("replicas", Replicas(3, 1), "'3:1' is not a number of replicas"),
+            ("replicas", "1:4", "'1:4' is neither an int nor Replicas(MIN, MAX): give one of the two"),
+            ("entropy_threshold", "0.69", "'0.69' is neither a number nor a tuple of one for each layer"),
+            ("entropy_threshold", [0.1, None], "[0.1, None] is neither a number nor a tuple"),
+            ("certainty_threshold", ("0.9",), "('0.9',) is neither a number nor a tuple"),
+            ("precision", "bf16", "'bf16' is none of auto, float32, bfloat16, float16, int8"),
+            ("device", "gpu", "'gpu' is none of auto, cpu, cuda"),
+            ("on_changed", "Refuse", "'Refuse' is none of refuse, redo"),
+            ("max_length", 0, "'0' is not a whole number above 0"),
+            ("threads", "2", "'2' is neither an int nor a float"),
+            ("threads", Replicas(2, 2), "is neither an int nor a float"),
+            ("control", 5, "'5' is not a share between 0 and 1"),
+            ("max_bad_rows", -5, "'-5' is not a whole number from 0"),
+            ("probabilities", "no", "'no' is not a switch: give True or False"),
+        ],
+    )
+    def test_what_no_flag_could_have_given_is_refused(self, field: str, value: object, says: str) -> None:
+        given: dict[str, Any] = {"model": "m", "input": "a", "output": "o", field: value}
+        with pytest.raises(UsageError) as error:
+            ClassifyConfig(**given)
+        message = one_sentence(error.value)
+        assert message.startswith(f"{field}: ")
+        assert says in message
+
+    def test_one_path_and_one_column_need_no_tuple(self) -> None:
+        config = ClassifyConfig(model="m", input="corpus/", output="o", keep_columns="doc_id")
+        assert (config.inputs, config.kept_columns) == (("corpus/",), ("doc_id",))
+        config = ClassifyConfig(model="m", input=["a", "b"], output="o", keep_columns=[])
+        assert (config.inputs, config.kept_columns) == (("a", "b"), ())
+
+    def test_a_fixed_number_of_replicas_needs_no_range(self) -> None:
+        config = ClassifyConfig(model="m", input="a", output="o", replicas=2)
+        assert config.replica_range == Replicas(2, 2)
+        assert dataclasses.replace(config, replicas=Replicas(1, 4)).replica_range == Replicas(1, 4)
+        assert dataclasses.replace(config, replicas=None).replica_range is None
+
+    def test_the_range_is_exported(self) -> None:
+        import pipeline
+
+        assert pipeline.Replicas is Replicas
 
 
 class TestJobFile:

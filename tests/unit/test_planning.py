@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,8 @@ from pipeline.config import ClassifyConfig
 from pipeline.errors import UsageError
 from pipeline.inputs import InputFile
 from pipeline.planning import RunPlan, check_output, make_plan
+from pipeline.records import RunRecord, Totals
+from pipeline.run import classify
 from pipeline.sink import SUCCESS, Output
 
 DEAD_LETTERS = "_deebert/dead_letters"
@@ -47,6 +50,23 @@ def record_of(run: RunPlan) -> SimpleNamespace:
     )
 
 
+def finished(run: RunPlan) -> RunRecord:
+    """What a run leaves that has committed every shard."""
+    return RunRecord(
+        status="succeeded",
+        software_version="0",
+        identity=run.identity,
+        model=run.model,
+        inputs=run.config.inputs,
+        planned_shards=len(run.shards),
+        planned_files=len(run.files),
+        shard_rows=run.shard_rows,
+        columns=run.columns,
+        totals=replace(Totals.zero(run.model.num_layers), shards=len(run.shards)),
+        attempts=(),
+    )
+
+
 def commit(run: RunPlan, output: Output) -> set[str]:
     """The parts that the run would commit, each with a dead letter."""
     for part in run.shards:
@@ -65,6 +85,30 @@ def test_a_micro_batch_may_hold_one_text_and_no_less(config):
     assert run.identity.max_length == 16
     with pytest.raises(UsageError, match="--micro-batch-tokens 15 cannot hold one text of --max-length 16: "):
         planned(replace(config, max_length=16, micro_batch_tokens=15))
+
+
+def test_one_path_and_one_kept_column_are_planned_as_tuples_of_one(config, tmp_path):
+    (source,) = config.inputs
+    alike = replace(config, id_column="text", keep_columns="text")
+    one, several = planned(replace(alike, input=source)), planned(replace(alike, keep_columns=("text",)))
+    assert (one.shards, one.columns) == (several.shards, several.columns)
+
+
+@pytest.mark.parametrize("control", [0.0, 0.5])
+def test_a_finished_run_says_what_control_would_need(config, caplog, monkeypatch, control):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    run, output = planned(config), Output(config.output)
+    output.prepare()
+    commit(run, output)
+    output.write_run(finished(run))
+
+    with caplog.at_level(logging.INFO, "pipeline.run"):
+        assert classify(replace(config, control=control)).new_shards == 0
+
+    (said,) = caplog.messages
+    nothing = "nothing to do: all 2 shards of 2 files are committed"
+    advice = "; --control measures rows as they are classified, and none are: add --overwrite"
+    assert said == (nothing + advice if control else nothing)
 
 
 class TestOutputInsideTheInput:

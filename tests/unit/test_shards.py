@@ -270,8 +270,15 @@ class TestCheckColumns:
         write(tmp_path / "b.jsonl", '{"text": "x", "id": "1"}\n')
         write_parquet(tmp_path / "b.parquet", {"text": ["x"], "id": [1.5]})
         files = discover([str(tmp_path / "a.parquet"), str(tmp_path / other)])
-        with pytest.raises(InputError, match=rf"column 'id' is int64 in .*a.parquet but .* in .*{other}"):
+        with pytest.raises(
+            InputError, match=rf"column 'id' is int64 in .*a.parquet but .* in .*{other}"
+        ) as error:
             check_columns(files, ["text"], ["id"])
+        remedy = (
+            "classify them into separate outputs, or leave the column out of --id-column and --keep-columns"
+        )
+        why = " (CSV columns are strings)" if other == "b.csv" else ""
+        assert str(error.value).endswith(f"{other}{why}: {remedy}")
 
 
 class TestPlan:
