@@ -8,10 +8,11 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from pathlib import PurePosixPath
 from typing import Any
 
 import pyarrow as pa
@@ -46,10 +47,10 @@ def check_columns(
 ) -> InputSchema:
     """Check that every file has the columns, with one type; `other_columns` are ids and kept columns.
 
-    Types of JSON lines come from the first block (a column without values there is a string); CSV
-    columns are strings; a text file has the one column ``text``. Dictionaries, views and large strings
-    are kept as plain strings. A file that cannot be read is left out here and named by its shard.
-    What `catalog` knows is not looked up again.
+    Types of JSON lines come from the first block of each file (a column without values there is a string),
+    and one of them at least must show each column; CSV columns are strings; a text file has the one column
+    ``text``. Dictionaries, views and large strings are kept as plain strings. A file that cannot be read is
+    left out here and named by its shard. What `catalog` knows is not looked up again.
 
     Raises InputError, also when no file at all can be read.
     """
@@ -71,48 +72,69 @@ def check_columns(
         raise broken[0]
     known = [(file, found) for file, found in probes if isinstance(found, Mapping)]
     for file, columns in known:
-        _require(file, columns, text_columns)
-        if file.format != "jsonl" or file is first_jsonl:  # elsewhere an absent JSON field is a null
-            _require(file, columns, other_columns)
+        _require(file.path, columns, text_columns)
+        if file.format != "jsonl":
+            _require(file.path, columns, other_columns)
         for name in text_columns:
             _require_text(file, name, columns[name])
+    if lines := [(file.path, columns) for file, columns in known if file.format == "jsonl"]:
+        # A field that one of these lacks is a null; one that all lack is a mistake.
+        first, more = lines[0][0], len(lines) - 1
+        shown = dict.fromkeys(name for _, columns in lines for name in columns)
+        _require(f"{first} (like {more} more of JSON lines)" if more else first, shown, other_columns)
     kept = [pa.field(name, _agreed_type(known, name)) for name in dict.fromkeys(other_columns)]
     return InputSchema(text_columns=tuple(text_columns), kept=pa.schema(kept))
 
 
-def _require(file: InputFile, columns: Columns, names: Sequence[str]) -> None:
+def _require(where: str, columns: Collection[str], names: Sequence[str]) -> None:
     for name in names:
         if name not in columns:
             existing = ", ".join(columns) or "none"
-            raise InputError(f"{file.path} has no column {name!r}; its columns are: {existing}")
+            raise InputError(f"{where} has no column {name!r}; its columns are: {existing}")
 
 
 def _require_text(file: InputFile, name: str, type_: Any) -> None:
-    plain = plain_type(type_)
-    if not (pa.types.is_string(plain) or (pa.types.is_null(type_) and file.format == "jsonl")):
+    if not (pa.types.is_string(plain_type(type_)) or pa.types.is_null(type_)):  # each null is a bad row
         raise InputError(f"column {name!r} of {file.path} is {type_}; a text column must hold strings")
 
 
 def _agreed_type(probes: Sequence[tuple[InputFile, Columns]], name: str) -> Any:
-    """The type of a kept column in the first file that shows one; the others must have the same."""
-    agreed, first_file = pa.null(), None
-    for file, columns in probes:
-        type_ = plain_type(columns.get(name, pa.null()))
-        if first_file is None and not pa.types.is_null(type_):
-            agreed, first_file = type_, file
-        elif first_file and not _fits(file, type_, agreed):
+    """The type of a kept column: what files declare, else the one that holds what all JSON lines show."""
+    types = [(file, plain_type(columns[name])) for file, columns in probes if name in columns]
+    shown = [(file, type_) for file, type_ in types if not pa.types.is_null(type_)]
+    if not shown:
+        return pa.string()
+    # A block may not show the whole type, so what is declared comes first, whatever the order of the files.
+    shown.sort(key=lambda each: each[0].format == "jsonl")
+    first_file, agreed = shown[0]
+    for file, type_ in shown[1:]:
+        if first_file.format == "jsonl":
+            both = _holding_both(agreed, type_)
+        else:
+            both = agreed if type_ == agreed or (file.format == "jsonl" and _widens(type_, agreed)) else None
+        if both is None:
             of_csv = " (CSV columns are strings)" if "csv" in (first_file.format, file.format) else ""
             raise InputError(
                 f"column {name!r} is {agreed} in {first_file.path} but {type_} in {file.path}{of_csv}: classify them "
                 "into separate outputs, or leave the column out of --id-column and --keep-columns"
             )
+        agreed = both
     return _settled(agreed)
 
 
-def _fits(file: InputFile, type_: Any, agreed: Any) -> bool:
-    if file.format == "jsonl":  # a block may not show the whole type
-        return _widens(type_, agreed)
-    return bool(type_ == agreed or pa.types.is_null(type_))
+def _holding_both(one: Any, other: Any) -> Any:
+    """The type of values that JSON blocks showed as `one` and as `other`; None where there is none."""
+    if pa.types.is_struct(one) and pa.types.is_struct(other):
+        fields = {field.name: field.type for field in one.fields}
+        for field in other.fields:
+            fields[field.name] = _holding_both(fields.get(field.name, pa.null()), field.type)
+        return None if None in fields.values() else pa.struct(list(fields.items()))
+    if pa.types.is_list(one) and pa.types.is_list(other):
+        values = _holding_both(one.value_type, other.value_type)
+        return None if values is None else pa.list_(values)
+    if _widens(one, other):
+        return other
+    return one if _widens(other, one) else None
 
 
 def _settled(type_: Any) -> Any:
@@ -130,15 +152,32 @@ def _settled(type_: Any) -> Any:
     return type_
 
 
+def without_views(type_: Any) -> Any:
+    """The type with strings and bytes for views of them, at any depth: Arrow filters and takes no views."""
+    if pa.types.is_string_view(type_):
+        return pa.string()
+    if pa.types.is_binary_view(type_):
+        return pa.binary()
+    if pa.types.is_dictionary(type_):
+        return pa.dictionary(type_.index_type, without_views(type_.value_type), type_.ordered)
+    if pa.types.is_list(type_) or pa.types.is_large_list(type_):
+        make = pa.list_ if pa.types.is_list(type_) else pa.large_list
+        return make(type_.value_field.with_type(without_views(type_.value_type)))
+    if pa.types.is_struct(type_):
+        return pa.struct([field.with_type(without_views(field.type)) for field in type_.fields])
+    return type_
+
+
 def plain_type(type_: Any) -> Any:
     """The type a column is decoded to: no dictionary, view, large string or extension."""
+    type_ = without_views(type_)
     if pa.types.is_dictionary(type_):
         return plain_type(type_.value_type)
     if isinstance(type_, pa.BaseExtensionType):
         return plain_type(type_.storage_type)
-    if pa.types.is_large_string(type_) or pa.types.is_string_view(type_):
+    if pa.types.is_large_string(type_):
         return pa.string()
-    if pa.types.is_large_binary(type_) or pa.types.is_binary_view(type_):
+    if pa.types.is_large_binary(type_):
         return pa.binary()
     return type_
 
@@ -184,9 +223,14 @@ def _named_once(file: InputFile, schema: Any) -> Columns:
 
 def csv_columns(file: InputFile, block_bytes: int = OTHER_BLOCK_BYTES) -> Columns | None:
     """The columns that the header of a CSV or TSV file names, all strings; None where it is empty."""
-    text = head(file, block_bytes)[0].decode("utf-8-sig", errors="replace")
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter=csv_delimiter(file))
-    header = next((row for row in rows if row), None)
+    while True:
+        block, is_whole = _block(file, block_bytes)
+        text = io.StringIO(block.decode("utf-8-sig", errors="replace"), newline="")
+        header = next((row for row in csv.reader(text, delimiter=csv_delimiter(file)) if row), None)
+        # What ends with the block may go on behind it.
+        if is_whole or text.read(1) or block_bytes >= _MAX_BLOCK_BYTES:
+            break
+        block_bytes *= 4
     if header is None:
         return None
     return _named_once(file, pa.schema([(name, pa.string()) for name in header]))
@@ -194,7 +238,8 @@ def csv_columns(file: InputFile, block_bytes: int = OTHER_BLOCK_BYTES) -> Column
 
 def csv_delimiter(file: InputFile) -> str:
     """A tab for ``.tsv`` (compressed or not), else a comma."""
-    return "\t" if ".tsv" in file.path.lower()[-len(".tsv.zst") :] else ","
+    suffixes = PurePosixPath(file.path.lower()).suffixes
+    return "\t" if suffixes[-1 if file.compression is None else -2] == ".tsv" else ","
 
 
 def _jsonl_columns(file: InputFile, block_bytes: int) -> Columns | None:
@@ -213,12 +258,20 @@ def _jsonl_columns(file: InputFile, block_bytes: int) -> Columns | None:
 def _whole_lines(file: InputFile, block_bytes: int) -> bytes:
     """The first block, cut after its last whole line, however long the first line is."""
     while True:
-        block, stored_bytes = head(file, block_bytes)
-        if stored_bytes < block_bytes if file.size_bytes is None else stored_bytes >= file.size_bytes:
+        block, is_whole = _block(file, block_bytes)
+        if is_whole:
             return block
         if b"\n" in block or block_bytes >= _MAX_BLOCK_BYTES:
             return block[: block.rfind(b"\n") + 1]
         block_bytes *= 4
+
+
+def _block(file: InputFile, block_bytes: int) -> tuple[bytes, bool]:
+    """The beginning of the content, and whether it is all of it."""
+    block, stored_bytes = head(file, block_bytes)
+    if file.size_bytes is None:
+        return block, stored_bytes < block_bytes
+    return block, stored_bytes >= file.size_bytes
 
 
 def _json_object(line: bytes) -> dict[str, Any] | None:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import stat
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -42,6 +43,7 @@ COMPRESSIONS: Mapping[str, Compression] = {".gz": "gzip", ".zst": "zstd"}
 KNOWN_SUFFIXES = f"{', '.join(FORMATS)}; all but Parquet and Arrow also with {' or '.join(COMPRESSIONS)}"
 
 _HIDDEN = ("_", ".")
+_KINDS = ((stat.S_ISREG, "file"), (stat.S_ISDIR, "directory"), (stat.S_ISLNK, "link"))
 
 # What stores call the mark that changes with a file's content, most trustworthy first.
 _VERSION_KEYS = (
@@ -87,7 +89,10 @@ def discover(paths: Sequence[str]) -> tuple[InputFile, ...]:
         raise InputError("an input path is missing; give a file, folder, glob or URL")
     found: dict[str, tuple[InputFile, int]] = {}
     for index, path in enumerate(paths):
-        for file in _expand(path):
+        expanded = _expand(path)
+        if not is_local(path):
+            _check_name(expanded[0], path)
+        for file in expanded:
             found.setdefault(file.path, (file, index))
     files = _without_second_names(found.values())
     if len(files) < len(found):
@@ -113,14 +118,50 @@ def current_fingerprint(file: InputFile) -> str:
     return _fingerprint(_info(filesystem, path))
 
 
-def locate(path: str) -> tuple[Any, str]:
-    """The fsspec file system that holds `path`, and the path as that file system spells it."""
-    if is_local(path):
-        return LocalFileSystem(), _normal(LocalFileSystem._strip_protocol(path))
+def _check_name(file: InputFile, as_given: str) -> None:
+    """Refuse a file whose URL leads elsewhere: fsspec spells it without the archive, host or account that was given.
+
+    Where configuration gives these and the URL leads to such a file, it is a good name.
+    """
     try:
-        filesystem, inner_path = fsspec.core.url_to_fs(path, use_listings_cache=False)
+        # Stores may tell times in one way in a listing and in another of a file; the size is the same.
+        if knows(locate(as_given)[0], file.path) or _info(*locate(file.path))["size"] == file.size_bytes:
+            return
+    except Exception:  # each store has errors of its own
+        logger.debug("%s cannot be found", file.path, exc_info=True)
+    raise InputError(
+        f"input {as_given} would be stored as {file.path}, which does not lead to it: name its host or account in "
+        "fsspec's configuration instead of the URL, unpack it if it is an archive, or copy it"
+    )
+
+
+def knows(filesystem: Any, url: str) -> bool:
+    """Whether the URL alone, without what else was given, leads to this file system."""
+    try:
+        return bool(file_system(url)[0] == filesystem)
+    except Exception:  # each store has errors of its own, and so has one without its host
+        return False
+
+
+def locate(path: str) -> tuple[Any, str]:
+    """The fsspec file system that holds the input `path`, and the path as that file system spells it."""
+    try:
+        return file_system(path)
     except (ValueError, ImportError) as error:
         raise InputError(f"input {path} cannot be opened: {first_line(error)}") from error
+
+
+def file_system(path: str) -> tuple[Any, str]:
+    """The fsspec file system of a path or URL, and the path as that file system spells it.
+
+    Listings are never cached, for others write there too.
+
+    Raises:
+        ValueError, ImportError: a protocol that is unknown or lacks its driver.
+    """
+    if is_local(path):  # fsspec itself takes `::` in a name for a chain of URLs
+        return LocalFileSystem(), _normal(LocalFileSystem._strip_protocol(path))
+    filesystem, inner_path = fsspec.core.url_to_fs(path, use_listings_cache=False)
     return filesystem, _normal(inner_path) if isinstance(filesystem, LocalFileSystem) else inner_path
 
 
@@ -258,18 +299,21 @@ def _walk(filesystem: Any, folder: str) -> dict[str, dict[str, Any]]:
 
 
 def _walk_local(folder: str) -> dict[str, dict[str, Any]]:
-    """Like `find`, but into linked folders too, each real folder once (so that loops end)."""
+    """Like `find`, but into linked folders too, each real folder once (so that loops end), by its own name if any."""
     files: dict[str, dict[str, Any]] = {}
     entered: set[Path] = set()
-    for here, subfolders, names in os.walk(folder, onerror=_raise, followlinks=True):
-        if (real := Path(here).resolve()) in entered:
-            subfolders.clear()
-            continue
-        entered.add(real)
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith(_HIDDEN))
-        paths = [Path(here, name) for name in names]
-        # A link to nothing is input that is missing; a socket or a pipe never was input.
-        files |= {str(path): _local_info(path) for path in paths if path.is_file() or not path.exists()}
+    waiting = [Path(folder)]  # links wait until all that is here by its own name has been entered
+    for top in waiting:
+        for here, subfolders, names in os.walk(top, onerror=_raise):
+            if (real := Path(here).resolve()) in entered:
+                subfolders.clear()
+                continue
+            entered.add(real)
+            subfolders[:] = sorted(name for name in subfolders if not name.startswith(_HIDDEN))
+            waiting += [link for name in subfolders if (link := Path(here, name)).is_symlink()]
+            paths = [Path(here, name) for name in names]
+            # A link to nothing is input that is missing; a socket or a pipe never was input.
+            files |= {str(path): _local_info(path) for path in paths if path.is_file() or not path.exists()}
     return files
 
 
@@ -289,13 +333,23 @@ def _local_info(path: Path) -> dict[str, Any]:
         status = path.stat()
     except OSError:
         status = path.lstat()  # a link to nothing, or into a folder that is closed to us
-    return {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
+    kind = next((name for is_kind, name in _KINDS if is_kind(status.st_mode)), "other")
+    return {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "type": kind}
 
 
 def _input_file(filesystem: Any, path: str, info: dict[str, Any]) -> InputFile | None:
     format_, compression = _format_of(_name(path))
     if format_ is None:
         return None
+    if info.get("type") == "other":  # reading a pipe would wait for whoever writes to it
+        raise InputError(f"{path} is a pipe, socket or device, not a file: write what it gives to a file")
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:
+        shown = os.fsencode(path).decode("utf-8", "backslashreplace")
+        raise InputError(
+            f"the name of {shown} is not UTF-8, which answers are stored in: rename it"
+        ) from error
     return InputFile(
         path=path if isinstance(filesystem, LocalFileSystem) else filesystem.unstrip_protocol(path),
         format=format_,

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 from pipeline.errors import UsageError
 from pipeline.sink import LOCK, Output
@@ -40,7 +40,7 @@ def locked(output: Output, *, beat_seconds: float = _BEAT_SECONDS) -> Iterator[N
         beat_seconds: on object stores, how often the holder says that it lives.
 
     Raises:
-        UsageError: another driver holds it; names host, process and since when.
+        UsageError: another driver holds it (names host, process and since when), or it cannot be opened.
     """
     holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": _now()}
     with _flocked(output, holder) if output.is_local else _beating(output, holder, beat_seconds):
@@ -50,8 +50,7 @@ def locked(output: Output, *, beat_seconds: float = _BEAT_SECONDS) -> Iterator[N
 @contextmanager
 def _flocked(output: Output, holder: dict[str, Any]) -> Iterator[None]:
     path = Path(output.path(LOCK))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as file:
+    with _opened(path, output) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -66,6 +65,17 @@ def _flocked(output: Output, holder: dict[str, Any]) -> Iterator[None]:
         file.flush()
         # The file stays: were it removed, two drivers could hold locks on two files of the same name.
         yield
+
+
+def _opened(path: Path, output: Output) -> IO[str]:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("a+")
+    except OSError as error:
+        raise UsageError(
+            f"cannot open the lock {path} of the output {output.url!r} ({error.strerror}): let its owner make it "
+            "writable, or choose another output"
+        ) from error
 
 
 @contextmanager

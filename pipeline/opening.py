@@ -22,6 +22,7 @@ from pipeline.inputs import InputFile, first_line, is_local, locate
 PARQUET_BUFFER_BYTES = 4 << 20
 # What is fetched beyond a read, of URLs that are read from front to back; where reads are large it would be wasted.
 _AHEAD_BYTES = 8 << 20
+_GZIP_PIECE_BYTES = 1 << 14
 _MAX_HEAD_BYTES = 8 << 20  # of decompressed content, however well it is compressed
 
 READ_FAILURES = (pa.ArrowException, OSError, EOFError, csv.Error, zlib.error, zstandard.ZstdError)
@@ -98,9 +99,14 @@ def head(file: InputFile, num_bytes: int) -> tuple[bytes, int]:
 
 
 def _gzip_head(raw: bytes) -> tuple[bytes, int]:
-    inflate = zlib.decompressobj(wbits=31)
-    data = inflate.decompress(raw, _MAX_HEAD_BYTES)
-    return data, len(raw) - len(inflate.unconsumed_tail) - len(inflate.unused_data)
+    inflate, data, offset = zlib.decompressobj(wbits=31), bytearray(), 0
+    while offset < len(raw) and len(data) < _MAX_HEAD_BYTES:
+        if inflate.eof:  # a file may be several members, one after the other
+            inflate = zlib.decompressobj(wbits=31)
+        piece = raw[offset : offset + _GZIP_PIECE_BYTES]
+        data += inflate.decompress(piece, _MAX_HEAD_BYTES - len(data))
+        offset += len(piece) - len(inflate.unconsumed_tail) - len(inflate.unused_data)
+    return bytes(data), offset
 
 
 def _zstd_head(raw: bytes) -> tuple[bytes, int]:

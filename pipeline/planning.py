@@ -7,11 +7,15 @@ Knows nothing of Ray.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from deebert.checkpoint import Checkpoint, load_checkpoint, weights_digest
 from deebert.exit_policy import EntropyThreshold, LearningToExit, StoredPolicy, policy_from_dict
@@ -130,7 +134,13 @@ def can_go_on(run: RunPlan, earlier: RunRecord | None) -> bool:
         and earlier.identity.digest == run.identity.digest
         and earlier.shard_rows == run.shard_rows
         and earlier.columns == run.columns
+        and earlier.model.labels == run.model.labels
+        and _has_same_ids(run, earlier)
     )
+
+
+def _has_same_ids(run: RunPlan, earlier: RunRecord) -> bool:
+    return earlier.id_column in (None, run.config.id_column or "")
 
 
 def _stale_parts(run: RunPlan, existing: set[str]) -> dict[str, str]:
@@ -159,13 +169,28 @@ def _check_same_run(run: RunPlan, output: Output, earlier: RunRecord) -> None:
             f"the output {output.url!r} was begun with --shard-rows {earlier.shard_rows}, which names its parts: "
             f"go on with that, or start over with --overwrite"
         )
-
-    if earlier.columns != run.columns:
-        name = sorted(set(earlier.columns) ^ set(run.columns))[0]
+    if earlier.model.labels != run.model.labels:  # which the digest of the weights leaves out
         raise UsageError(
-            f"the output {output.url!r} holds rows of other columns (first difference: {name}): give the same "
-            "--id-column, --keep-columns and --probabilities, or start over with --overwrite"
+            f"the output {output.url!r} holds answers with the labels {_short(earlier.model.labels)}, this model's are "
+            f"{_short(run.model.labels)}: give the model that began it, or start over with --overwrite"
         )
+    if not _has_same_ids(run, earlier):
+        raise UsageError(
+            f"the output {output.url!r} was begun {_id_flag(earlier.id_column)}, this run is "
+            f"{_id_flag(run.config.id_column)}: its row_id would hold two kinds of ids; give the same, or start over "
+            "with --overwrite"
+        )
+    if earlier.columns != run.columns:
+        pairs = itertools.zip_longest(earlier.columns, run.columns, fillvalue="none")
+        before, now = next(pair for pair in pairs if pair[0] != pair[1])
+        raise UsageError(
+            f"the output {output.url!r} holds rows of other columns (first difference: {before}, now {now}): give the "
+            "same --keep-columns, in the same order, and --probabilities, or start over with --overwrite"
+        )
+
+
+def _id_flag(column: str | None) -> str:
+    return f"with --id-column {column}" if column else "without --id-column"
 
 
 def _short(value: Any) -> str:
@@ -175,7 +200,7 @@ def _short(value: Any) -> str:
 
 def _inputs(config: ClassifyConfig, output: Output) -> tuple[InputFile, ...]:
     """The input files, without what earlier runs wrote into an output inside an input folder."""
-    inside = f"{real_path(output.path('')).rstrip('/')}/"
+    inside = f"{real_path(output.as_input).rstrip('/')}/"
     files = tuple(file for file in discover(config.inputs) if not real_path(file.path).startswith(inside))
     if not files:
         raise UsageError(
@@ -199,9 +224,16 @@ def _text_columns(config: ClassifyConfig) -> tuple[str, ...]:
 
 
 def _other_columns(config: ClassifyConfig) -> tuple[str, ...]:
-    clash = sorted(set(config.kept_columns) & set(RESERVED_COLUMNS))
-    if clash:
-        raise UsageError(f"--keep-columns {clash[0]} is the name of an output column: rename it in the input")
+    taken: dict[str, str] = {}
+    for name in dict.fromkeys(config.kept_columns):
+        # Many readers of tables, Spark among them, take names that differ in case for one.
+        if (folded := name.casefold()) in RESERVED_COLUMNS:
+            raise UsageError(f"--keep-columns {name} is the name of an output column: rename it in the input")
+        if taken.setdefault(folded, name) != name:
+            raise UsageError(
+                f"--keep-columns {taken[folded]} and {name} are one name to readers that ignore case: rename one "
+                "in the input"
+            )
     wanted = (*((config.id_column,) if config.id_column else ()), *config.kept_columns)
     return tuple(dict.fromkeys(wanted))
 
@@ -210,6 +242,14 @@ def _columns(
     config: ClassifyConfig, schema: InputSchema, checkpoint: Checkpoint, identity: Identity
 ) -> tuple[str, ...]:
     """What the parts will look like: those of a table without rows."""
+    for field in schema.kept:
+        try:
+            pq.write_table(pa.schema([field]).empty_table(), pa.BufferOutputStream())
+        except pa.ArrowException as error:
+            raise UsageError(
+                f"column {field.name!r} is {field.type}, which Parquet cannot hold: leave it out of --id-column and "
+                "--keep-columns, or convert it in the input"
+            ) from error
     labels = checkpoint.labels
     table = part_table(
         Answers.empty(checkpoint.model.config.problem, len(labels)),

@@ -208,6 +208,9 @@ class RunRecord:
     """The planner's shard size: a folder is planned with one size for ever."""
     columns: tuple[str, ...]
     """Name and Arrow type of each output column: a folder is one table."""
+    id_column: str | None = None
+    """The input column that ``row_id`` holds; "" where it is path and row number, None where an earlier version has
+    not recorded it."""
     totals: Totals
     attempts: tuple[Attempt, ...]
     format_version: int = field(default=FORMAT_VERSION)

@@ -304,6 +304,7 @@ class _Attempt:
             planned_files=len(self._run.files),
             shard_rows=self._run.shard_rows,
             columns=self._run.columns,
+            id_column=self._run.config.id_column or "",
             totals=self._totals,
             attempts=(*self._earlier, attempt),
         )

@@ -26,18 +26,19 @@ from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import lru_cache
+from glob import has_magic
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from pipeline import sabotage
 from pipeline.errors import OutputError, OutputFullError, UsageError
-from pipeline.inputs import locate
+from pipeline.inputs import file_system, knows
 from pipeline.records import READABLE_VERSIONS, RunRecord, ShardRecord
 from pipeline.schema import RECORD_KEY
 
@@ -67,20 +68,25 @@ class Output:
 
     def __post_init__(self) -> None:
         try:
-            files, path = _file_system(self.url)
+            files, path = file_system(self.url)
         except (ValueError, ImportError) as error:
             raise UsageError(f"the output {self.url!r} cannot be opened: {error}") from error
         if isinstance(files, LocalFileSystem):
             # Replicas on a cluster have working directories of their own.
-            object.__setattr__(self, "url", locate(path)[1])
+            object.__setattr__(self, "url", path)
+        elif has_magic(path):
+            raise UsageError(
+                f"the output {self.url!r} has one of * ? [ in its name, which may remove other files from a store: "
+                "choose another output"
+            )
 
     @property
     def _fs(self) -> Any:
-        return _file_system(self.url)[0]
+        return file_system(self.url)[0]
 
     def _at(self, name: str) -> str:
         """Full path of `name`, as the file system spells it."""
-        return f"{_file_system(self.url)[1].rstrip('/')}/{name}"
+        return f"{file_system(self.url)[1].rstrip('/')}/{name}"
 
     @property
     def is_local(self) -> bool:
@@ -89,22 +95,37 @@ class Output:
 
     def path(self, name: str) -> str:
         """Full path or URL of `name`, for others to open."""
-        return self._at(name) if self.is_local else str(self._fs.unstrip_protocol(self._at(name)))
+        if self.is_local or _is_known_by_path(self.url):
+            return self.as_input + name
+        return f"{self.url.rstrip('/')}/{name}"
+
+    @property
+    def as_input(self) -> str:
+        """The folder as `pipeline.inputs` spells the paths of files in it, up to their names."""
+        return self._at("") if self.is_local else str(self._fs.unstrip_protocol(self._at("")))
 
     def prepare(self) -> None:
         """Make the folder and prove that it can be written to.
 
         Raises:
-            UsageError: it cannot be made or written to.
+            UsageError: it cannot be made or written to, or nothing can be removed from it.
         """
+        probe = f"{META}/writable"
         try:
-            self.write(f"{META}/writable", b"")
-            self._fs.rm(self._at(f"{META}/writable"))
+            self.write(probe, b"")
         except OutputFullError:
             raise
         except OutputError as error:
             raise UsageError(
                 f"cannot write to the output {self.url!r}: {_reason(error.__cause__)}"
+            ) from error
+        try:
+            with suppress(FileNotFoundError):  # another driver that is not at the lock yet removed it
+                self._fs.rm(self._at(probe))
+        except Exception as error:  # not only OSError: each store has errors of its own
+            raise UsageError(
+                f"cannot remove files from the output {self.url!r}, which runs do: {_reason(error)}; allow it, or "
+                "choose another output"
             ) from error
 
     def sweep(self) -> None:
@@ -336,10 +357,11 @@ def _letters_of(part: str) -> str:
     return f"{_DEAD}/{Path(part).stem}.jsonl"
 
 
-def _file_system(url: str) -> tuple[Any, str]:
-    """The file system of a URL and the path in it; listings are never cached, for others write there too."""
-    found: tuple[Any, str] = fsspec.core.url_to_fs(url, use_listings_cache=False)
-    return found
+@lru_cache
+def _is_known_by_path(url: str) -> bool:
+    """Whether protocol and path lead to the store, without the host or account that a URL may name."""
+    files, path = file_system(url)
+    return knows(files, files.unstrip_protocol(path))
 
 
 @contextmanager

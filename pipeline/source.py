@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.errors import ReadError
-from pipeline.input_schema import InputSchema, plain_type
+from pipeline.input_schema import InputSchema, plain_type, without_views
 from pipeline.inputs import current_fingerprint, first_line
 from pipeline.opening import arrow_batches, is_read_failure
 from pipeline.raw_rows import BadRow, RawRows, Rows, excerpt
@@ -78,12 +78,18 @@ def read_shard(
     kept = pa.schema([schema.kept.field(name) for name in dict.fromkeys(other_columns)])
     texts = [pa.field(name, pa.string()) for name in dict.fromkeys(text_columns)]
     needed = pa.schema([*texts, *(field for field in kept if field.name not in text_columns)])
-    for raw in _reading(shard, _read(shard, needed, text_columns, batch_rows, readers or ParquetReaders())):
-        for start in range(0, max(1, len(raw.rows)), batch_rows):
-            yield _checked(_slice(raw, start, batch_rows), text_columns, kept)
+    raws = _read(shard, needed, text_columns, batch_rows, readers or ParquetReaders())
+    yield from _reading(
+        shard,
+        (
+            _checked(_slice(raw, start, batch_rows), text_columns, kept)
+            for raw in raws
+            for start in range(0, max(1, len(raw.rows)), batch_rows)
+        ),
+    )
 
 
-def _reading(shard: Shard, parts: Iterator[RawRows]) -> Iterator[RawRows]:
+def _reading(shard: Shard, parts: Iterator[SourceBatch]) -> Iterator[SourceBatch]:
     path = shard.source.path
     if shard.flaw is not None:
         raise ReadError(shard.flaw)
@@ -133,7 +139,20 @@ def _slice(raw: RawRows, start: int, count: int) -> RawRows:
     after = np.inf if start + count >= len(raw.rows) else raw.rows[start + count]
     before = -1 if start == 0 else rows[0]
     bad = tuple(row for row in raw.bad if before < row.source_row < after)
-    return RawRows(rows=rows, columns=raw.columns.slice(start, count), bad=bad)
+    return RawRows(rows=rows, columns=_without_views(raw.columns.slice(start, count)), bad=bad)
+
+
+def _without_views(columns: Any) -> Any:
+    import pyarrow.compute as pc
+
+    arrays = [
+        column
+        if (type_ := without_views(column.type)) == column.type
+        # Whether it is UTF-8 is checked later, row by row.
+        else pc.cast(column, options=pc.CastOptions(target_type=type_, allow_invalid_utf8=True))
+        for column in columns.columns
+    ]
+    return pa.table(arrays, names=columns.column_names)
 
 
 def _checked(raw: RawRows, text_columns: Sequence[str], kept: Any) -> SourceBatch:
@@ -192,6 +211,7 @@ def _converted(column: Any, type_: Any) -> Any:
         column = column.dictionary_decode()
     if type_ is None:
         type_ = column.type if pa.types.is_large_string(column.type) else plain_type(column.type)
+        type_ = pa.string() if pa.types.is_null(type_) else type_
     return column if column.type == type_ else column.cast(type_)
 
 

@@ -212,13 +212,24 @@ def _record(line: bytes, schema: Any, text_columns: Collection[str]) -> bytes:
 def _value(value: Any, field: Any, text_columns: Collection[str]) -> Any:
     """A JSON value as it goes into the field; a kept string may be any value's JSON text."""
     if value is None or not pa.types.is_string(field.type):
-        return value
+        return _nested(value, field.type)
     if not isinstance(value, str):
         if field.name in text_columns:
             raise _BadLineError(f"column {field.name!r} is {_kind(value)}, not text")
         value = json.dumps(value, ensure_ascii=False)
     if any("\ud800" <= character <= "\udfff" for character in value):
         raise _BadLineError(f"column {field.name!r} holds half a surrogate pair")
+    return value
+
+
+def _nested(value: Any, type_: Any) -> Any:
+    """A JSON value as it goes into the type: where that has a string, any value's JSON text."""
+    if pa.types.is_string(type_) and value is not None and not isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    if pa.types.is_list(type_) and isinstance(value, list):
+        return [_nested(item, type_.value_type) for item in value]
+    if pa.types.is_struct(type_) and isinstance(value, dict):
+        return {field.name: _nested(value.get(field.name), field.type) for field in type_.fields}
     return value
 
 

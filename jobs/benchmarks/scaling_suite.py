@@ -144,7 +144,7 @@ def peak_memory(config: ClassifyConfig) -> PeakMemory:
     ):
         _, said = driver.communicate(pickle.dumps(config))
     if driver.returncode:
-        raise RuntimeError(f"the run over {config.input[0]!r} failed: {said.decode(errors='replace')}")
+        raise RuntimeError(f"the run over {config.inputs[0]!r} failed: {said.decode(errors='replace')}")
     return peak
 
 

@@ -15,13 +15,13 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import fsspec
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 from fastparquet import ParquetFile
 
 from pipeline.errors import PipelineError
+from pipeline.inputs import file_system
 from pipeline.records import ModelRecord, RunRecord
 from pipeline.report.said import said_by
 
@@ -157,7 +157,7 @@ def _in_threads(read: Callable[[str], T], paths: Iterable[str]) -> Iterator[T]:
 
 
 def _open(path: str) -> Any:
-    fs, plain_path = fsspec.core.url_to_fs(path)
+    fs, plain_path = file_system(path)
     try:
         return ParquetFile(plain_path, fs=fs)
     except Exception as error:  # fastparquet raises whatever its parser trips over

@@ -264,6 +264,7 @@ class TestOutput:
 
     def test_success_is_planned_equals_committed(self, finished: Finished) -> None:
         output, record = Path(finished.config.output), finished.record
+        assert record.id_column == "key"
         assert (output / "_SUCCESS").exists()
         assert record.status == "succeeded"
         assert record.planned_shards == record.totals.shards == len(finished.parts)
@@ -517,7 +518,7 @@ class TestResume:
             ({"text_column": "key"}, "text columns"),
             ({"shard_rows": 50}, "--shard-rows 100"),
             ({"keep_columns": ()}, "other columns .*weight double"),
-            ({"id_column": "weight"}, "other columns .*row_id (double|string)"),
+            ({"id_column": "weight"}, "this run is with --id-column weight: "),
         ],
     )
     def test_another_run_is_refused(

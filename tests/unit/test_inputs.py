@@ -6,6 +6,7 @@ import gzip
 import json
 import logging
 import os
+import zipfile
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -104,6 +105,38 @@ class TestLinks:
         with caplog.at_level(logging.INFO, logger="pipeline.inputs"):
             assert found(tmp_path / "a.txt") == [str(tmp_path / "a.txt")]
         assert not caplog.records
+
+    def test_a_linked_folder_does_not_take_over_the_names_in_the_one_that_it_leads_to(self, tmp_path):
+        file = write(tmp_path / "in" / "v1" / "x.txt", "x")
+        before = found(tmp_path / "in")
+        (tmp_path / "in" / "latest").symlink_to("v1")
+        assert found(tmp_path / "in") == before == [str(file)]
+
+    def test_a_folder_that_only_links_lead_to_has_the_first_ones_name(self, tmp_path):
+        write(tmp_path / "far" / "x.txt", "x")
+        (tmp_path / "in" / "z").mkdir(parents=True)
+        for link in ("in/b", "in/z/a"):
+            (tmp_path / link).symlink_to(tmp_path / "far")
+        (tmp_path / "far" / "loop").symlink_to(tmp_path / "in")
+        assert found(tmp_path / "in") == [str(tmp_path / "in" / "b" / "x.txt")]
+
+
+class TestWhatIsNoFile:
+    def test_a_pipe_that_is_named_or_matched_is_refused_and_not_waited_for(self, tmp_path):
+        file = write(tmp_path / "y.txt", "one")
+        os.mkfifo(tmp_path / "x.txt")
+        for path in (tmp_path / "x.txt", tmp_path / "*.txt"):
+            with pytest.raises(InputError, match=r"x\.txt is a pipe, socket or device, not a file: "):
+                found(path)
+        assert found(tmp_path) == [str(file)]
+
+    def test_a_name_that_is_not_utf_8_is_shown_and_refused(self, tmp_path):
+        write(tmp_path / os.fsdecode(b"caf\xe9.txt"), "one")
+        with pytest.raises(InputError) as caught:
+            found(tmp_path)
+        assert str(caught.value) == (
+            f"the name of {tmp_path}/caf\\xe9.txt is not UTF-8, which answers are stored in: rename it"
+        )
 
 
 class TestUnknownFormats:
@@ -237,6 +270,44 @@ class TestStores:
         assert str(caught.value) == (
             f"input {path} cannot be listed: Unable to locate credentials; check the credentials and the address"
         )
+
+    def test_a_file_in_an_archive_is_refused_for_its_stored_name_would_not_lead_to_it(self, tmp_path):
+        with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+            archive.writestr("a.csv", "text\none\n")
+        path = f"zip://a.csv::{tmp_path}/x.zip"
+        with pytest.raises(InputError) as caught:
+            discover([path])
+        assert str(caught.value).startswith(
+            f"input {path} would be stored as zip://a.csv, which does not lead to it: "
+        )
+
+    def test_a_host_that_a_url_names_must_lead_to_the_file_without_it_too(self):
+        """As configuration may: then the name is good, and the same as ever."""
+        fsspec.filesystem("memory").pipe("/hosted/a.txt", b"x")
+
+        class Hosted(MemoryFileSystem):
+            protocol = "hosted"
+
+            def __init__(self, host: str = "", **options: object) -> None:
+                super().__init__(**options)
+                self.store = MemoryFileSystem.store if host or configured else {}
+
+            @classmethod
+            def _strip_protocol(cls, path: str) -> str:
+                return "/" + path.removeprefix("hosted://").partition("/")[2] if "://" in path else path
+
+            @staticmethod
+            def _get_kwargs_from_urls(path: str) -> dict[str, str]:
+                return {"host": path.removeprefix("hosted://").partition("/")[0]}
+
+        fsspec.register_implementation("hosted", Hosted, clobber=True)
+        for configured in (True, False):
+            Hosted.clear_instance_cache()
+            if configured:
+                assert found("hosted://here/hosted") == ["hosted:///hosted/a.txt"]
+            else:
+                with pytest.raises(InputError, match="name its host or account in fsspec's configuration"):
+                    found("hosted://here/hosted")
 
     def test_a_store_without_credentials_is_named(self, monkeypatch, tmp_path):
         pytest.importorskip("s3fs")

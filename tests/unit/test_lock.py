@@ -123,6 +123,13 @@ def test_a_file_system_without_locks_is_refused(tmp_path: Path, monkeypatch: pyt
         pass
 
 
+def test_a_lock_that_cannot_be_opened_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / LOCK).mkdir(parents=True)
+    said = r"cannot open the lock .* of the output .* \(Is a directory\): let its owner make it writable"
+    with pytest.raises(UsageError, match=said), locked(Output(str(tmp_path))):
+        pass
+
+
 def test_a_lock_that_cannot_be_removed_is_no_failure(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

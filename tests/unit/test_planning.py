@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,10 +19,11 @@ from pipeline import shards
 from pipeline.config import ClassifyConfig
 from pipeline.errors import UsageError
 from pipeline.inputs import InputFile
-from pipeline.planning import RunPlan, check_output, make_plan
+from pipeline.planning import RunPlan, can_go_on, check_output, make_plan
 from pipeline.records import RunRecord, Totals
 from pipeline.run import classify
 from pipeline.sink import SUCCESS, Output
+from tests.run_by_hand import RECORD
 
 DEAD_LETTERS = "_deebert/dead_letters"
 
@@ -46,7 +49,12 @@ def planned(config: ClassifyConfig) -> RunPlan:
 def record_of(run: RunPlan) -> SimpleNamespace:
     """What `check_output` reads of the record of a run like this one."""
     return SimpleNamespace(
-        identity=run.identity, shard_rows=run.shard_rows, columns=run.columns, status="succeeded"
+        identity=run.identity,
+        model=run.model,
+        shard_rows=run.shard_rows,
+        columns=run.columns,
+        id_column=run.config.id_column or "",
+        status="succeeded",
     )
 
 
@@ -134,6 +142,91 @@ class TestOutputInsideTheInput:
         fsspec.filesystem("memory").pipe({"/inside/a.txt": content, "/inside/out/part-0.txt": content})
         run = planned(replace(config, input=("memory://inside",), output="memory://inside/out"))
         assert [file.path for file in run.files] == ["memory:///inside/a.txt"]
+
+
+class TestOneTable:
+    """An output holds rows of one kind, however often it is gone on with."""
+
+    @pytest.fixture
+    def with_ids(self, config: ClassifyConfig, tmp_path: Path) -> ClassifyConfig:
+        rows = {"text": ["one"], "doc": ["D"], "user": ["U"], "weight": [1.0]}
+        for name in ("a", "b"):
+            pq.write_table(pa.table(rows), tmp_path / "in" / f"{name}.parquet")
+        return replace(config, id_column="doc")
+
+    @pytest.mark.parametrize(
+        ("first", "second", "says"),
+        [
+            ("doc", "user", "begun with --id-column doc, this run is with --id-column user: "),
+            ("doc", None, "begun with --id-column doc, this run is without --id-column: "),
+            (None, "doc", "begun without --id-column, this run is with --id-column doc: "),
+        ],
+    )
+    def test_ids_of_another_kind_are_refused(self, with_ids, first, second, says):
+        earlier = record_of(planned(replace(with_ids, id_column=first)))
+        run = planned(replace(with_ids, id_column=second))
+        with pytest.raises(UsageError, match=says):
+            check_output(run, Output(with_ids.output), earlier)
+        earlier.status = "failed"
+        assert not can_go_on(run, earlier)
+
+    def test_a_record_that_does_not_say_which_ids_is_gone_on_with(self, with_ids):
+        run = planned(with_ids)
+        earlier = record_of(run)
+        earlier.id_column, earlier.status = None, "failed"
+        assert check_output(run, Output(with_ids.output), earlier) == set()
+        assert can_go_on(run, earlier)
+        values = RECORD.to_dict()
+        del values["id_column"]
+        assert RunRecord.from_dict(values).id_column is None
+
+    def test_the_same_weights_with_labels_of_other_names_are_refused(self, config, tmp_path):
+        shutil.copytree(config.model, tmp_path / "renamed")
+        path = tmp_path / "renamed" / "config.json"
+        settings = json.loads(path.read_text())
+        names = list(settings["id2label"].values())[::-1]
+        settings["id2label"] = {str(number): name for number, name in enumerate(names)}
+        settings["label2id"] = {name: number for number, name in enumerate(names)}
+        path.write_text(json.dumps(settings))
+        earlier = record_of(planned(config))
+        run = planned(replace(config, model=str(tmp_path / "renamed")))
+        assert run.identity == earlier.identity
+        with pytest.raises(UsageError, match=r"holds answers with the labels .*, this model's are "):
+            check_output(run, Output(config.output), earlier)
+        earlier.status = "failed"
+        assert not can_go_on(run, earlier)
+
+    def test_kept_columns_in_another_order_are_refused(self, with_ids):
+        earlier = record_of(planned(replace(with_ids, keep_columns=("user", "weight"))))
+        run = planned(replace(with_ids, keep_columns=("weight", "user")))
+        with pytest.raises(UsageError, match=r"first difference: user string, now weight double.*same order"):
+            check_output(run, Output(with_ids.output), earlier)
+
+    def test_a_column_more_is_refused(self, with_ids):
+        earlier = record_of(planned(with_ids))
+        run = planned(replace(with_ids, probabilities=True))
+        with pytest.raises(UsageError, match="first difference: none, now probabilities list"):
+            check_output(run, Output(with_ids.output), earlier)
+
+    @pytest.mark.parametrize(
+        ("keep", "says"),
+        [
+            (("Label",), "--keep-columns Label is the name of an output column"),
+            (("user", "User"), "--keep-columns user and User are one name to readers that ignore case"),
+        ],
+    )
+    def test_kept_names_that_differ_in_case_alone_are_refused(self, config, keep, says):
+        with pytest.raises(UsageError, match=says):
+            planned(replace(config, keep_columns=keep))
+
+    def test_a_kept_type_that_parquet_cannot_hold_is_refused(self, config, tmp_path):
+        spans = pa.array([(1, 2, 3)], pa.month_day_nano_interval())
+        table = pa.table({"text": ["one"], "span": spans})
+        with pa.ipc.new_file(tmp_path / "spans.arrow", table.schema) as file:
+            file.write_table(table)
+        says = "column 'span' is month_day_nano_interval, which Parquet cannot hold: leave it out"
+        with pytest.raises(UsageError, match=says):
+            planned(replace(config, input=(str(tmp_path / "spans.arrow"),), keep_columns=("span",)))
 
 
 class TestChangedInputs:

@@ -202,6 +202,66 @@ class TestCheckColumns:
             pa.struct({"a": pa.list_(pa.string()), "b": pa.bool_()}),
         ]
 
+    def test_one_json_file_at_least_shows_each_column_whichever_it_is(self, tmp_path):
+        write(tmp_path / "a.jsonl.gz", gzip.compress(b""))
+        write(tmp_path / "b.jsonl", '{"text": "x"}\n')
+        write(tmp_path / "c.jsonl", '{"text": "y", "n": 1}\n')
+        files = discover([str(tmp_path)])
+        for order in (files, files[::-1]):
+            assert check_columns(order, ["text"], ["n"]).kept == pa.schema({"n": pa.int64()})
+        with pytest.raises(
+            InputError, match=r"b.jsonl \(like 1 more of JSON lines\) has no column 'm'; .* n$"
+        ):
+            check_columns(files, ["text"], ["m"])
+        with pytest.raises(InputError, match=r"b.jsonl has no column 'm'; its columns are: text$"):
+            check_columns(files[:2], ["text"], ["m"])
+
+    def test_the_type_of_a_json_column_holds_what_each_file_shows(self, tmp_path):
+        write(tmp_path / "a.jsonl", '{"text": "x", "n": 1, "deep": {"a": null, "b": [1]}}\n')
+        write(tmp_path / "b.jsonl", '{"text": "x", "n": 1.5, "deep": {"c": 1, "b": [2.5]}}\n')
+        files = discover([str(tmp_path)])
+        types = {"a": pa.string(), "b": pa.list_(pa.float64()), "c": pa.int64()}
+        for order in (files, files[::-1]):
+            number, deep = check_columns(order, ["text"], ["n", "deep"]).kept.types
+            assert number == pa.float64()
+            assert {field.name: field.type for field in deep.fields} == types
+
+    def test_what_a_file_declares_goes_before_what_json_shows(self, tmp_path):
+        write(tmp_path / "a.jsonl", '{"text": "x", "n": 1}\n')
+        write_parquet(tmp_path / "b.parquet", {"text": ["x"], "n": [1.5]})
+        kept = check_columns(discover([str(tmp_path)]), ["text"], ["n"]).kept
+        assert kept == pa.schema({"n": pa.float64()})
+
+    def test_json_columns_of_two_kinds_name_both_files(self, tmp_path):
+        write(tmp_path / "a.jsonl", '{"text": "x", "deep": {"a": 1}}\n')
+        write(tmp_path / "b.jsonl", '{"text": "x", "deep": {"a": "one"}}\n')
+        with pytest.raises(
+            InputError, match=r"column 'deep' is struct.* in .*a.jsonl but struct.* in .*b.jsonl"
+        ):
+            check_columns(discover([str(tmp_path)]), ["text"], ["deep"])
+
+    def test_all_members_of_a_gzip_file_are_looked_at(self, tmp_path):
+        members = [b"", b'{"text": "x"}\n', b'{"text": "y", "n": 1}\n']
+        files = discover([write(tmp_path / "a.jsonl.gz", b"".join(map(gzip.compress, members)))])
+        assert check_columns(files, ["text"], ["n"]).kept == pa.schema({"n": pa.int64()})
+        (shard,) = plan(files, shard_rows=10)
+        assert shard.estimated_rows == 2
+
+    def test_a_header_longer_than_the_first_block_is_read_whole(self, tmp_path):
+        names = [f"column number {number}" for number in range(10_000)]
+        write(tmp_path / "a.csv", ",".join([*names, "text"]))
+        write(tmp_path / "b.csv", ",".join([*names, "text"]) + "\n" + ",".join("x" * 10_001) + "\n")
+        kept = check_columns(discover([str(tmp_path)]), ["text"], names[-1:]).kept
+        assert kept == pa.schema({names[-1]: pa.string()})
+
+    @pytest.mark.parametrize(
+        ("name", "delimiter"), [("a.tsv.csv", ","), ("a.csv.tsv.gz", "\t"), ("a.TSV", "\t")]
+    )
+    def test_the_last_suffix_tells_what_is_between_values(self, tmp_path, name, delimiter):
+        content = delimiter.join(["text", "id"]).encode() + b"\n"
+        path = write(tmp_path / name, gzip.compress(content) if name.endswith("gz") else content)
+        assert check_columns(discover([path]), ["text"], ["id"]).kept == pa.schema({"id": pa.string()})
+
     def test_strings_are_strings_however_they_are_stored(self, tmp_path):
         texts = pa.array(["x", "y"])
         kinds = [

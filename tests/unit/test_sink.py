@@ -7,6 +7,7 @@ import errno
 import os
 import pickle
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,6 +17,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from pipeline.errors import OutputError, OutputFullError, UsageError
 from pipeline.records import ShardRecord, Totals
+from pipeline.report.evidence import verify_parts
 from pipeline.sink import Output
 
 
@@ -54,8 +56,53 @@ def test_a_home_folder_is_found() -> None:
     assert Output("~/out").url == str(Path.home() / "out")
 
 
+def test_a_name_with_two_colons_is_no_chain_of_urls(tmp_path: Path) -> None:
+    output = Output(str(tmp_path / "a::b"))
+    output.prepare()
+    table = pa.table({"label": ["good"]})
+    output.commit_part("part-0.parquet", table, {})
+    assert output.url == str(tmp_path / "a::b")
+    assert pq.read_table(tmp_path / "a::b" / "part-0.parquet") == table
+    assert [path.name for path in tmp_path.iterdir()] == ["a::b"]
+    verify_parts({output.path("part-0.parquet"): 1})
+
+
+def test_a_pattern_is_no_name_on_a_store_for_removing_would_take_it_for_one(tmp_path: Path) -> None:
+    for url in ("memory://out[1]", "memory://runs/*/out", "memory://out?"):
+        with pytest.raises(UsageError, match=r"has one of \* \? \[ in its name"):
+            Output(url)
+    output = Output(str(tmp_path / "out[1]"))
+    output.prepare()
+    output.mark_success()
+    output.remove(["_SUCCESS"])
+    assert output.read("_SUCCESS") is None
+
+
+def test_outputs_that_are_proved_at_the_same_time_are_both_proved(output: Output) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        for proved in [pool.submit(output.prepare) for _ in range(200)]:
+            proved.result()
+
+
+def test_a_store_that_lets_nothing_be_removed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **options: object) -> None:
+        raise PermissionError("Access Denied")
+
+    monkeypatch.setattr(MemoryFileSystem, "rm", refuse)
+    said = "cannot remove files from the output 'memory://out', which runs do: Access Denied; allow it"
+    with pytest.raises(UsageError, match=said):
+        Output("memory://out").prepare()
+
+
 def test_urls_of_stores_are_left_alone() -> None:
     assert Output("memory://bucket/out").url == "memory://bucket/out"
+
+
+def test_others_are_told_of_the_host_that_a_url_names() -> None:
+    assert (
+        Output("webhdfs://host:50070/out").path("part-0.parquet") == "webhdfs://host:50070/out/part-0.parquet"
+    )
+    assert Output("memory://out").path("part-0.parquet") == "memory:///out/part-0.parquet"
 
 
 @pytest.mark.parametrize("kind", ["foreign", "not Parquet"])

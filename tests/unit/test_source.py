@@ -257,6 +257,21 @@ class TestJsonLines:
             assert list(good(batches).values()) == ["b", "c"]
             assert kept(batches)[0] == {"n": 9007199254740992.0}
 
+    def test_kept_objects_may_hold_any_json_where_no_value_told_a_type(self, tmp_path):
+        values = [{"a": {}, "b": [None], "c": 1}, {"a": {"x": 1}, "b": [2]}, {"a": None, "c": 2}]
+        path = tmp_path / "a.jsonl"
+        first = json.dumps({"text": "x", "deep": values[0]}) + "\n"
+        write(path, first)
+        schema = check_columns(discover([str(path)]), ["text"], ["deep"])
+        write(path, first + "".join(json.dumps({"text": "x", "deep": value}) + "\n" for value in values[1:]))
+        batches = read(path, others=["deep"], schema=schema)
+        assert bad(batches) == {}
+        assert [row["deep"] for row in kept(batches)] == [
+            {"a": "{}", "b": [None], "c": 1},
+            {"a": '{"x": 1}', "b": ["2"], "c": None},
+            {"a": None, "b": None, "c": 2},
+        ]
+
     def test_kept_strings_may_be_any_json(self, tmp_path):
         lines = ['{"text": "a", "k": "x"}', '{"text": "b", "k": 2}', '{"text": "c", "k": {"é": [null]}}']
         batches = read(write(tmp_path / "a.jsonl", "\n".join(lines)), others=["k"])
@@ -358,6 +373,41 @@ class TestColumnar:
                 4: "column 'text' is not valid UTF-8",
             }
 
+    def test_views_are_read_as_what_they_show(self, tmp_path):
+        """Polars writes strings so, and categories as dictionaries of them."""
+        names = pa.DictionaryArray.from_arrays(pa.array([0, 1, None]), pa.array(["a", "b"], pa.string_view()))
+        deep = pa.array([{"in": ["x"]}] * 3, pa.struct({"in": pa.list_(pa.string_view())}))
+        table = pa.table(
+            {"text": pa.array(["one", None, "three"], pa.string_view()), "name": names, "deep": deep}
+        )
+        with pa.ipc.new_file(tmp_path / "a.arrow", table.schema) as file:
+            file.write_table(table)
+        batches = read(tmp_path / "a.arrow", others=["name", "deep"])
+        assert good(batches) == {0: "one", 2: "three"}
+        assert bad(batches) == {1: "column 'text' is null"}
+        assert kept(batches) == [{"name": "a", "deep": {"in": ["x"]}}, {"name": None, "deep": {"in": ["x"]}}]
+
+    def test_views_that_are_not_utf8_spoil_only_their_row(self, tmp_path):
+        texts = pa.array([b"one", b"\xff" * 20], pa.binary_view()).view(pa.string_view())
+        table = pa.table({"text": texts})
+        with pa.ipc.new_file(tmp_path / "a.arrow", table.schema) as file:
+            file.write_table(table)
+        batches = read(tmp_path / "a.arrow")
+        assert good(batches) == {0: "one"}
+        assert bad(batches) == {1: "column 'text' is not valid UTF-8"}
+
+    def test_a_column_that_holds_nothing_but_nulls_spoils_its_rows(self, tmp_path):
+        """pandas gives such a column no type."""
+        table = pa.table({"text": pa.nulls(2), "id": pa.nulls(2)})
+        with pa.ipc.new_file(tmp_path / "a.arrow", table.schema) as file:
+            file.write_table(table)
+        write_parquet(tmp_path / "b.parquet", {"text": pa.nulls(2), "id": pa.nulls(2)})
+        for name in ("a.arrow", "b.parquet"):
+            batches = read(tmp_path / name, others=["id"])
+            assert good(batches) == {}
+            assert bad(batches) == dict.fromkeys(range(2), "column 'text' is null")
+            assert [list(batch.pieces(1 << 20)) for batch in batches] == [[]]
+
     def test_kept_values_that_would_spoil_a_part_are_bad(self, tmp_path):
         flat = broken_utf8([b"a", b"\xff", b"c", None])
         nested = pa.ListArray.from_arrays(pa.array([0, 1, 2, 3, 4], pa.int32()), flat.take([2, 0, 1, 3]))
@@ -421,6 +471,16 @@ class TestFailures:
         path = write(tmp_path / name, content)
         with pytest.raises(ReadError, match=rf"{name} could not be read as .*: "):
             read(path)
+
+    def test_what_arrow_cannot_do_with_a_type_is_a_read_error_that_names_the_file(self, tmp_path):
+        tags = pa.ExtensionArray.from_storage(
+            pa.opaque(pa.string_view(), "tag", "us"), pa.array(["a", "b"], pa.string_view())
+        )
+        table = pa.table({"text": ["one", None], "tag": tags})
+        with pa.ipc.new_file(tmp_path / "a.arrow", table.schema) as file:
+            file.write_table(table)
+        with pytest.raises(ReadError, match=r"a\.arrow could not be read as arrow: "):
+            read(tmp_path / "a.arrow", others=["tag"])
 
     def test_a_split_file_that_ends_too_early_is_a_read_error(self, tmp_path):
         files = discover([str(write(tmp_path / "a.txt", "one\ntwo\n"))])
