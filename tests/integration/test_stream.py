@@ -380,7 +380,13 @@ class TestPipes:
         for index, text in enumerate([hard[0], easy[0], hard[1]]):
             assert process.ask(text)["index"] == index
         assert "error" in process.ask("{")
-        assert process.finish() == ([], "", 0)
+        left, said, code = process.finish()
+        assert (left, code) == ([], 0)
+        assert said.endswith("(char 1)\n")
+        assert (
+            "1 of 4 lines could not be read and are answered with an error, the first: not a JSON object"
+            in said
+        )
 
     def test_a_reader_that_leaves_ends_it(self, start: Start) -> None:
         """As in `yes good | deebert stream | head -1`: stdin does not end, stdout closes."""

@@ -165,7 +165,7 @@ def test_what_there_is_to_calibrate_by(model: Path, refusal: Refusal) -> None:
 def test_the_configuration_keeps_all_else(model: Path, data: Path) -> None:
     before = json.loads((model / "config.json").read_text())
 
-    assert main(["calibrate", "--model", str(model), "--data", str(data), "--keep", "1"]) == 0
+    assert main(["calibrate", "--model", str(model), "--data", str(data), "--keep", "0.5"]) == 0
 
     after = json.loads((model / "config.json").read_text())
     assert {**after, "exit_policy": None} == {**before, "exit_policy": None}

@@ -531,7 +531,7 @@ class TestFlags:
     ) -> None:
         says = (
             "the entropy threshold 5 is above ln(2) = 0.6931, the largest entropy of 2 labels: give at most that, or "
-            "leave it out to run at full depth"
+            "-1 to run at full depth"
         )
         data, trace_file = (
             ("--model", pair_model, "--glue-dir", glue, "--task", "mrpc"),
