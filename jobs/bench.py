@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.flags import comma_list, flag, parse_job
 from jobs.terminal import native_messages_aside, quiet_libraries
-from pipeline.config import PRECISION_HELP, PRECISIONS, Thresholds, positive, thresholds
+from pipeline.config import PRECISION_HELP, PRECISIONS, Thresholds, thresholds
 from pipeline.errors import UsageError
+from pipeline.fields import number, positive, random_seed
 
 if TYPE_CHECKING:
     from deebert.checkpoint import Checkpoint
@@ -29,7 +30,7 @@ def _whole_numbers(text: str) -> tuple[int, ...]:
 
 
 def _layers(text: str) -> tuple[float, ...]:
-    values = tuple(float(part) for part in comma_list(text))
+    values = tuple(number(part) for part in comma_list(text))
     if not all(1 < value < 12 for value in values):
         raise ValueError("give mean exit layers between 1 and 12")
     return values
@@ -115,7 +116,7 @@ class BenchJob:
         parse=_whole_numbers,
         metavar="N,N",
     )
-    seed: int = flag("of random weights and texts", default=42, parse=int)
+    seed: int = flag("of random weights and texts", default=42, parse=random_seed)
     quick: bool = flag(
         "seconds instead of minutes: a tiny model, few texts, one round; proves only that it runs",
         default=False,

@@ -13,8 +13,8 @@ from jobs.flags import flag, parse_job
 from jobs.glue import find_task
 from jobs.subject_flags import SubjectFlags
 from jobs.terminal import quiet_libraries
-from pipeline.config import number
 from pipeline.errors import UsageError
+from pipeline.fields import number
 
 if TYPE_CHECKING:
     from deebert.calibration import Disagreement, Drop

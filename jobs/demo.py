@@ -35,6 +35,7 @@ from jobs.train import TrainJob, train
 from jobs.what_if import read_what_if
 from pipeline.config import ClassifyConfig
 from pipeline.errors import UsageError
+from pipeline.fields import share
 from pipeline.records import RunRecord
 from pipeline.report import write_report
 from pipeline.run import classify
@@ -61,8 +62,8 @@ class DemoJob:
     """What `python -m jobs.demo` takes."""
 
     folder: str = flag("where everything goes", default=".demo")
-    keep_accuracy: float = flag("share of full depth's accuracy to keep", default=0.995, parse=float)
-    control: float = flag("share of rows that also run at full depth", default=0.05, parse=float)
+    keep_accuracy: float = flag("share of full depth's accuracy to keep", default=0.995, parse=share)
+    control: float = flag("share of rows that also run at full depth", default=0.05, parse=share)
 
 
 def execute(argv: Sequence[str], *, prog: str) -> int:
@@ -266,8 +267,8 @@ def _show(r: dict[str, Any]) -> None:
     )
     print(f"\nAll {r['rows']:,} sentences: rows per exit layer, entropy threshold {r['entropy_threshold']}")
     for layer, rows in list(enumerate(histogram))[1:]:  # no off-ramp on the embeddings
-        share = rows / sum(histogram)
-        print(f"  layer {layer:>2}  {rows:>7,}  {'█' * round(50 * share)} {100 * share:.1f} %")
+        left = rows / sum(histogram)
+        print(f"  layer {layer:>2}  {rows:>7,}  {'█' * round(50 * left)} {100 * left:.1f} %")
     saved = 1 - r["compute_seconds_with_exits"] / r["compute_seconds_full_depth"]
     print(f"\nMean exit layer       {r['mean_exit_layer']:.2f} of {n}")
     print(f"Layer work saved      {100 * r['layer_work_saved']:.1f} %")

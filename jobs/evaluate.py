@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from jobs.flags import comma_list, flag, parse_job
 from jobs.subject_flags import SubjectFlags
 from jobs.terminal import quiet_libraries
-from pipeline.config import positive, random_seed, whole
 from pipeline.errors import UsageError
+from pipeline.fields import number, positive, random_seed, share, whole
 
 if TYPE_CHECKING:
     from jobs.evaluation import Evaluation
@@ -25,7 +25,11 @@ CERTAINTY_THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 
 def numbers(text: str) -> tuple[float, ...]:
     """``0.1,0.2`` -> (0.1, 0.2)."""
-    return tuple(float(part) for part in comma_list(text))
+    return tuple(number(part) for part in comma_list(text))
+
+
+def _certainties(text: str) -> tuple[float, ...]:
+    return tuple(share(part) for part in comma_list(text))
 
 
 def _depths(text: str) -> tuple[int, ...]:
@@ -42,7 +46,7 @@ class EvaluateJob(SubjectFlags):
     certainty_thresholds: tuple[float, ...] = flag(
         "of a model that learns to exit: certainty thresholds to try",
         default=CERTAINTY_THRESHOLDS,
-        parse=numbers,
+        parse=_certainties,
     )
     store_agreement: bool = flag(
         "with --precision int8: note in the model's folder the share of labels that are float32's; from 99.5 % on, "
@@ -71,9 +75,9 @@ class EvaluateJob(SubjectFlags):
     max_train_rows: int | None = flag(
         "train them on a random sample of this many rows", default=None, parse=positive
     )
-    epochs: float = flag("their epochs", default=3.0, parse=float)
+    epochs: float = flag("their epochs", default=3.0, parse=number)
     batch_size: int = flag("their samples per step", default=8, parse=positive)
-    learning_rate: float = flag("their peak learning rate", default=2e-5, parse=float)
+    learning_rate: float = flag("their peak learning rate", default=2e-5, parse=number)
     seed: int = flag("their random seed", default=42, parse=random_seed)
     output: str | None = flag("folder for report.html, pictures and tables", default=None)
 

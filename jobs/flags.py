@@ -1,4 +1,4 @@
-"""Command lines from dataclasses: each `pipeline.config.flag` field is a flag and a ``--config`` key.
+"""Command lines from dataclasses: each `pipeline.fields.flag` field is a flag and a ``--config`` key.
 
 Flags given on the command line win over the file, the file over the defaults. Misuse raises `UsageError`
 (one sentence); nothing here knows what a verb does.
@@ -15,8 +15,8 @@ from typing import Any, NoReturn, TypeVar
 
 import yaml
 
-from pipeline.config import comma_list, flag
 from pipeline.errors import UsageError
+from pipeline.fields import comma_list, flag
 
 __all__ = ["comma_list", "flag", "label_names", "parse_job"]
 

@@ -26,8 +26,8 @@ from jobs.recipe_scores import ModelScore, judge, tables
 from jobs.recipe_variants import BASE, VARIANTS, Between, Static, Trained
 from jobs.rival_policies import POLICIES
 from jobs.train import TrainJob, train
-from pipeline.config import positive
 from pipeline.errors import UsageError
+from pipeline.fields import number, positive, positive_number, random_seed, share
 
 if TYPE_CHECKING:
     from deebert.checkpoint import Checkpoint
@@ -44,11 +44,11 @@ _FREE = ("variants", "seeds", "speed_ups", "policies", "checkpoint_steps", "outp
 
 
 def _floats(text: str) -> tuple[float, ...]:
-    return tuple(float(part) for part in comma_list(text))
+    return tuple(positive_number(part) for part in comma_list(text))
 
 
 def _ints(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in comma_list(text))
+    return tuple(random_seed(part) for part in comma_list(text))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,13 +86,13 @@ class RecipesJob:
     held_out: float = flag(
         "share of the training rows that nothing trains on: thresholds are chosen on them",
         default=0.03,
-        parse=float,
+        parse=share,
     )
     max_rows: int | None = flag("train on a random sample of this many rows", default=None, parse=positive)
-    epochs: float = flag("stage 1: epochs", default=1.0, parse=float)
+    epochs: float = flag("stage 1: epochs", default=1.0, parse=number)
     batch_size: int = flag("stage 1: samples per step", default=32, parse=positive)
-    learning_rate: float = flag("stage 1: peak learning rate", default=5e-5, parse=float)
-    off_ramp_epochs: float | None = flag("stage 2: epochs", default=None, parse=float)
+    learning_rate: float = flag("stage 1: peak learning rate", default=5e-5, parse=number)
+    off_ramp_epochs: float | None = flag("stage 2: epochs", default=None, parse=number)
     precision: str = flag(
         "of training; judged in float32", default="auto", choices=("auto", "float32", "bfloat16")
     )

@@ -30,8 +30,8 @@ from jobs.flags import comma_list, flag, parse_job
 from jobs.recipes import check_study
 from jobs.terminal import quiet_libraries
 from jobs.train import TrainJob, train
-from pipeline.config import positive
 from pipeline.errors import UsageError
+from pipeline.fields import positive
 from pipeline.report.evaluated import EvaluatedPoint, EvaluatedSet, to_csv, to_markdown
 from pipeline.report.ledger import Table
 

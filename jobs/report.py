@@ -14,8 +14,8 @@ import fsspec
 from jobs.evaluate import CERTAINTY_THRESHOLDS, ENTROPY_THRESHOLDS, numbers
 from jobs.flags import flag, parse_job
 from jobs.terminal import showing
-from pipeline.config import number, positive_number
 from pipeline.errors import UsageError
+from pipeline.fields import number, positive_number
 
 if TYPE_CHECKING:
     from pipeline.records import RunRecord

@@ -16,10 +16,9 @@ from pipeline.config import (
     WINDOW_STRIDE_HELP,
     Thresholds,
     certainties,
-    positive,
     thresholds,
-    whole,
 )
+from pipeline.fields import positive, whole
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from jobs.flags import flag, label_names
 from jobs.glue import TASK_NAMES, Columns
-from pipeline.config import PRECISION_HELP, PRECISIONS, WINDOW_STRIDE_HELP, positive, whole
+from pipeline.config import PRECISION_HELP, PRECISIONS, WINDOW_STRIDE_HELP
+from pipeline.fields import positive, whole
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,8 +19,8 @@ from jobs.flags import comma_list, flag, label_names, parse_job
 from jobs.glue import TASK_NAMES, Columns
 from jobs.terminal import quiet_libraries
 from jobs.train_recipe import recipe_of
-from pipeline.config import positive, random_seed
 from pipeline.errors import UsageError
+from pipeline.fields import integer, number, positive, random_seed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -136,17 +136,17 @@ class TrainJob:
     self_distillation: float | None = flag(
         "share of the off-ramps' loss that comes from the final classifier's answers, 0 for none",
         default=None,
-        parse=float,
+        parse=number,
     )
-    temperature: float = flag("of all distillation", default=2.0, parse=float)
+    temperature: float = flag("of all distillation", default=2.0, parse=number)
     teacher: str | None = flag(
         "folder of a fine-tuned DeeBERT model that stage 1 also learns from", default=None
     )
     teacher_weight: float = flag(
-        "share of the final classifier's loss that comes from the teacher", default=0.5, parse=float
+        "share of the final classifier's loss that comes from the teacher", default=0.5, parse=number
     )
     teacher_hidden_weight: float = flag(
-        "weight of the mean squared distance to the teacher's token states", default=0.0, parse=float
+        "weight of the mean squared distance to the teacher's token states", default=0.0, parse=number
     )
     stage_2: str | None = flag(
         "fast: on cached states of the frozen backbone; exact: through it, with its dropout, as in the paper; none",
@@ -156,13 +156,13 @@ class TrainJob:
     epochs: float | None = flag(
         "stage 1, and stage 3 of best: epochs (3, as in the paper for BERT; RoBERTa there: 10)",
         default=None,
-        parse=float,
+        parse=number,
     )
     batch_size: int | None = flag(
-        "stages 1 and 3: samples per step, of all processes (8, as in the paper)", default=None, parse=int
+        "stages 1 and 3: samples per step, of all processes (8, as in the paper)", default=None, parse=integer
     )
     learning_rate: float | None = flag(
-        "stages 1 and 3: peak learning rate (2e-5, as in the paper)", default=None, parse=float
+        "stages 1 and 3: peak learning rate (2e-5, as in the paper)", default=None, parse=number
     )
     interpolation: tuple[float, float] | None = flag(
         "stage 3 of best (1,0), or stage 1 with --from-model (1): share of its change to the weights that is kept, one "
@@ -172,30 +172,32 @@ class TrainJob:
         parse=_shares,
         metavar="SHARE[,SHARE]",
     )
-    off_ramp_epochs: float | None = flag("stage 2: epochs (3)", default=None, parse=float)
+    off_ramp_epochs: float | None = flag("stage 2: epochs (3)", default=None, parse=number)
     off_ramp_batch_size: int | None = flag(
-        "stage 2: samples per step (fast: 32, exact: 8 as in the paper)", default=None, parse=int
+        "stage 2: samples per step (fast: 32, exact: 8 as in the paper)", default=None, parse=integer
     )
     off_ramp_learning_rate: float | None = flag(
         "off-ramps: peak learning rate in stage 2 (fast: 5e-4, exact: 2e-5 as in the paper) and in joint training "
         "(the backbone's)",
         default=None,
-        parse=float,
+        parse=number,
     )
-    weight_decay: float | None = flag("all stages: AdamW's (0)", default=None, parse=float)
+    weight_decay: float | None = flag("all stages: AdamW's (0)", default=None, parse=number)
     warmup: float | None = flag(
-        "all stages: share of the steps in which the learning rate rises (0)", default=None, parse=float
+        "all stages: share of the steps in which the learning rate rises (0)", default=None, parse=number
     )
     accumulation_steps: int | None = flag(
-        "pieces that a batch is computed in: less memory, the same step (1)", default=None, parse=int
+        "pieces that a batch is computed in: less memory, the same step (1)", default=None, parse=integer
     )
     held_out: float | None = flag(
         "share of the rows kept back to stop early by; left out, training runs to its end",
         default=None,
-        parse=float,
+        parse=number,
     )
-    patience: int = flag("early stopping: evaluations in a row without a better loss", default=3, parse=int)
-    evaluate_every: int = flag("early stopping: steps between evaluations", default=500, parse=int)
+    patience: int = flag(
+        "early stopping: evaluations in a row without a better loss", default=3, parse=integer
+    )
+    evaluate_every: int = flag("early stopping: steps between evaluations", default=500, parse=integer)
     precision: str = flag(
         "auto is bfloat16 where the hardware has it",
         default="auto",
@@ -205,7 +207,7 @@ class TrainJob:
     allow_pickle: bool = flag(
         "read weights that are there as a pickle only, by torch's safe reader", default=False
     )
-    checkpoint_steps: int = flag("steps between checkpoints", default=1000, parse=int)
+    checkpoint_steps: int = flag("steps between checkpoints", default=1000, parse=integer)
     resume: bool = flag("go on where a killed training stopped", default=False)
     overwrite: bool = flag("replace an existing model folder, or a killed training", default=False)
 

@@ -1,19 +1,29 @@
 """What a classification run is asked to do: one dataclass for Python, the command line and job files.
 
-Each field is described once, by `flag`; `jobs.flags` turns the same fields into flags and YAML keys. Values
-that depend on the machine or the model (``auto``) are settled by `pipeline.run`.
+Each field is described once, by `pipeline.fields.flag`; `jobs.flags` turns the same fields into flags and YAML
+keys. Values that depend on the machine or the model (``auto``) are settled by `pipeline.run`.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.errors import UsageError
+from pipeline.fields import (
+    check_fields,
+    check_names,
+    check_some_names,
+    comma_list,
+    flag,
+    is_number,
+    listed,
+    positive,
+    positive_number,
+    share,
+    whole,
+)
 
 PRECISIONS = ("auto", "float32", "bfloat16", "float16", "int8")
 """`deebert.precision.DTYPES`, known without torch."""
@@ -30,35 +40,6 @@ WINDOW_STRIDE_HELP = (
     "tokens (0: none), and average the windows' probabilities"
 )
 Thresholds = float | tuple[float | None, ...]
-
-
-def flag(
-    help: str,  # argparse's own word
-    *,
-    default: Any = dataclasses.MISSING,
-    parse: Callable[[str], Any] = str,
-    metavar: str | None = None,
-    several: bool = False,
-    choices: Sequence[str] | None = None,
-) -> Any:
-    """A dataclass field that is also a command-line flag and a job-file key.
-
-    Args:
-        help: one line for ``--help``.
-        default: value when neither flag nor file gives one; without it the flag is required. False makes a
-            switch.
-        parse: from text to the value; a ValueError's message is shown.
-        metavar: placeholder in ``--help``.
-        several: takes one or more values, as a tuple.
-        choices: the only values allowed.
-    """
-    metadata = {"help": help, "parse": parse, "metavar": metavar, "several": several, "choices": choices}
-    return dataclasses.field(default=default, metadata=metadata)
-
-
-def comma_list(text: str) -> tuple[str, ...]:
-    """``a,b`` -> ("a", "b")."""
-    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def thresholds(text: str) -> Thresholds:
@@ -113,137 +94,18 @@ class Replicas:
         return str(self.least) if self.least == self.most else f"{self.least}:{self.most}"
 
 
-def integer(text: str) -> int:
-    """A whole number."""
-    try:
-        return int(text)
-    except ValueError:
-        raise ValueError(f"{text!r} is not a whole number{_as_integer(text)}") from None
+def _check_thresholds(value: Any) -> None:
+    values = value if isinstance(value, tuple) else (value,)
+    if not values or not all(item is None or is_number(item) for item in values):
+        raise ValueError(
+            f"{value!r} is neither a number nor a tuple of one for each layer: give one of the two"
+        )
 
 
-def _as_integer(text: str) -> str:
-    """How to write what ``50,000`` and ``1e6`` mean."""
-    try:
-        value = float(text.replace(",", "") if re.fullmatch(r"\d{1,3}(,\d{3})+", text) else text)
-    except ValueError:
-        return ""
-    return f": write {int(value)}" if value.is_integer() else ""
-
-
-def number(text: str) -> float:
-    """A number."""
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f"{text!r} is not a number{_as_share(text)}") from None
-
-
-def _as_share(text: str) -> str:
-    """How to write what ``5%`` means."""
-    try:
-        percent = float(text.strip().removesuffix("%"))
-    except ValueError:
-        return ""
-    return f": write {percent / 100:g} for {percent:g} %"
-
-
-def positive(text: str) -> int:
-    """A whole number above 0."""
-    value = integer(text)
-    if value < 1:
-        raise ValueError(f"{text!r} is not a whole number above 0")
-    return value
-
-
-def whole(text: str) -> int:
-    """A whole number from 0."""
-    value = integer(text)
-    if value < 0:
-        raise ValueError(f"{text!r} is not a whole number from 0")
-    return value
-
-
-def random_seed(text: str) -> int:
-    """A whole number that seeds every generator there is: numpy's take 32 bits."""
-    value = whole(text)
-    if value >= 2**32:
-        raise ValueError(f"{text!r} is not a whole number below 2^32")
-    return value
-
-
-def positive_number(text: str) -> float:
-    """A number above 0."""
-    value = number(text)
-    if not 0.0 < value < math.inf:
-        raise ValueError(f"{text!r} is not a number above 0")
-    return value
-
-
-def share(text: str) -> float:
-    """A number from 0 to 1."""
-    value = number(text)
-    if not 0.0 <= value <= 1.0:
-        raise ValueError(f"{text!r} is not a share between 0 and 1")
-    return value
-
-
-def check_fields(job: Any) -> None:
-    """Refuse values that no flag could have given, by the flags' own parsers: from Python, any value comes.
-
-    Args:
-        job: a dataclass whose fields were made by `flag`.
-
-    Raises:
-        UsageError: names the field.
-    """
-    for field in dataclasses.fields(job):
-        value = getattr(job, field.name)
-        if value is None and field.default is None:
-            continue
-        try:
-            _check_value(field, value)
-        except ValueError as error:
-            raise UsageError(f"{field.name}: {error}") from error
-
-
-def _check_value(field: dataclasses.Field[Any], value: Any) -> None:
-    parse, choices, several = (field.metadata[name] for name in ("parse", "choices", "several"))
-    if field.default is False:
-        if not isinstance(value, bool):
-            raise ValueError(f"{value!r} is not a switch: give True or False")
-    elif choices is not None:
-        if value not in choices:
-            raise ValueError(f"{value!r} is none of {', '.join(choices)}")
-    elif several or parse is comma_list:
-        if not (isinstance(value, Sequence) and all(isinstance(item, str) for item in _listed(value))):
-            raise ValueError(f"{value!r} is neither a str nor a tuple of them: give one of the two")
-        if several and not value:
-            raise ValueError(f"{value!r} is empty: give at least one")
-    elif parse in (thresholds, certainties):
-        values = value if isinstance(value, tuple) else (value,)
-        if not values or not all(item is None or _is_number(item) for item in values):
-            raise ValueError(
-                f"{value!r} is neither a number nor a tuple of one for each layer: give one of the two"
-            )
-    elif parse is str:
-        if not isinstance(value, str):
-            raise ValueError(f"{value!r} is not a str: give one")
-    elif parse == Replicas.parse:
-        if not isinstance(value, Replicas | int):
-            raise ValueError(f"{value!r} is neither an int nor Replicas(MIN, MAX): give one of the two")
-        parse(str(value))
-    elif not _is_number(value):
-        raise ValueError(f"{value!r} is neither an int nor a float: give one of the two")
-    else:
-        parse(str(value))
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _listed(value: str | Sequence[str]) -> tuple[str, ...]:
-    return (value,) if isinstance(value, str) else tuple(value)
+def _check_replicas(value: Any) -> None:
+    if not isinstance(value, Replicas | int):
+        raise ValueError(f"{value!r} is neither an int nor Replicas(MIN, MAX): give one of the two")
+    Replicas.parse(str(value))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,6 +120,7 @@ class ClassifyConfig:
     input: str | Sequence[str] = flag(
         "files, folders, globs or URLs: Parquet, JSONL, CSV, text (gzip, zstd) by suffix; saved data sets",
         several=True,
+        check=check_some_names,
         metavar="PATH",
     )
     output: str = flag("folder or URL for the parts; one folder belongs to one model and policy")
@@ -265,25 +128,28 @@ class ClassifyConfig:
     text_pair_column: str | None = flag("second text of a pair", default=None)
     id_column: str | None = flag("column copied to row_id; else source_file:source_row", default=None)
     keep_columns: str | Sequence[str] = flag(
-        "columns copied to the output", default=(), parse=comma_list, metavar="C,C"
+        "columns copied to the output", default=(), parse=comma_list, check=check_names, metavar="C,C"
     )
     entropy_threshold: Thresholds | None = flag(
         "nats below which a sample leaves: one, one per layer, or none for full depth; "
         "left out, the model's own operating point",
         default=None,
         parse=thresholds,
+        check=_check_thresholds,
         metavar="S",
     )
     certainty_threshold: Thresholds | None = flag(
         "of a model that learns to exit: certainty, 0 to 1, above which a sample leaves: one, or one per layer",
         default=None,
         parse=certainties,
+        check=_check_thresholds,
         metavar="C",
     )
     replicas: Replicas | int | None = flag(
         "N, MIN:MAX or auto; left out, auto: one per GPU that Ray has, else one per core",
         default=None,
         parse=Replicas.parse,
+        check=_check_replicas,
         metavar="N|MIN:MAX",
     )
     device: str = flag(
@@ -349,12 +215,12 @@ class ClassifyConfig:
     @property
     def inputs(self) -> tuple[str, ...]:
         """`input`, of which one alone may be a str."""
-        return _listed(self.input)
+        return listed(self.input)
 
     @property
     def kept_columns(self) -> tuple[str, ...]:
         """`keep_columns`, of which one alone may be a str."""
-        return _listed(self.keep_columns)
+        return listed(self.keep_columns)
 
     @property
     def replica_range(self) -> Replicas | None:

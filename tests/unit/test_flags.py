@@ -41,9 +41,8 @@ def job_class(verb: str) -> Any:
     """The dataclass that the verb parses its words into."""
     if verb == "classify":
         return ClassifyConfig
-    names = vars(import_module(f"jobs.{verb}")).items()
-    (found,) = (value for name, value in names if name.endswith("Job") and dataclasses.is_dataclass(value))
-    return found
+    names = vars(import_module(f"jobs.{verb}"))
+    return names[f"{verb.title()}Job"]
 
 
 def help_of_flags(text: str) -> dict[str, str]:
@@ -193,6 +192,27 @@ class TestValues:
         message = one_sentence(error.value)
         assert says in message
         assert "`deebert classify --help`" in message
+
+    @pytest.mark.parametrize(
+        ("verb", "words", "says"),
+        [
+            ("train", ("--batch-size", "1e3"), "--batch-size: '1e3' is not a whole number: write 1000; "),
+            ("train", ("--held-out", "5%"), "--held-out: '5%' is not a number: write 0.05 for 5 %; "),
+            ("evaluate", ("--certainty-thresholds", "0.9,5"), "'5' is not a share between 0 and 1; "),
+            ("evaluate", ("--thresholds", "0.1;0.2"), "--thresholds: '0.1;0.2' is not a number; "),
+            ("evaluate", ("--learning-rate", "small"), "--learning-rate: 'small' is not a number; "),
+            ("bench", ("--seed", "-1"), "--seed: '-1' is not a whole number from 0; "),
+            ("recipes", ("--seeds", "42,-1"), "--seeds: '-1' is not a whole number from 0; "),
+            ("recipes", ("--held-out", "3"), "--held-out: '3' is not a share between 0 and 1; "),
+            ("demo", ("--control", "5"), "--control: '5' is not a share between 0 and 1; "),
+        ],
+    )
+    def test_other_verbs_say_it_likewise_before_they_do_anything(
+        self, verb: str, words: tuple[str, ...], says: str
+    ) -> None:
+        with pytest.raises(UsageError) as error:
+            parse_job(job_class(verb), words, prog=f"deebert {verb}", description="")
+        assert says in one_sentence(error.value)
 
 
 class TestPython:
