@@ -11,11 +11,9 @@ from __future__ import annotations
 import json
 import logging
 import os
-import pickle
 import socket
 import time
 import uuid
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -24,7 +22,6 @@ from operator import add
 from typing import Any
 
 import ray
-import ray.data
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -38,10 +35,12 @@ from pipeline.config import ClassifyConfig
 from pipeline.errors import OutputError, RunFailedError
 from pipeline.lock import locked
 from pipeline.planning import RunPlan, can_go_on, check_output, make_plan
+from pipeline.pool import cause, outcomes
+from pipeline.record_log import RecordLog
 from pipeline.records import Attempt, RunRecord, RunStatus, ShardRecord, Totals
-from pipeline.replica import Replica, ReplicaSpec, ServedModel, ShardFailure, too_many_bad_rows
+from pipeline.replica import ReplicaSpec, ServedModel, ShardFailure, too_many_bad_rows
 from pipeline.shard import Shard
-from pipeline.sink import SUCCESS, Output, RecordLog
+from pipeline.sink import SUCCESS, Output
 from pipeline.tokenization import TextTokenizer
 from pipeline.watching import showing_progress
 
@@ -195,10 +194,10 @@ class _Attempt:
             .options(num_cpus=0, scheduling_strategy=here, max_restarts=-1, max_task_retries=-1)
             .remote()
         )
-        records = self._output.record_log(f"{self._started_at.replace(':', '')}-{uuid.uuid4().hex[:6]}")
+        records = RecordLog(self._output, f"{self._started_at.replace(':', '')}-{uuid.uuid4().hex[:6]}")
         try:
             with showing_progress(board, self._run, self._planned):
-                for outcome in _outcomes(self._spec(board), self._placement, shards):
+                for outcome in outcomes(self._spec(board), self._placement, shards):
                     if isinstance(outcome, ShardRecord):
                         self._count(outcome, records)
                     else:
@@ -207,7 +206,7 @@ class _Attempt:
                 log.warning("replicas died %d times with a shard in hand; others took over", deaths)
                 session.keep_logs()
         except RayError as error:
-            raise RunFailedError(f"{self._missing()}: {_cause(error)}") from error
+            raise RunFailedError(f"{self._missing()}: {cause(error)}") from error
         finally:
             records.close()
 
@@ -359,40 +358,6 @@ def _ended(attempt: Attempt) -> Attempt:
     if attempt.status != "running":
         return attempt
     return replace(attempt, status="failed", error="killed: it never said how it ended")
-
-
-def _outcomes(spec: ReplicaSpec, placement: Placement, shards: Any) -> Iterator[ShardRecord | ShardFailure]:
-    """Run shards on a pool of replicas; yields each one's outcome as it is committed."""
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    items = [{"shard": pickle.dumps(shard)} for shard in shards]
-    pool = ray.data.ActorPoolStrategy(
-        # No more replicas than shards: the others would start for nothing, and Ray Data would warn of them.
-        min_size=min(placement.replicas.least, len(items)),
-        max_size=min(placement.replicas.most, len(items)),
-        max_concurrent_calls_per_actor=placement.shards_in_flight,
-        # Twice what runs: the pool grows only when replicas have more than they can work on.
-        max_tasks_in_flight_per_actor=2 * placement.shards_in_flight,
-        enable_true_multi_threading=True,
-    )
-    # Ray retries the shards of a replica that died for ever: the replicas themselves know when to stop.
-    outcomes = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-        Replica,
-        batch_size=1,
-        compute=pool,
-        fn_constructor_kwargs={"spec": spec},
-        num_cpus=placement.num_cpus,
-        num_gpus=placement.num_gpus or None,
-    )
-    for row in outcomes.iter_rows():
-        yield pickle.loads(row["outcome"])
-
-
-def _cause(error: BaseException) -> str:
-    """What Ray says of the end of a cluster or of an actor that cannot start: the last line, its hints aside."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return next((line for line in reversed(lines) if not line.startswith("To change retry")), repr(error))
 
 
 def _now() -> str:

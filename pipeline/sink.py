@@ -25,8 +25,7 @@ import uuid
 from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
 from glob import has_magic
 from itertools import chain
 from pathlib import Path
@@ -49,11 +48,10 @@ LOCK = f"{META}/lock"
 CATALOG = f"{META}/inputs.arrow"
 _TMP = f"{META}/tmp"
 _RUN = f"{META}/run.json"
-_SHARDS = f"{META}/shards"
+SHARD_RECORDS = f"{META}/shards"
 _DEAD = f"{META}/dead_letters"
 _ASIDE = f"{META}/aside"
 _MAX_CONNECTIONS = 16
-_RECORDS_PER_OBJECT = 64
 
 
 @dataclass(frozen=True)
@@ -65,6 +63,8 @@ class Output:
     """
 
     url: str
+    _is_whole: bool = field(init=False, repr=False, compare=False)
+    """Whether protocol and path alone lead here, without the host or account that a URL may name."""
 
     def __post_init__(self) -> None:
         try:
@@ -74,11 +74,14 @@ class Output:
         if isinstance(files, LocalFileSystem):
             # Replicas on a cluster have working directories of their own.
             object.__setattr__(self, "url", path)
-        elif has_magic(path):
+            object.__setattr__(self, "_is_whole", True)
+            return
+        if has_magic(path):
             raise UsageError(
                 f"the output {self.url!r} has one of * ? [ in its name, which may remove other files from a store: "
                 "choose another output"
             )
+        object.__setattr__(self, "_is_whole", knows(files, files.unstrip_protocol(path)))
 
     @property
     def _fs(self) -> Any:
@@ -95,7 +98,7 @@ class Output:
 
     def path(self, name: str) -> str:
         """Full path or URL of `name`, for others to open."""
-        if self.is_local or _is_known_by_path(self.url):
+        if self._is_whole:
             return self.as_input + name
         return f"{self.url.rstrip('/')}/{name}"
 
@@ -162,6 +165,18 @@ class Output:
         finally:
             temporary.unlink(missing_ok=True)  # what could not be written whole takes no room
 
+    def append(self, name: str, line: bytes) -> None:
+        """Add to a file on a local disk, which may then end in half a line.
+
+        Raises:
+            OutputError: it cannot be written, for want of room or otherwise.
+        """
+        path = Path(self._at(name))
+        with _explaining(str(path)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("ab") as file:
+                file.write(line)
+
     def read(self, name: str) -> bytes | None:
         """The content of a file, None where there is none.
 
@@ -184,7 +199,7 @@ class Output:
 
     def write_dead_letters(self, part: str, letters: Iterable[dict[str, Any]]) -> None:
         """Write one shard's bad rows, replacing those of an earlier try; no rows, no file."""
-        lines = b"".join(_json_line(letter) for letter in letters)
+        lines = b"".join(json_line(letter) for letter in letters)
         name = _letters_of(part)
         if lines:
             self.write(name, lines)
@@ -292,7 +307,7 @@ class Output:
             UsageError: one of them is not a part that `classify` wrote, or no longer.
         """
         records: dict[str, ShardRecord] = {}
-        logs = [self._at(f"{_SHARDS}/{name}") for name in sorted(self._names(_SHARDS))]
+        logs = [self._at(f"{SHARD_RECORDS}/{name}") for name in sorted(self._names(SHARD_RECORDS))]
         with ThreadPoolExecutor(_MAX_CONNECTIONS) as pool:
             for line in chain.from_iterable(map(bytes.splitlines, pool.map(self._fs.cat_file, logs))):
                 # A killed driver may leave half a last line; the part's footer has the record whole.
@@ -315,53 +330,9 @@ class Output:
                     f"({type(error).__name__}: {error}): delete it and run the same command again"
                 ) from error
 
-    def record_log(self, attempt: str) -> RecordLog:
-        """Where one attempt of the driver keeps its shard records."""
-        return RecordLog(self, attempt)
-
-
-class RecordLog:
-    """Shard records of one attempt: appended to a file on a local disk, in several objects on an object store."""
-
-    def __init__(self, output: Output, attempt: str) -> None:
-        self._output, self._attempt = output, attempt
-        self._lines: list[bytes] = []
-        self._objects = 0
-
-    def append(self, record: ShardRecord) -> None:
-        """Add a committed shard's record."""
-        line = _json_line(record.to_dict())
-        if self._output.is_local:
-            path = Path(self._output.path(f"{_SHARDS}/{self._attempt}.jsonl"))
-            with _explaining(str(path)):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with path.open("ab") as file:
-                    file.write(line)
-        else:
-            self._lines.append(line)
-            # What is not yet written when the driver dies costs a request per part, to read its footer.
-            if len(self._lines) % _RECORDS_PER_OBJECT == 0:
-                self.close()
-
-    def close(self) -> None:
-        """Write what could not be appended; where that fails the parts' footers have it, as after a kill."""
-        if self._lines:
-            name = f"{_SHARDS}/{self._attempt}-{self._objects:06d}.jsonl"
-            with suppress(OutputError):
-                self._output.write(name, b"".join(self._lines))
-                self._lines.clear()
-                self._objects += 1
-
 
 def _letters_of(part: str) -> str:
     return f"{_DEAD}/{Path(part).stem}.jsonl"
-
-
-@lru_cache
-def _is_known_by_path(url: str) -> bool:
-    """Whether protocol and path lead to the store, without the host or account that a URL may name."""
-    files, path = file_system(url)
-    return knows(files, files.unstrip_protocol(path))
 
 
 @contextmanager
@@ -388,7 +359,8 @@ def _record(line: bytes) -> ShardRecord | None:
         return None
 
 
-def _json_line(value: dict[str, Any]) -> bytes:
+def json_line(value: dict[str, Any]) -> bytes:
+    """An object as a line of ASCII."""
     return json.dumps(value, ensure_ascii=True).encode() + b"\n"
 
 

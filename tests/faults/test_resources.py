@@ -128,7 +128,7 @@ def test_a_broken_promise_is_fatal_and_says_so(
     saved_model: Path, tmp_path: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_corpus(tmp_path / "in", files=1, rows=200)
-    monkeypatch.setattr("pipeline.run.Replica", Forgetful)
+    monkeypatch.setattr("pipeline.pool.Replica", Forgetful)
     config = ClassifyConfig(
         model=str(saved_model),
         input=(str(tmp_path / "in"),),

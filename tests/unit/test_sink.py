@@ -16,6 +16,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from pipeline.errors import OutputError, OutputFullError, UsageError
+from pipeline.record_log import RecordLog
 from pipeline.records import ShardRecord, Totals
 from pipeline.report.evidence import verify_parts
 from pipeline.sink import Output
@@ -226,7 +227,7 @@ RECORD = ShardRecord(
 
 def log_records(output: Output, names: list[str]) -> None:
     """Records of parts of these names."""
-    records = output.record_log("now")
+    records = RecordLog(output, "now")
     for name in names:
         records.append(dataclasses.replace(RECORD, part=name))
     records.close()
