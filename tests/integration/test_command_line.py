@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import termios
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -26,20 +26,16 @@ OURS = re.compile(
 
 
 @pytest.fixture
-def command(saved_model: Path, tmp_path: Path) -> Iterator[list[str]]:
-    write_parquet(tmp_path / "in" / "a.parquet", sentences(400 * SHARDS), row_group_size=400)
-    words = [sys.executable, "-m", "jobs.classify", "--model", saved_model, "--input", tmp_path / "in"]
-    words += [
-        "--output",
-        tmp_path / "out",
-        "--shard-rows",
-        "400",
-        "--precision",
-        "float32",
-        "--replicas",
-        "1",
-    ]
-    return [str(word) for word in words]
+def command(saved_model: Path, tmp_path: Path) -> list[str]:
+    return words_of(saved_model, tmp_path)
+
+
+def words_of(model: Path, folder: Path) -> list[str]:
+    """A command over 20 shards in ``in``, into ``out``."""
+    write_parquet(folder / "in" / "a.parquet", sentences(400 * SHARDS), row_group_size=400)
+    places = ("--model", str(model), "--input", str(folder / "in"), "--output", str(folder / "out"))
+    settings = ("--shard-rows", "400", "--precision", "float32", "--replicas", "1")
+    return [sys.executable, "-m", "jobs.classify", *places, *settings]
 
 
 def environment() -> dict[str, str]:
@@ -68,22 +64,32 @@ def test_a_terminal_shows_our_words_only(command: list[str], shard_rows: int) ->
     assert any("rows/s" in line and "saved, mean exit layer" in line for line in lines)
 
 
-def test_without_a_terminal_every_shard_is_a_line(command: list[str], tmp_path: Path) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), check=True)
-    lines = re.findall(
-        r"INFO shard=(part-\S+\.parquet) source_file=\S+ first_row=(\d+) rows=400 ", done.stderr
-    )
-    assert {part for part, _ in lines} == {path.name for path in (tmp_path / "out").glob("part-*")}
-    assert sorted(int(row) for _, row in lines) == [400 * i for i in range(SHARDS)]
-    assert done.stdout == ""
+@dataclass(frozen=True, kw_only=True)
+class Watched:
+    """A run without a terminal that ended well, and who listened while it was under way."""
+
+    stdout: str
+    stderr: str
+    listening: list[tuple[str, str, int]]
+    """Process, address and port."""
+    parts: set[str]
 
 
-def test_a_local_ray_listens_on_loopback_only_and_has_no_dashboard(command: list[str]) -> None:
+@pytest.fixture(scope="module")
+def watched(saved_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Watched:
+    folder = tmp_path_factory.mktemp("watched")
     process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, env=environment(), start_new_session=True
+        words_of(saved_model, folder),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+        start_new_session=True,
     )
     assert process.stderr is not None
+    lines = []
     for line in process.stderr:
+        lines.append(line)
         if "INFO shard=" in line:
             break
     listening = []
@@ -95,11 +101,26 @@ def test_a_local_ray_listens_on_loopback_only_and_has_no_dashboard(command: list
         listening += [
             (one.name(), s.laddr.ip, s.laddr.port) for s in sockets if s.status == psutil.CONN_LISTEN
         ]
-    process.communicate(timeout=DEADLINE_SECONDS)
-    assert process.returncode == 0
-    assert listening, "nothing was seen to listen"
-    assert [one for one in listening if one[1] not in ("127.0.0.1", "::1", "::ffff:127.0.0.1")] == []
-    assert [one for one in listening if one[2] == 8265] == []
+    stdout, rest = process.communicate(timeout=DEADLINE_SECONDS)
+    stderr = "".join(lines) + rest
+    assert process.returncode == 0, stderr
+    parts = {path.name for path in (folder / "out").glob("part-*")}
+    return Watched(stdout=stdout, stderr=stderr, listening=listening, parts=parts)
+
+
+def test_without_a_terminal_every_shard_is_a_line(watched: Watched) -> None:
+    lines = re.findall(
+        r"INFO shard=(part-\S+\.parquet) source_file=\S+ first_row=(\d+) rows=400 ", watched.stderr
+    )
+    assert {part for part, _ in lines} == watched.parts
+    assert sorted(int(row) for _, row in lines) == [400 * i for i in range(SHARDS)]
+    assert watched.stdout == ""
+
+
+def test_a_local_ray_listens_on_loopback_only_and_has_no_dashboard(watched: Watched) -> None:
+    assert watched.listening, "nothing was seen to listen"
+    assert [one for one in watched.listening if one[1] not in ("127.0.0.1", "::1", "::ffff:127.0.0.1")] == []
+    assert [one for one in watched.listening if one[2] == 8265] == []
 
 
 def test_a_failed_run_keeps_the_logs_of_its_replicas(command: list[str], tmp_path: Path) -> None:
