@@ -81,10 +81,15 @@ def test_one_command_trains_evaluates_and_writes(
 def test_a_second_run_trains_nothing(
     assets_in_small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = ("--tasks", "sst-2", "--poolings", "cls", "--static-depths", "1")
+    words = ("--tasks", "sst-2", "--poolings", "cls,mean", "--static-depths", "1")
     assert run(assets_in_small, tmp_path, *words) == 0
-    (thresholds,) = (tmp_path / "results").glob("*/thresholds.csv")
-    before = thresholds.read_bytes()
+    written = sorted((tmp_path / "results").glob("*/thresholds.csv"))
+    before = [path.read_bytes() for path in written]
+    (overview,) = (tmp_path / "results").glob("*-replication.csv")
+    with overview.open(newline="") as file:
+        statics = {row["off-ramps read"]: row["static"] for row in csv.DictReader(file)}
+    assert " at 5.00x" in statics["cls"]
+    assert statics["mean"] == "–", "the same baseline is not trained once a pooling"
 
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("trained again")
@@ -93,7 +98,7 @@ def test_a_second_run_trains_nothing(
     monkeypatch.setattr(evaluation, "train_static", refuse)
 
     assert run(assets_in_small, tmp_path, *words) == 0
-    assert thresholds.read_bytes() == before
+    assert [path.read_bytes() for path in written] == before
 
 
 def test_a_killed_training_goes_on_where_it_stopped(
