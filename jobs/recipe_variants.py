@@ -77,11 +77,22 @@ _BETWEEN = {
     "0-100": (0.0, 1.0),
 }
 
+
+def _other_poolings() -> Mapping[str, Variant]:
+    """Two stages, three, and what `--recipe best` keeps of the third, for each pooling but the mean."""
+    variants: dict[str, Variant] = {}
+    for pooling in ("cls", "both", "attention"):
+        stage_2 = {"stage_2": "exact"} if pooling == "attention" else {}
+        start, towards = f"{BASE}-{pooling}", f"continued-{pooling}"
+        variants[start] = Trained(flags={"off_ramp_pooling": pooling, **stage_2})
+        variants[towards] = Trained(flags=_UNIFORM, start=start, teacher=start)
+        variants[f"continued-100-0-{pooling}"] = Between(start=start, towards=towards, shares=(1.0, 0.0))
+    return variants
+
+
 VARIANTS: Mapping[str, Variant] = MappingProxyType(
     {
         BASE: Trained(flags={}),
-        "two-stage-cls": Trained(flags={"off_ramp_pooling": "cls"}),
-        "two-stage-attention": Trained(flags={"off_ramp_pooling": "attention", "stage_2": "exact"}),
         "two-stage-exact": Trained(flags={"recipe": "off-ramps", "stage_2": "exact"}, start=BASE),
         "two-stage-distilled": Trained(flags=_REFRESH, start=BASE),
         "static-6": Static(depth=6, like=BASE),
@@ -101,7 +112,6 @@ VARIANTS: Mapping[str, Variant] = MappingProxyType(
         "continued": Trained(flags=_UNIFORM, start=BASE, teacher=BASE),
         "continued-third": Trained(flags=_UNIFORM, start=BASE, teacher=BASE, share=1 / 3),
         "continued-third-linear": Trained(flags=_JOINT_FAST, start=BASE, teacher=BASE, share=1 / 3),
-        "continued-cls": Trained(flags=_UNIFORM, start="two-stage-cls", teacher="two-stage-cls"),
         "continued-linear": Trained(flags=_JOINT_FAST, start=BASE, teacher=BASE),
         "continued-alone": Trained(flags=_UNIFORM, start=BASE),
         "continued-labels": Trained(flags={**_UNIFORM, "self_distillation": 0.0}, start=BASE, teacher=BASE),
@@ -110,6 +120,7 @@ VARIANTS: Mapping[str, Variant] = MappingProxyType(
             f"continued-{name}": Between(start=BASE, towards="continued", shares=shares)
             for name, shares in _BETWEEN.items()
         },
+        **_other_poolings(),
     }
 )
-"""``continued-100-0`` is what `--recipe best` makes."""
+"""``continued-100-0`` is what `--recipe best` makes, ``continued-100-0-cls`` with [CLS] states instead of means."""
