@@ -44,13 +44,15 @@ def check_columns(
     other_columns: Sequence[str],
     *,
     catalog: Catalog | None = None,
+    begun: Mapping[str, Any] | None = None,
 ) -> InputSchema:
     """Check that every file has the columns, with one type; `other_columns` are ids and kept columns.
 
     Types of JSON lines come from the first block of each file (a column without values there is a string),
     and one of them at least must show each column; CSV columns are strings; a text file has the one column
     ``text``. Dictionaries, views and large strings are kept as plain strings. A file that cannot be read is
-    left out here and named by its shard. What `catalog` knows is not looked up again.
+    left out here and named by its shard. What `catalog` knows is not looked up again. Columns have the types that
+    `begun` says an output has them with already, and each file must fit those.
 
     Raises InputError, also when no file at all can be read.
     """
@@ -82,7 +84,11 @@ def check_columns(
         first, more = lines[0][0], len(lines) - 1
         shown = dict.fromkeys(name for _, columns in lines for name in columns)
         _require(f"{first} (like {more} more of JSON lines)" if more else first, shown, other_columns)
-    kept = [pa.field(name, _agreed_type(known, name)) for name in dict.fromkeys(other_columns)]
+    fixed = begun or {}
+    kept = [
+        pa.field(name, _fitted(known, name, fixed[name]) if name in fixed else _agreed_type(known, name))
+        for name in dict.fromkeys(other_columns)
+    ]
     return InputSchema(text_columns=tuple(text_columns), kept=pa.schema(kept))
 
 
@@ -120,6 +126,43 @@ def _agreed_type(probes: Sequence[tuple[InputFile, Columns]], name: str) -> Any:
             )
         agreed = both
     return _settled(agreed)
+
+
+def _fitted(probes: Sequence[tuple[InputFile, Columns]], name: str, begun: Any) -> Any:
+    """The type that the output's column was begun with: rows of other files are there already, whatever these show."""
+    for file, columns in probes:
+        type_ = plain_type(columns.get(name, pa.null()))
+        if pa.types.is_null(type_) or _settled(type_) == begun:
+            continue
+        # What JSON shows, a column of strings takes as text: nothing is lost.
+        if file.format != "jsonl" or not _widens(type_, begun, to_text=True):
+            raise InputError(
+                f"column {name!r} is {type_} in {file.path}, but the output was begun with {begun}: convert the file, "
+                "classify it into another output, or start over with --overwrite"
+            )
+    return begun
+
+
+def spelled_type(text: str) -> Any:
+    """The type that is written so, of those that JSON values have; None for another."""
+    if text.startswith("list<item: ") and text.endswith(">"):
+        values = spelled_type(text.removeprefix("list<item: ")[:-1])
+        return None if values is None else pa.list_(values)
+    if text.startswith("struct<") and text.endswith(">"):
+        fields: list[str] = []
+        depth = 0
+        for piece in text.removeprefix("struct<")[:-1].split(", "):
+            if depth:
+                fields[-1] += f", {piece}"
+            else:
+                fields.append(piece)
+            depth += piece.count("<") - piece.count(">")
+        types = {name: spelled_type(type_) for name, _, type_ in (field.partition(": ") for field in fields)}
+        return None if None in types.values() else pa.struct(list(types.items()))
+    try:
+        return pa.type_for_alias(text)
+    except ValueError:
+        return None
 
 
 def _holding_both(one: Any, other: Any) -> Any:
@@ -182,18 +225,18 @@ def plain_type(type_: Any) -> Any:
     return type_
 
 
-def _widens(inferred: Any, agreed: Any) -> bool:
-    """Whether values that a JSON block showed as `inferred` can be read as `agreed`."""
-    if inferred == agreed or pa.types.is_null(inferred):
+def _widens(inferred: Any, agreed: Any, *, to_text: bool = False) -> bool:
+    """Whether values that a JSON block showed as `inferred` can be read as `agreed`; `to_text`: as JSON text too."""
+    if inferred == agreed or pa.types.is_null(inferred) or (to_text and pa.types.is_string(agreed)):
         return True
     if pa.types.is_struct(inferred) and pa.types.is_struct(agreed):
         shared = [agreed.field(i).name for i in range(agreed.num_fields)]
         pairs = [
             (inferred.field(n).type, agreed.field(n).type) for n in shared if inferred.get_field_index(n) >= 0
         ]
-        return all(_widens(one, other) for one, other in pairs)
+        return all(_widens(one, other, to_text=to_text) for one, other in pairs)
     if pa.types.is_list(inferred) and pa.types.is_list(agreed):
-        return _widens(inferred.value_type, agreed.value_type)
+        return _widens(inferred.value_type, agreed.value_type, to_text=to_text)
     return bool(pa.types.is_integer(inferred) and pa.types.is_floating(agreed))
 
 

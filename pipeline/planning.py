@@ -24,7 +24,7 @@ from deebert.problem import REGRESSION
 from pipeline.catalog import Catalog
 from pipeline.config import ClassifyConfig, Thresholds
 from pipeline.errors import OutputError, UsageError
-from pipeline.input_schema import InputSchema, check_columns
+from pipeline.input_schema import InputSchema, check_columns, spelled_type
 from pipeline.inputs import InputFile, discover, real_path
 from pipeline.records import Identity, ModelRecord, RunRecord
 from pipeline.schema import RESERVED_COLUMNS, Answers, part_table
@@ -69,11 +69,18 @@ def make_plan(config: ClassifyConfig, *, has_gpu: bool) -> RunPlan:
     output = Output(config.output)
     files = _inputs(config, output)
     try:
-        shard_rows = _shard_rows(config, output, files)
+        earlier = output.read_run()
+        shard_rows = _shard_rows(config, earlier, files)
         catalog = Catalog.of(output, shard_rows=shard_rows)
     except OutputError as error:
         raise UsageError(f"{error}; mend that, or choose another output") from error
-    schema = check_columns(files, _text_columns(config), _other_columns(config), catalog=catalog)
+    schema = check_columns(
+        files,
+        _text_columns(config),
+        _other_columns(config),
+        catalog=catalog,
+        begun={} if earlier is None or config.overwrite else _types_of(config, earlier),
+    )
     checkpoint = load_checkpoint(config.model)
     if config.probabilities and checkpoint.model.config.problem is REGRESSION:
         raise UsageError(
@@ -209,11 +216,10 @@ def _inputs(config: ClassifyConfig, output: Output) -> tuple[InputFile, ...]:
     return files
 
 
-def _shard_rows(config: ClassifyConfig, output: Output, files: Sequence[InputFile]) -> int:
+def _shard_rows(config: ClassifyConfig, earlier: RunRecord | None, files: Sequence[InputFile]) -> int:
     """What was asked for, else what the output was begun with, else what suits the corpus."""
     if config.shard_rows is not None:
         return config.shard_rows
-    earlier = output.read_run()
     if earlier is None or (config.overwrite and earlier.status == "succeeded"):
         return suitable_shard_rows(files)
     return earlier.shard_rows
@@ -236,6 +242,23 @@ def _other_columns(config: ClassifyConfig) -> tuple[str, ...]:
             )
     wanted = (*((config.id_column,) if config.id_column else ()), *config.kept_columns)
     return tuple(dict.fromkeys(wanted))
+
+
+def _types_of(config: ClassifyConfig, earlier: RunRecord) -> dict[str, Any]:
+    """The types that id and kept columns have in the output, as far as those are such as JSON lines show.
+
+    Of JSON lines no file declares them, and what today's files show may be another type than the first ones showed.
+    """
+    names = {name: name for name in config.kept_columns}
+    if config.id_column and earlier.id_column == config.id_column:
+        names[config.id_column] = "row_id"
+    return {
+        name: type_
+        for name, recorded in names.items()
+        for column in earlier.columns
+        if column.startswith(f"{recorded} ")
+        and (type_ := spelled_type(column.removeprefix(f"{recorded} "))) is not None
+    }
 
 
 def _columns(

@@ -229,6 +229,52 @@ class TestOneTable:
             planned(replace(config, input=(str(tmp_path / "spans.arrow"),), keep_columns=("span",)))
 
 
+class TestAGrowingFolderOfJsonLines:
+    """What types its columns have is told by the values that are there today."""
+
+    @pytest.fixture
+    def growing(self, config: ClassifyConfig, tmp_path: Path) -> ClassifyConfig:
+        (tmp_path / "days").mkdir()
+        return replace(
+            config, input=(str(tmp_path / "days"),), keep_columns=("price", "more"), id_column="key"
+        )
+
+    def add(self, config: ClassifyConfig, name: str, **values: object) -> RunPlan:
+        """The plan of the run on the output with a file more, which it leaves as a run does."""
+        row = {"text": "good", "key": 1, "price": 3, "more": {"a": 1, "b": [1]}, **values}
+        (Path(config.input[0]) / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+        run, output = planned(config), Output(config.output)
+        if (earlier := output.read_run()) is not None and not config.overwrite:
+            check_output(run, output, earlier)
+        output.write_run(replace(finished(run), id_column=config.id_column))
+        return run
+
+    @pytest.mark.parametrize(
+        ("first", "then"),
+        [
+            ({"price": None}, {"price": 3}),
+            ({"price": 3.5}, {"price": 3}),
+            ({"key": "a"}, {"key": 7}),
+            ({"more": {"a": 1}}, {"more": {"a": 2, "b": [1.5]}}),
+            ({"more": {"b": [None]}}, {"more": {"b": ["one"], "c": {}}}),
+        ],
+    )
+    def test_goes_on_with_the_types_it_began_with(self, growing, tmp_path, first, then):
+        begun = self.add(growing, "1", **first)
+        assert self.add(growing, "2", **then).columns == begun.columns
+        (tmp_path / "days" / "1.jsonl").unlink()
+        assert self.add(growing, "3", **then).columns == begun.columns
+
+    def test_what_does_not_fit_is_named_with_its_file(self, growing):
+        begun = self.add(growing, "1")
+        with pytest.raises(
+            UsageError, match=r"'price' is double in .*2\.jsonl, but the output was begun with int64: "
+        ):
+            self.add(growing, "2", price=3.5)
+        anew = self.add(replace(growing, overwrite=True), "2", price=3.5)
+        assert [now for now in anew.columns if now not in begun.columns] == ["price double"]
+
+
 class TestChangedInputs:
     def test_parts_of_a_file_that_cannot_be_read_now_are_left_alone(self, config, monkeypatch):
         output = Output(config.output)

@@ -6,6 +6,7 @@ import gzip
 import json
 import logging
 import os
+import re
 from pathlib import Path
 
 import fsspec
@@ -18,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import InputError, UsageError
-from pipeline.input_schema import check_columns
+from pipeline.input_schema import check_columns, spelled_type
 from pipeline.inputs import InputFile, discover
 from pipeline.shard import Shard, parse_part_name, part_name, source_key
 from pipeline.shards import plan
@@ -239,6 +240,56 @@ class TestCheckColumns:
             InputError, match=r"column 'deep' is struct.* in .*a.jsonl but struct.* in .*b.jsonl"
         ):
             check_columns(discover([str(tmp_path)]), ["text"], ["deep"])
+
+    @pytest.mark.parametrize(
+        ("begun", "shown"),
+        [
+            (pa.int64(), 3),
+            (pa.int64(), None),
+            (pa.float64(), 3),
+            (pa.string(), 3),
+            (pa.string(), {"a": [1]}),
+            (pa.list_(pa.float64()), [3]),
+            (pa.struct({"a": pa.int64(), "b": pa.string()}), {"a": 3}),
+            (pa.struct({"a": pa.string()}), {"a": 3, "new": 1}),
+        ],
+    )
+    def test_what_fits_the_type_that_the_output_was_begun_with_is_read_as_that(self, tmp_path, begun, shown):
+        write(tmp_path / "a.jsonl", json.dumps({"text": "x", "n": shown}) + "\n")
+        write(tmp_path / "b.jsonl", '{"text": "x"}\n')
+        files = discover([str(tmp_path)])
+        assert check_columns(files, ["text"], ["n"], begun={"n": begun}).kept == pa.schema({"n": begun})
+        assert spelled_type(str(begun)) == begun
+
+    @pytest.mark.parametrize(
+        ("begun", "name", "content", "found"),
+        [
+            (pa.int64(), "b.jsonl", '{"text": "x", "n": 3.5}', "double"),
+            (pa.int64(), "b.csv", "text,n\nx,3", "string"),
+            (pa.bool_(), "b.jsonl", '{"text": "x", "n": 1}', "int64"),
+            (
+                pa.struct({"a": pa.int64()}),
+                "b.jsonl",
+                '{"text": "x", "n": {"a": "one"}}',
+                "struct<a: string>",
+            ),
+        ],
+    )
+    def test_what_does_not_fit_it_is_named(self, tmp_path, begun, name, content, found):
+        write(tmp_path / "a.jsonl", '{"text": "x", "n": null}\n')
+        write(tmp_path / name, content)
+        said = (
+            f"column 'n' is {found} in {tmp_path / name}, but the output was begun with {begun}: convert the file, "
+            "classify it into another output, or start over with --overwrite"
+        )
+        with pytest.raises(InputError, match=re.escape(said)):
+            check_columns(discover([str(tmp_path)]), ["text"], ["n"], begun={"n": begun})
+
+    @pytest.mark.parametrize(
+        "text", ["timestamp[us, tz=UTC]", "struct<a: int64 not null>", "struct<>", "list<"]
+    )
+    def test_types_that_no_json_value_has_are_not_spelled(self, text):
+        assert spelled_type(text) is None
 
     def test_all_members_of_a_gzip_file_are_looked_at(self, tmp_path):
         members = [b"", b'{"text": "x"}\n', b'{"text": "y", "n": 1}\n']
