@@ -149,6 +149,7 @@ class _Attempt:
         self._output.remove([SUCCESS])
         # Parts of inputs that are no longer named count too: the folder is one table.
         known = self._output.read_shard_records(self._output.parts())
+        self._output.keep_dead_letters(known.keys() | remaining.keys())
         self._totals = reduce(add, (r.totals for r in known.values()), self._totals)
         self._planned = reduce(add, (r.totals for name, r in known.items() if name in done), self._planned)
         self._write("running", None)

@@ -230,6 +230,13 @@ class Output:
             if names:
                 self._fs.rm([self._at(name) for name in sorted(names)])
 
+    def keep_dead_letters(self, parts: Collection[str]) -> None:
+        """Remove the dead letters of all but these parts: of shards that failed and are planned no more."""
+        kept = {_letters_of(part) for part in parts}
+        others = {f"{_DEAD}/{name}" for name in self._names(_DEAD) if name.startswith("part-")} - kept
+        if others:
+            self._fs.rm([self._at(name) for name in sorted(others)])
+
     def set_aside(self) -> None:
         """Hide a whole run from readers, so that another can take its place.
 

@@ -594,6 +594,11 @@ class TestBadInput:
             classify(strict)
         assert not (Path(config.output) / "_SUCCESS").exists()
         assert run_record(config)["status"] == "failed"
+        assert len(dead_letters(config)) == 3
+
+        (tmp_path / "rows.jsonl").write_text('{"text": "mended"}\n' * 3)
+        assert classify(strict).record.totals.bad_rows == 0
+        assert dead_letters(config) == [], "those of a part that there never was"
 
     def test_too_many_bad_rows_fail_the_same_command_again(
         self, config: ClassifyConfig, tmp_path: Path

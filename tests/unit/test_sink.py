@@ -198,6 +198,14 @@ def test_parts_go_with_their_dead_letters_and_others_stay(output: Output) -> Non
     assert output.parts() == set(PARTS[2:])
 
 
+def test_dead_letters_of_shards_that_are_neither_planned_nor_committed_go(output: Output) -> None:
+    output.keep_dead_letters(set())
+    begun(output).keep_dead_letters({PARTS[0], "part-new.parquet"})
+    assert output.read("_deebert/dead_letters/part-0.jsonl") is not None
+    assert output.read("_deebert/dead_letters/part-2.jsonl") is None
+    assert output.parts() == set(PARTS)
+
+
 class TestADriverWithErrorsOfItsOwn:
     """What stores' drivers raise is not always an OSError."""
 
