@@ -82,12 +82,18 @@ class Placement:
 
 
 def place(
-    there_is: Resources, *, on_gpus: bool, replicas: Replicas | None, threads: int | None, weight_bytes: int
+    there_is: Resources,
+    *,
+    on_gpus: bool,
+    replicas: Replicas | None,
+    threads: int | None,
+    weight_bytes: int,
+    shards: int | None = None,
 ) -> Placement:
     """Decide what the caller leaves open: a replica per GPU, else one per core as far as memory goes.
 
     On CPUs, replicas of one thread beat one replica of many: threads wait for each other in every product,
-    replicas never.
+    replicas never. No more replicas than shards: the others would start for nothing, and keep their cores idle.
 
     Args:
         there_is: the resources.
@@ -95,21 +101,27 @@ def place(
         replicas: how many, None to decide.
         threads: CPU threads per replica, None to decide.
         weight_bytes: size of the model in float32.
+        shards: how many there are to do, None for enough.
     """
     room = int(_MEMORY_SHARE * there_is.memory_bytes // (_PROCESS_BYTES + 2 * weight_bytes))
     most = max(1, there_is.gpus if on_gpus else min(there_is.cores, room))
-    chosen = replicas or Replicas(most, most)
-    largest = there_is.cores_of_largest_node
-    each = threads or max(1, min(there_is.cores // chosen.most, largest))
+    asked = replicas or Replicas(most, most)
+    enough = asked.most if shards is None else max(1, shards)
+    working = Replicas(min(asked.least, enough), min(asked.most, enough))
+
+    def threads_each(of: Replicas) -> int:
+        return threads or max(1, min(there_is.cores // of.most, there_is.cores_of_largest_node))
+
     if on_gpus and not there_is.gpus:
         log.warning("the cluster has no GPU yet: waiting for one")
     if not on_gpus and not there_is.cores:
         log.warning("the cluster has no core yet: waiting for one")
     return Placement(
-        replicas=chosen,
+        replicas=working,
         device="cuda" if on_gpus else "cpu",
-        threads=each,
-        num_cpus=1.0 if on_gpus else _reserved(there_is, chosen, each),
+        threads=threads_each(working),
+        # Those that few shards leave to each are used where they are free: a run of one shard must not wait for all.
+        num_cpus=1.0 if on_gpus else _reserved(there_is, asked, threads_each(asked)),
     )
 
 

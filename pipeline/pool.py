@@ -30,9 +30,8 @@ def outcomes(
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     items = [{"shard": pickle.dumps(shard)} for shard in shards]
     pool = ray.data.ActorPoolStrategy(
-        # No more replicas than shards: the others would start for nothing, and Ray Data would warn of them.
-        min_size=min(placement.replicas.least, len(items)),
-        max_size=min(placement.replicas.most, len(items)),
+        min_size=placement.replicas.least,
+        max_size=placement.replicas.most,
         max_concurrent_calls_per_actor=placement.shards_in_flight,
         # Twice what runs: the pool grows only when replicas have more than they can work on.
         max_tasks_in_flight_per_actor=2 * placement.shards_in_flight,

@@ -182,7 +182,7 @@ class Attempt:
     host: str
     pid: int
     replicas: str
-    """As asked for: ``2`` or ``1:4``."""
+    """As asked for, but no more than there were shards: ``2`` or ``1:4``."""
     device: str
     """``cpu`` or the GPU's name."""
     threads_per_replica: int

@@ -104,6 +104,7 @@ def _resume(session: RaySession, run: RunPlan, output: Output) -> ClassifyResult
         replicas=config.replica_range,
         threads=config.threads,
         weight_bytes=sum(p.nbytes for p in run.checkpoint.model.parameters()),
+        shards=sum(shard.flaw is None for name, shard in run.shards.items() if name not in done),
     )
     attempt = _Attempt(run, output, earlier, placement)
     attempt.execute(session, done)

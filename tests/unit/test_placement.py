@@ -27,6 +27,7 @@ def placed(
     threads: int | None = None,
     on_gpus: bool | None = None,
     weight_bytes: int = GIB // 2,
+    shards: int | None = None,
 ) -> Placement:
     there_is = Resources(
         cores=cores, cores_of_largest_node=cores // nodes, gpus=gpus, memory_bytes=memory_gib * GIB
@@ -37,6 +38,7 @@ def placed(
         replicas=replicas,
         threads=threads,
         weight_bytes=weight_bytes,
+        shards=shards,
     )
 
 
@@ -61,6 +63,27 @@ def test_a_replica_per_gpu() -> None:
 
 def test_threads_share_the_cores_of_the_most_replicas() -> None:
     assert placed(replicas=Replicas(1, 4)).threads == 2
+
+
+@pytest.mark.parametrize(
+    ("shards", "replicas", "expected"),
+    [
+        (1, None, (Replicas(1, 1), 8)),
+        (3, None, (Replicas(3, 3), 2)),
+        (9, None, (Replicas(8, 8), 1)),
+        (2, Replicas(4, 4), (Replicas(2, 2), 4)),
+        (2, Replicas(1, 4), (Replicas(1, 2), 4)),
+        (0, None, (Replicas(1, 1), 8)),
+    ],
+)
+def test_no_more_replicas_than_shards_and_the_cores_are_theirs(
+    shards: int, replicas: Replicas | None, expected: tuple[Replicas, int]
+) -> None:
+    placement = placed(shards=shards, replicas=replicas)
+    assert (placement.replicas, placement.threads) == expected
+    assert placement.num_cpus == placed(replicas=replicas).num_cpus, (
+        "cores that others hold are not waited for"
+    )
 
 
 @pytest.mark.parametrize(("replicas", "threads"), [(16, None), (8, 4), (2, 8)])
