@@ -204,6 +204,8 @@ class RunRecord:
     inputs: tuple[str, ...]
     planned_shards: int
     planned_files: int
+    other_shards: int = 0
+    """Committed shards, among those of `totals`, of inputs that this command did not name."""
     shard_rows: int
     """The planner's shard size: a folder is planned with one size for ever."""
     columns: tuple[str, ...]

@@ -303,6 +303,7 @@ class _Attempt:
             inputs=self._run.config.inputs,
             planned_shards=len(self._run.shards),
             planned_files=len(self._run.files),
+            other_shards=self._totals.shards - self._planned.shards,
             shard_rows=self._run.shard_rows,
             columns=self._run.columns,
             id_column=self._run.config.id_column or "",

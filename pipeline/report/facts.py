@@ -80,9 +80,11 @@ def _unfinished(record: RunRecord) -> str:
     last = record.attempts[-1].error if record.attempts else None
     running = record.status == "running"
     remedy = "Its counts may move while it runs." if running else "The same command finishes it."
+    others = record.other_shards
+    beside = f" beside {q.count(others)} of earlier inputs" if others else ""
     return (
-        f"This run is not finished (status: {record.status}): {q.count(record.totals.shards)} of "
-        f"{q.count(record.planned_shards)} planned shards are committed, and all numbers are about those. "
+        f"This run is not finished (status: {record.status}): {q.count(record.totals.shards - others)} of "
+        f"{q.count(record.planned_shards)} planned shards are committed{beside}, and all numbers are about those. "
         + remedy
         + (f" Last error: {last}" if last else "")
     )

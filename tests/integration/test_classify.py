@@ -508,6 +508,8 @@ class TestResume:
         rows -= np.array(exit_rows_of(config, "a.parquet"))
         assert f"mean exit layer {(rows * layers).sum() / 150:.2f}/5" in shown[-1]
         assert second.record.totals.rows == 450
+        counts = (second.record.totals.shards, second.record.planned_shards, second.record.other_shards)
+        assert counts == (7, 2, 5)
 
     @pytest.mark.parametrize(
         ("change", "difference"),

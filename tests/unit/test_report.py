@@ -534,6 +534,11 @@ class TestWriteReport:
         assert report.accounting.rows == 4
         assert "2 of 2 planned shards are committed" in " ".join(report.text.split())
 
+    def test_shards_of_inputs_that_it_did_not_name_are_none_that_it_planned(self, tmp_path: Path) -> None:
+        record = dataclasses.replace(RECORD, status="failed", planned_shards=5, other_shards=1)
+        said = write_report(str(write_run(tmp_path / "out", record)), price_per_hour=None).text
+        assert "1 of 5 planned shards are committed beside 1 of earlier inputs, and" in " ".join(said.split())
+
     def test_a_page_that_cannot_be_written_is_a_problem_of_the_page(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
     ) -> None:
