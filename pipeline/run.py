@@ -70,15 +70,25 @@ def classify(config: ClassifyConfig) -> ClassifyResult:
         UsageError, CheckpointError, PolicyError: the run cannot be meant as given; nothing was started.
         RunFailedError: shards are missing at the end; the same call finishes the job.
     """
+    started = _Start(at=_now(), clock=time.monotonic())
     with RaySession(config.ray_address) as session:
         run = make_plan(config, has_gpu=session.uses_gpus(config.device))
         output = Output(config.output)
         output.prepare()
         with locked(output):
-            return _resume(session, run, output)
+            return _resume(session, run, output, started)
 
 
-def _resume(session: RaySession, run: RunPlan, output: Output) -> ClassifyResult:
+@dataclass(frozen=True, kw_only=True)
+class _Start:
+    """When the command began: what it plans and connects to is its time too."""
+
+    at: str
+    """ISO 8601, UTC."""
+    clock: float
+
+
+def _resume(session: RaySession, run: RunPlan, output: Output, started: _Start) -> ClassifyResult:
     config = run.config
     sabotage.reach("driver-planned")
     earlier = output.read_run()
@@ -106,7 +116,7 @@ def _resume(session: RaySession, run: RunPlan, output: Output) -> ClassifyResult
         weight_bytes=sum(p.nbytes for p in run.checkpoint.model.parameters()),
         shards=sum(shard.flaw is None for name, shard in run.shards.items() if name not in done),
     )
-    attempt = _Attempt(run, output, earlier, placement)
+    attempt = _Attempt(run, output, earlier, placement, started)
     attempt.execute(session, done)
     return ClassifyResult(record=attempt.record, new_shards=attempt.new_shards)
 
@@ -127,10 +137,16 @@ def _seal(output: Output) -> None:
 class _Attempt:
     """One invocation on an output folder."""
 
-    def __init__(self, run: RunPlan, output: Output, earlier: RunRecord | None, placement: Placement) -> None:
-        self._run, self._output, self._placement = run, output, placement
+    def __init__(
+        self,
+        run: RunPlan,
+        output: Output,
+        earlier: RunRecord | None,
+        placement: Placement,
+        started: _Start,
+    ) -> None:
+        self._run, self._output, self._placement, self._started = run, output, placement, started
         self._earlier = tuple(map(_ended, earlier.attempts)) if earlier else ()
-        self._started_at, self._clock = _now(), time.monotonic()
         self._failures: list[ShardFailure] = []
         self._new: dict[str, ShardRecord] = {}
         # Of all parts in the folder, and of those alone that this run is about: an earlier one may have had others.
@@ -196,7 +212,7 @@ class _Attempt:
             .options(num_cpus=0, scheduling_strategy=here, max_restarts=-1, max_task_retries=-1)
             .remote()
         )
-        records = RecordLog(self._output, f"{self._started_at.replace(':', '')}-{uuid.uuid4().hex[:6]}")
+        records = RecordLog(self._output, f"{self._started.at.replace(':', '')}-{uuid.uuid4().hex[:6]}")
         try:
             with showing_progress(board, self._run, self._planned):
                 for outcome in outcomes(self._spec(board), self._placement, shards):
@@ -282,7 +298,7 @@ class _Attempt:
 
     def _write(self, status: RunStatus, error: str | None) -> None:
         attempt = Attempt(
-            started_at=self._started_at,
+            started_at=self._started.at,
             ended_at=None if status == "running" else _now(),
             status=status,
             host=socket.gethostname(),
@@ -290,7 +306,7 @@ class _Attempt:
             replicas=str(self._placement.replicas),
             device=self._placement.device,
             threads_per_replica=self._placement.threads,
-            wall_seconds=round(time.monotonic() - self._clock, 3),
+            wall_seconds=round(time.monotonic() - self._started.clock, 3),
             committed_shards=len(self._new),
             committed_rows=sum(r.totals.rows for r in self._new.values()),
             error=error,

@@ -218,7 +218,7 @@ def _time_facts(accounting: Accounting) -> Iterator[Fact]:
     yield Fact(
         name="Wall time",
         value=q.duration(accounting.wall_seconds),
-        basis="all attempts: start-up, reading, tokenizing, writing and idle time included",
+        basis="all attempts: planning, start-up, reading, tokenizing, writing and idle time included",
     )
 
 
@@ -257,7 +257,7 @@ def _cost_facts(cost: Cost) -> Iterator[Fact]:
     yield Fact(
         name=f"Cost {million}, wall time",
         value=q.money(cost.wall, cost.currency),
-        basis="all replicas from the start of each attempt to its end: start-up, reading and idle time included",
+        basis="all replicas over the whole of each attempt: planning, start-up, reading and idle time included",
     )
     yield Fact(
         name=f"Saved {million}",

@@ -119,6 +119,31 @@ def test_a_finished_run_says_what_control_would_need(config, caplog, monkeypatch
     assert said == (nothing + advice if control else nothing)
 
 
+class Clock:
+    """Stands still but where it is moved."""
+
+    now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+def test_the_time_of_planning_is_the_attempt_s(config, tmp_path, monkeypatch):
+    """It reads every byte of JSON lines, which of a large corpus takes long."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    clock = Clock()
+
+    def plan_slowly(*args: object, **options: object) -> RunPlan:
+        clock.now += 7
+        return make_plan(*args, **options)
+
+    monkeypatch.setattr("pipeline.run.time", clock)
+    monkeypatch.setattr("pipeline.run.make_plan", plan_slowly)
+    (tmp_path / "empty.csv").write_text("text\n")  # nothing to start Ray for
+    (attempt,) = classify(replace(config, input=str(tmp_path / "empty.csv"))).record.attempts
+    assert attempt.wall_seconds == 7
+
+
 class TestOutputInsideTheInput:
     @pytest.mark.parametrize("output", ["in/out", "jobs/../in/out", "link/out", "./in//out/"])
     @pytest.mark.parametrize("source", ["in", "jobs/../in", "link", "./in"])
