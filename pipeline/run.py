@@ -165,7 +165,7 @@ class _Attempt:
         self._output.sweep()
         self._output.remove([SUCCESS])
         # Parts of inputs that are no longer named count too: the folder is one table.
-        known = self._output.read_shard_records(self._output.parts())
+        known = self._output.read_shard_records(self._output.parts(), redone=remaining.keys())
         self._output.keep_dead_letters(known.keys() | remaining.keys())
         self._totals = reduce(add, (r.totals for r in known.values()), self._totals)
         self._planned = reduce(add, (r.totals for name, r in known.items() if name in done), self._planned)

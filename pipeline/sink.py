@@ -27,7 +27,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from glob import has_magic
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -305,21 +304,27 @@ class Output:
         if not self._fs.exists(self._at(SUCCESS)):
             self.write(SUCCESS, b"")
 
-    def read_shard_records(self, parts: set[str]) -> dict[str, ShardRecord]:
+    def read_shard_records(self, parts: set[str], *, redone: Collection[str] = ()) -> dict[str, ShardRecord]:
         """The records of `parts`, by part name.
 
-        From the attempts' files; a part whose record was lost with its driver gives it from its footer.
+        From the attempts' files; a part whose record was lost with its driver gives it from its footer. Records of
+        parts that are gone and will be `redone` are removed: another record in the new part would not be looked for.
 
         Raises:
             UsageError: one of them is not a part that `classify` wrote, or no longer.
+            OutputError: an attempt's file cannot be replaced.
         """
         records: dict[str, ShardRecord] = {}
-        logs = [self._at(f"{SHARD_RECORDS}/{name}") for name in sorted(self._names(SHARD_RECORDS))]
+        logs = [f"{SHARD_RECORDS}/{name}" for name in sorted(self._names(SHARD_RECORDS))]
         with ThreadPoolExecutor(_MAX_CONNECTIONS) as pool:
-            for line in chain.from_iterable(map(bytes.splitlines, pool.map(self._fs.cat_file, logs))):
+            for log, content in zip(logs, pool.map(self._fs.cat_file, map(self._at, logs)), strict=True):
                 # A killed driver may leave half a last line; the part's footer has the record whole.
-                if line.endswith(b"}") and (record := _record(line)) is not None and record.part in parts:
-                    records[record.part] = record
+                lines = (line for line in content.splitlines() if line.endswith(b"}"))
+                found = [record for line in lines if (record := _record(line)) is not None]
+                records |= {record.part: record for record in found if record.part in parts}
+                valid = [record for record in found if record.part not in redone]
+                if len(valid) < len(found):
+                    self.write(log, b"".join(json_line(record.to_dict()) for record in valid))
             unknown = sorted(parts - records.keys())
             return records | dict(zip(unknown, pool.map(self._record_from_footer, unknown), strict=True))
 

@@ -19,7 +19,8 @@ from pipeline.errors import OutputError, OutputFullError, UsageError
 from pipeline.record_log import RecordLog
 from pipeline.records import ShardRecord, Totals
 from pipeline.report.evidence import verify_parts
-from pipeline.sink import Output
+from pipeline.schema import RECORD_KEY
+from pipeline.sink import Output, json_line
 
 
 @pytest.mark.parametrize("url", ["out", "./out", "../here/out", "file://out", "out/"])
@@ -269,3 +270,25 @@ def test_a_store_gets_an_object_for_every_64_records() -> None:
 def test_records_of_parts_that_are_gone_do_not_count(output: Output) -> None:
     log_records(output, ["part-0.parquet", "part-1.parquet"])
     assert output.read_shard_records({"part-1.parquet"}).keys() == {"part-1.parquet"}
+
+
+def test_the_record_of_a_part_that_is_made_again_is_the_new_one_s(output: Output) -> None:
+    """Its driver may be killed before it has said so: what an earlier one said is not what is there."""
+    log_records(output, ["part-0.parquet", "part-1.parquet"])
+    assert output.read_shard_records({"part-1.parquet"}, redone={"part-0.parquet"}).keys() == {
+        "part-1.parquet"
+    }
+
+    redone = dataclasses.replace(RECORD, part="part-0.parquet", first_row=7)
+    metadata = {RECORD_KEY: json_line(redone.to_dict())}
+    output.commit_part("part-0.parquet", pa.table({"label": ["good"]}), metadata)
+    records = output.read_shard_records({"part-0.parquet", "part-1.parquet"})
+    assert [records[f"part-{i}.parquet"].first_row for i in (0, 1)] == [7, 0]
+
+
+def test_records_are_not_written_again_where_no_part_is(
+    output: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log_records(output, ["part-0.parquet"])
+    monkeypatch.delattr(Output, "write")
+    output.read_shard_records({"part-0.parquet"}, redone={"part-1.parquet"})
