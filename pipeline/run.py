@@ -14,6 +14,7 @@ import os
 import socket
 import time
 import uuid
+from collections.abc import Set
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -151,6 +152,8 @@ class _Attempt:
         self._new: dict[str, ShardRecord] = {}
         # Of all parts in the folder, and of those alone that this run is about: an earlier one may have had others.
         self._totals = self._planned = Totals.zero(run.model.num_layers)
+        self._known: Set[str] = set()
+        """Parts that were there when the attempt began."""
         self._max_bad_rows = _max_bad_rows(run)
         self._written_at = 0.0
 
@@ -166,6 +169,7 @@ class _Attempt:
         self._output.remove([SUCCESS])
         # Parts of inputs that are no longer named count too: the folder is one table.
         known = self._output.read_shard_records(self._output.parts(), redone=remaining.keys())
+        self._known = known.keys()
         self._output.keep_dead_letters(known.keys() | remaining.keys())
         self._totals = reduce(add, (r.totals for r in known.values()), self._totals)
         self._planned = reduce(add, (r.totals for name, r in known.items() if name in done), self._planned)
@@ -276,18 +280,25 @@ class _Attempt:
             raise RunFailedError(too_many_bad_rows(count, limit, self._output))
 
     def _finish(self) -> None:
-        """Prove that planned = committed, with a Parquet reader that did not write the parts."""
+        """Prove that planned = committed, nothing more, with a Parquet reader that did not write the parts."""
         sabotage.reach("run-finishing")
         if self._failures:
             first = self._failures[0]
             raise RunFailedError(f"{self._missing()}: first {first.source_file!r}: {first.reason}")
-        if missing := self._run.shards.keys() - self._output.parts():
+        committed = self._output.parts()
+        if missing := self._run.shards.keys() - committed:
             if unseen := missing & self._new.keys():
                 raise RunFailedError(
                     f"{len(unseen)} parts that replicas wrote are not in {self._output.url!r}: is the output on a "
                     "file system that every node mounts?"
                 )
             raise RunFailedError(self._missing())
+        if strays := committed - self._known - self._new.keys():
+            raise RunFailedError(
+                f"{len(strays)} parts have come into {self._output.url!r} that this run neither found there nor wrote "
+                f"(first {min(strays)}): a replica of another run was still at work; delete them, and the same "
+                "command finishes the job"
+            )
         from pipeline.report.evidence import verify_parts  # brings pandas and plotting along
 
         verify_parts({self._output.path(name): r.totals.rows for name, r in self._new.items()})

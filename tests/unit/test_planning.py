@@ -17,7 +17,7 @@ import pytest
 
 from pipeline import shards
 from pipeline.config import ClassifyConfig
-from pipeline.errors import UsageError
+from pipeline.errors import RunFailedError, UsageError
 from pipeline.inputs import InputFile
 from pipeline.planning import RunPlan, can_go_on, check_output, make_plan
 from pipeline.records import RunRecord, Totals
@@ -142,6 +142,27 @@ def test_the_time_of_planning_is_the_attempt_s(config, tmp_path, monkeypatch):
     (tmp_path / "empty.csv").write_text("text\n")  # nothing to start Ray for
     (attempt,) = classify(replace(config, input=str(tmp_path / "empty.csv"))).record.attempts
     assert attempt.wall_seconds == 7
+
+
+def test_a_part_that_another_run_s_replica_commits_meanwhile_is_no_success(config, tmp_path, monkeypatch):
+    """A node that was cut off knows nothing of --overwrite: its rows would be there twice."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    output = Output(config.output)
+    (tmp_path / "empty.csv").write_text("text\n")
+    empty = replace(config, input=str(tmp_path / "empty.csv"))
+
+    def commit_late(point: str) -> None:
+        if point == "run-finishing":
+            output.write("part-late.parquet", b"rows")
+
+    monkeypatch.setattr("pipeline.run.sabotage.reach", commit_late)
+    with pytest.raises(RunFailedError, match=r"1 parts .* \(first part-late\.parquet\): .* delete them, and"):
+        classify(empty)
+    assert output.read(SUCCESS) is None
+
+    monkeypatch.setattr("pipeline.run.sabotage.reach", lambda point: None)
+    output.remove(["part-late.parquet"])
+    assert classify(empty).record.status == "succeeded"
 
 
 class TestOutputInsideTheInput:
