@@ -240,10 +240,10 @@ class Output:
         """Hide a whole run from readers, so that another can take its place.
 
         `_SUCCESS` goes first and the run record last: killed in between, the folder is still the old run's,
-        incomplete, and never a mixture.
+        incomplete, and never a mixture. The catalog stays: what it says of input files is true of either run.
         """
         self.remove([SUCCESS])
-        kept = {LOCK, _ASIDE, _TMP}
+        kept = {LOCK, CATALOG, _ASIDE, _TMP}
         records = [name for entry in self._names(META) if (name := f"{META}/{entry}") not in kept]
         with ThreadPoolExecutor(_MAX_CONNECTIONS) as pool:
             for _ in pool.map(self._move_aside, sorted(self.parts())):

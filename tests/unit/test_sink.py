@@ -20,7 +20,7 @@ from pipeline.record_log import RecordLog
 from pipeline.records import ShardRecord, Totals
 from pipeline.report.evidence import verify_parts
 from pipeline.schema import RECORD_KEY
-from pipeline.sink import Output, json_line
+from pipeline.sink import CATALOG, Output, json_line
 
 
 @pytest.mark.parametrize("url", ["out", "./out", "../here/out", "file://out", "out/"])
@@ -168,6 +168,7 @@ def begun(output: Output) -> Output:
         output.write_dead_letters(part, [{"row": 1}])
     output.write("_deebert/run.json", b"{}")
     output.write("_deebert/shards/a.jsonl", b"")
+    output.write(CATALOG, b"what is in the inputs")
     output.mark_success()
     return output
 
@@ -186,6 +187,7 @@ def test_what_is_set_aside_is_all_there_and_hidden(output: Output, monkeypatch: 
     assert output.read("_SUCCESS") is None
     assert {part: output.read(f"_deebert/aside/{part}") for part in PARTS} == {p: p.encode() for p in PARTS}
     assert output.read("_deebert/aside/_deebert/dead_letters/part-0.jsonl") == b'{"row": 1}\n'
+    assert output.read(CATALOG) == b"what is in the inputs"
     assert set(moved[:40]) == set(PARTS)
     assert moved[-1] == "_deebert/run.json", "without it, what is left would be nobody's"
 
