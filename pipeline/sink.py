@@ -143,10 +143,17 @@ class Output:
             OutputError: it cannot be written, for want of room or otherwise.
         """
         with _explaining(self.path(name)):
-            if self.is_local:
-                self._write_and_rename(name, data)
-            else:
+            if not self.is_local:
                 self._fs.pipe_file(self._at(name), bytes(data))
+                return
+            try:
+                self._write_and_rename(name, data)
+            except FileNotFoundError:
+                # A driver that starts or ends took the temporary file of a report or of another driver for a leftover.
+                # A part that goes so is one: its own driver sweeps while no replica works.
+                if not name.startswith(META):
+                    raise
+                self._write_and_rename(name, data)
 
     def _write_and_rename(self, name: str, data: bytes | pa.Buffer) -> None:
         final = Path(self._at(name))

@@ -144,6 +144,22 @@ def test_a_file_is_on_the_disk_before_its_name_is_and_its_name_before_it_counts_
     assert done == [("fsync", part), ("rename", part), ("fsync", folder)]
 
 
+def test_what_another_driver_sweeps_away_is_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A report may be written, and a second driver prove its output, while a run starts or ends."""
+    output, swept = Output(str(tmp_path)), list[str]()
+
+    def sweep(point: str) -> None:
+        if not swept:
+            swept.append(point)
+            output.sweep()
+
+    monkeypatch.setattr("pipeline.sink.sabotage.reach", sweep)
+    output.write("_deebert/report.html", b"page")
+    assert (output.read("_deebert/report.html"), swept) == (b"page", ["file-written"])
+
+
 @pytest.mark.parametrize("full", [errno.ENOSPC, errno.EDQUOT])
 def test_what_finds_no_room_takes_none_and_says_so(
     full: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
