@@ -34,7 +34,14 @@ from pipeline import sabotage
 from pipeline.board import History
 from pipeline.engine import EngineConfig, warm_up
 from pipeline.engine.budget import is_out_of_memory
-from pipeline.errors import BadRowsError, NotFiniteError, OutputError, OutputFullError, ReadError
+from pipeline.errors import (
+    BadRowsError,
+    NotFiniteError,
+    OutputError,
+    OutputFullError,
+    ReadError,
+    UsageError,
+)
 from pipeline.hardware import device_name
 from pipeline.input_schema import InputSchema
 from pipeline.lanes import Lanes, Submission
@@ -147,8 +154,11 @@ class Replica:
         """Run the shard as its history in this run demands: with others, alone, in pieces, or not at all."""
         name, board = part_name(shard, self._spec.identity.digest), self._spec.board
         history: History = _answer(board.history.remote(name))
-        if (history.deaths or history.has_ended) and (record := self._spec.output.committed(name)):
-            return record  # the commit was made, the word of it was lost
+        try:
+            if (history.deaths or history.has_ended) and (record := self._spec.output.committed(name)):
+                return record  # the commit was made, the word of it was lost
+        except (OutputError, UsageError) as error:
+            return _failure(shard, name, str(error))
         if (reason := why_hopeless(history)) is not None:
             return _failure(shard, name, reason)
         with self._turns.alone() if history.deaths else self._turns.together():

@@ -336,8 +336,13 @@ class Output:
             return records | dict(zip(unknown, pool.map(self._record_from_footer, unknown), strict=True))
 
     def committed(self, part: str) -> ShardRecord | None:
-        """The record of a part, None where it does not exist."""
-        return self._record_from_footer(part) if self._fs.exists(self._at(part)) else None
+        """The record of a part, None where it does not exist; raises UsageError or OutputError as the others do."""
+        try:
+            return self._record_from_footer(part) if self._fs.exists(self._at(part)) else None
+        except UsageError:
+            raise
+        except Exception as error:  # not only OSError: each store has errors of its own
+            raise OutputError(f"cannot read {self.path(part)}: {_reason(error)}") from error
 
     def _record_from_footer(self, part: str) -> ShardRecord:
         with self._fs.open(self._at(part), "rb") as file:

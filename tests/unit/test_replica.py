@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -332,6 +333,27 @@ class TestErrors:
         assert failure.reason.endswith(
             "are not finite numbers in float16: classify in float32 or bfloat16, or train it again"
         )
+
+    @pytest.mark.parametrize(
+        ("content", "reason"),
+        [(None, r"cannot read .*/part-.*: Is a directory"), (b"no Parquet", "the part '.*' is damaged, or ")],
+    )
+    def test_a_part_that_may_be_committed_and_cannot_be_read_is_a_failed_shard(
+        self, tmp_path: Path, content: bytes | None, reason: str
+    ) -> None:
+        shard = write_csv(tmp_path / "in" / "a.csv", rows=3)
+        spec = spec_of(tmp_path, shard)
+        if content is None:
+            part(spec, shard).mkdir(parents=True)
+        else:
+            spec.output.write(part(spec, shard).name, content)
+        spec.board.end.remote(part(spec, shard).name)
+
+        failure = outcome(spec, shard)
+
+        assert isinstance(failure, ShardFailure)
+        assert not failure.is_fatal
+        assert re.match(reason, failure.reason)
 
     @pytest.mark.parametrize(
         "error",
