@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
@@ -20,6 +20,8 @@ from pipeline.progress import Progress, ProgressSample
 from pipeline.records import Totals
 
 _POLL_SECONDS = 0.5
+# A board that cannot be reached keeps nobody: neither the end of a run nor Ctrl-C.
+_ANSWER_SECONDS = 5.0
 
 
 @contextmanager
@@ -30,7 +32,7 @@ def showing_progress(board: Any, run: RunPlan, before: Totals) -> Iterator[None]
     gauges = Gauges(output=run.config.output, total_rows=run.estimated_rows)
 
     def sample() -> ProgressSample:
-        rows, exit_layers = ray.get(board.total.remote())
+        rows, exit_layers = ray.get(board.total.remote(), timeout=_ANSWER_SECONDS)
         return ProgressSample(
             rows_done=before.rows + rows,
             exit_layer_sum=layers_before + exit_layers,
@@ -47,7 +49,9 @@ def showing_progress(board: Any, run: RunPlan, before: Totals) -> Iterator[None]
         while not ended.wait(_POLL_SECONDS):
             try:
                 update(progress)
-            except RayError:  # the board restarts, or the cluster goes down: the main thread says so
+            except (
+                RayError
+            ):  # the board is late or restarts, or the cluster goes down: the main thread says so
                 continue
 
     is_terminal = sys.stderr.isatty()
@@ -56,7 +60,9 @@ def showing_progress(board: Any, run: RunPlan, before: Totals) -> Iterator[None]
         poller.start()
         try:
             yield
-            update(progress)
         finally:
             ended.set()
-            poller.join()
+            poller.join(_ANSWER_SECONDS)
+        if not poller.is_alive():
+            with suppress(RayError):
+                update(progress)
