@@ -48,6 +48,9 @@ def train_cached_off_ramps(
         held_out: rows that tell when to stop; None trains to the end.
         stage: its hyper-parameters.
         context: where it logs; the stage has no checkpoints, it is begun again after a kill.
+
+    Raises:
+        RecipeError: losses or weights are no longer finite.
     """
     rows, judged = (_cache(model, part, stage, context) for part in (data, held_out))
     assert rows is not None
@@ -65,7 +68,7 @@ def train_cached_off_ramps(
     if best is not None:
         best.restore()
     stack.write_back(model)
-    return context.done(training.report())
+    return context.done(training.report(), model.parameters())
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

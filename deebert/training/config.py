@@ -6,6 +6,7 @@ nothing of models, data or devices.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
@@ -23,6 +24,8 @@ OFF_RAMP_MODES: tuple[OffRampMode, ...] = get_args(OffRampMode)
 def _require(holds: bool, name: str, value: object, remedy: str) -> None:
     if not holds:
         raise RecipeError(f"{name} is {value}: give {remedy}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise RecipeError(f"{name} is {value}: give a finite number")
 
 
 def _among(value: str, choices: tuple[str, ...], name: str) -> None:

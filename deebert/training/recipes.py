@@ -90,7 +90,8 @@ def train(
 
     Raises:
         DataError: no samples, or a label that the model does not have.
-        RecipeError: the recipe does not fit the models or the machine, or `work_dir` holds another training.
+        RecipeError: the recipe does not fit the models or the machine, it diverges, or `work_dir` holds another
+            training.
         CheckpointError: the teacher cannot be loaded.
     """
     check_labels(data, model.final_classifier.classifier.out_features, model.config.problem)

@@ -64,7 +64,8 @@ def train_through_backbone(
     The off-ramps' learning rate is the stage's unless they have one of their own.
 
     Raises:
-        RecipeError: a batch that the processes cannot share evenly, or a precision that the machine lacks.
+        RecipeError: a batch that the processes cannot share evenly, a precision that the machine lacks, or losses or
+            weights that are no longer finite.
     """
     checkpoint = last_checkpoint(context.folder) if context.resume else None
     if checkpoint is None and processes().is_main_process:
@@ -167,6 +168,8 @@ def _arguments(
         remove_unused_columns=False,
         report_to="none",
         logging_steps=context.log_every(total_steps),
+        # It would put a mean of earlier losses in the place of one that is not finite.
+        logging_nan_inf_filter=False,
         disable_tqdm=not context.show_progress,
     )
     # One process drives one device: the Trainer would spread a lone process over all, by replicas whose
@@ -334,7 +337,8 @@ class _StageTrainer(Trainer):
                 seconds=self._clock.seconds,
                 steps=self.state.global_step,
                 loss=self._last_loss,
-            )
+            ),
+            cast(nn.Module, self.model).parameters(),
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from deebert.training import (
     BackboneStage,
     BornAgain,
     Distillation,
+    EarlyStopping,
     Interpolation,
     Joint,
     Recipe,
@@ -36,7 +38,9 @@ from deebert.training import (
 from deebert.training.cached_stage import OffRampStack
 from deebert.training.data import LengthGrouped, Rows
 from deebert.training.frozen import collect_answers, final_logits
+from deebert.training.log import TrainingLog
 from deebert.training.optimizer import scheduled_adamw
+from deebert.training.stage import StageContext
 from deebert.training.trainer import frozen
 from tests.conftest import ModelFactory
 from tests.training_toy import (
@@ -587,6 +591,55 @@ class TestStage3:
         report = run(tiny_model(num_layers=2, off_ramp_layers=[]), THREE_STAGES)
 
         assert [stage.number for stage in report.stages] == [1]
+
+
+class TestDivergence:
+    """A training that has left the numbers ends in a sentence, before it spends hours or is saved."""
+
+    @pytest.mark.parametrize("stopping", [None, EarlyStopping(held_out=0.25, every_steps=1)])
+    @pytest.mark.parametrize("name", ["two-stage", "joint", "exact", "fast"])
+    def test_a_loss_that_is_not_finite_ends_it(
+        self, name: str, stopping: EarlyStopping | None, tiny_model: ModelFactory, run: Run, tmp_path: Path
+    ) -> None:
+        recipe = {"two-stage": TWO_STAGE, "joint": JOINT, "exact": EXACT, "fast": OFF_RAMPS}[name]
+        stages = {f"stage_{number}": replace(s, learning_rate=1e39) for number, s in recipe.stages.items()}
+        recipe = replace(recipe, **stages, early_stopping=stopping)  # type: ignore[arg-type]
+
+        with pytest.raises(RecipeError) as refused:
+            run(tiny_model(num_layers=2), recipe, toy(200, seed=1))
+
+        number = min(recipe.stages)
+        told = rf"stage {number} diverged, its (held out )?loss is (nan|inf) at step [12]: begin again with a smaller "
+        assert re.fullmatch(told + "learning rate", str(refused.value))
+        assert not (tmp_path / f"stage-{number}.safetensors").exists()
+        assert not any("done" in record for record in read_log(tmp_path / LOG_NAME))
+
+    @pytest.mark.parametrize("recipe", [JOINT, OFF_RAMPS, EXACT], ids=["joint", "fast", "exact"])
+    def test_weights_that_are_not_finite_are_not_kept(
+        self, recipe: Recipe, tiny_model: ModelFactory, run: Run, tmp_path: Path
+    ) -> None:
+        stages = {f"stage_{n}": replace(s, learning_rate=1e39, epochs=1) for n, s in recipe.stages.items()}
+
+        with pytest.raises(
+            RecipeError, match=r"^stage \d diverged, its weights are not finite at step 1: begin"
+        ):
+            run(tiny_model(num_layers=2), replace(recipe, **stages), toy(16, seed=0))  # type: ignore[arg-type]
+
+        assert not list(tmp_path.glob("*.safetensors"))
+
+    def test_float16_has_one_remedy_more(self, tmp_path: Path) -> None:
+        context = StageContext(
+            number=1,
+            recipe=replace(JOINT, precision="float16"),
+            work_dir=tmp_path,
+            log=TrainingLog(None),
+            log_path=tmp_path / LOG_NAME,
+            resume=False,
+            show_progress=False,
+        )
+
+        with pytest.raises(RecipeError, match=r"learning rate, or bfloat16 or float32 instead of float16$"):
+            context.write(step=1, loss=float("nan"))
 
 
 class TestRowOrder:

@@ -93,6 +93,8 @@ def test_the_named_recipes() -> None:
         (lambda: Joint(off_ramp_learning_rate=0), "off_ramp_learning_rate is 0: give more than 0"),
         (lambda: StageConfig(epochs=0), "epochs is 0: give more than 0"),
         (lambda: StageConfig(learning_rate=float("nan")), "learning_rate is nan: give more than 0"),
+        (lambda: StageConfig(learning_rate=float("inf")), "learning_rate is inf: give a finite number"),
+        (lambda: OffRampStage(epochs=float("inf")), "epochs is inf: give a finite number"),
         (lambda: StageConfig(warmup_share=1.0), "warmup_share is 1.0: give a share from 0 to below 1"),
         (
             lambda: Interpolation(first=0, last=0),
