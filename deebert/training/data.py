@@ -122,12 +122,13 @@ def own_batches(
         rows: those of all processes.
         order: of their numbers, the same in every process.
         batch_size: rows of a batch, over all processes.
-        tokenizer: pads.
+        tokenizer: says what to pad with. Always on the right, wherever it pads otherwise: off-ramps read the first
+            token, and positions count from it.
     """
 
     def padded(share: list[dict[str, Any]]) -> dict[str, Any]:
         batch = pad_without_fast_tokenizer_warning(
-            tokenizer, share or [rows[0]], padding=True, return_tensors="pt"
+            tokenizer, share or [rows[0]], padding=True, padding_side="right", return_tensors="pt"
         )
         return {**batch, SAMPLES: len(share)}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from dataclasses import replace
@@ -172,6 +173,20 @@ class TestStage1:
         kept = {name: 1.0 if "LayerNorm" in name or name.endswith("bias") else 0.75 for name in before}
         steps = [value - kept[name] * before[name] for name, value in model.named_parameters()]
         assert torch.cat([step.flatten() for step in steps]).norm().item() == pytest.approx(1e-3, rel=1e-2)
+
+    def test_padding_comes_after_the_text_whatever_side_the_tokenizer_pads(
+        self, tiny_model: ModelFactory, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    ) -> None:
+        models, stage = [tiny_model("bert", "cls") for _ in range(2)], replace(QUICK_1, epochs=1)
+
+        for side, model in zip(("right", "left"), models, strict=True):
+            sided = copy.deepcopy(tokenizer)
+            sided.padding_side = side
+            recipe = replace(TWO_STAGE, stage_1=stage)
+            train(model, sided, toy(32, seed=0), recipe, tmp_path / side, show_progress=False)
+            assert sided.padding_side == side
+
+        assert not changed(weights(models[0]), models[1])
 
     def test_dropout_is_the_seeds(self, tiny_model: ModelFactory, run: Run) -> None:
         first, second = tiny_model(num_layers=2), tiny_model(num_layers=2)
