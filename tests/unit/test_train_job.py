@@ -48,6 +48,7 @@ from jobs.train_recipe import recipe_of
 from jobs.training_plot import draw_training_log
 from pipeline.errors import UsageError
 from tests.conftest import VOCABULARY
+from tests.training_toy import CutAt, PowerCutError, add_to_every_trainer
 
 
 def described(**flags: Any) -> Recipe:
@@ -459,6 +460,33 @@ class TestModelFolder:
 
         assert (tmp_path / "here" / "model.safetensors").exists()
         assert not (tmp_path / "here.training").exists()
+
+    @pytest.mark.parametrize("there", [False, True], ids=["a new folder", "a folder that is there"])
+    def test_a_training_cut_short_while_it_is_written_goes_on(
+        self, there: bool, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        output, moved = tmp_path / "model", []
+
+        def cut(source: Path, *rest: object) -> None:
+            if there and not moved:
+                moved.append(shutil.copy(source, *rest))  # type: ignore[call-overload]
+                return
+            raise PowerCutError
+
+        if there:
+            output.mkdir()
+        with monkeypatch.context() as patch:
+            patch.setattr("jobs.train.shutil.move" if there else "jobs.training_plot.draw_training_log", cut)
+            with pytest.raises(PowerCutError):
+                main(["train", *words])
+        assert output.exists() == there
+        assert [path.name for path in output.glob("*")] == [Path(path).name for path in moved]
+
+        add_to_every_trainer(monkeypatch, CutAt(1))  # nothing is trained again
+        assert main(["train", *words, "--resume"]) == 0
+
+        load_checkpoint(str(output))
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["data.csv", "model"]
 
     def test_from_a_classifier_the_weights_are_kept(
         self, words: list[str], tokenizer: Any, tmp_path: Path
