@@ -24,7 +24,7 @@ class CachedExitHead:
         """Prepare to train `head` in place for `num_steps` steps."""
         self._head, self._problem, self._max_grad_norm = head, problem, stage.max_grad_norm
         self._optimizer, self._schedule = scheduled_adamw(
-            head.parameters(), stage, stage.exit_head_learning_rate, num_steps
+            head, stage, stage.exit_head_learning_rate, num_steps
         )
         self._sum, self._steps = torch.zeros((), device=head.linear.weight.device), 0
 

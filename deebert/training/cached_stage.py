@@ -175,9 +175,7 @@ class _Training:
         self._num_rows = num_rows
         self._steps_per_epoch = -(-num_rows // stage.batch_size)
         self._num_steps = max(1, round(stage.epochs * self._steps_per_epoch))
-        self._optimizer, self._schedule = scheduled_adamw(
-            stack.parameters(), stage, stage.learning_rate, self._num_steps
-        )
+        self._optimizer, self._schedule = scheduled_adamw(stack, stage, stage.learning_rate, self._num_steps)
         self._exit_head = (
             None
             if model.exit_head is None

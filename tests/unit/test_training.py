@@ -376,13 +376,35 @@ class TestStage2:
         assert agreement[1] > agreement[0]
 
 
-def test_the_optimizer_of_cached_states_has_what_the_stage_says() -> None:
+def test_the_optimizer_of_cached_states_has_what_the_stage_says(
+    model: DeeBertForSequenceClassification,
+) -> None:
     stage = replace(QUICK_2, weight_decay=0.3, adam_epsilon=1e-5, warmup_share=0.5)
+    stack = OffRampStack(model)
 
-    optimizer, _ = scheduled_adamw([torch.nn.Parameter(torch.zeros(1))], stage, 1e-3, 10)
+    optimizer, _ = scheduled_adamw(stack, stage, 1e-3, 10)
 
-    (group,) = optimizer.param_groups
-    assert (group["weight_decay"], group["eps"], group["initial_lr"]) == (0.3, 1e-5, 1e-3)
+    decaying, others = optimizer.param_groups
+    assert (decaying["weight_decay"], others["weight_decay"]) == (0.3, 0.0)
+    assert {id(p) for p in decaying["params"]} == {id(stack.dense), id(stack.classifier)}
+    assert {id(p) for p in others["params"]} == {id(stack.dense_bias), id(stack.classifier_bias)}
+    assert [(g["eps"], g["initial_lr"]) for g in (decaying, others)] == [(1e-5, 1e-3)] * 2
+
+
+def test_a_fast_stage_decays_what_an_exact_one_does(
+    tiny_model: ModelFactory, run: Run, tmp_path: Path
+) -> None:
+    ended = []
+    for mode in ("fast", "exact"):
+        model = without_dropout(tiny_model(num_layers=2))
+        with torch.no_grad():
+            model.off_ramps[0].dense.bias.fill_(1.0)  # type: ignore[union-attr]
+        stage = replace(QUICK_2, mode=mode, epochs=3, batch_size=48, learning_rate=1e-3, weight_decay=100.0)
+        run(model, replace(OFF_RAMPS, stage_2=stage), work_dir=tmp_path / mode)
+        ended.append(weights(model))
+
+    for name in names(model, "off_ramps."):
+        torch.testing.assert_close(ended[0][name], ended[1][name], atol=1e-4, rtol=1e-3, msg=name)
 
 
 class TestCachedStates:
