@@ -205,8 +205,8 @@ class _Training:
     def step(self, step: int, batch: _Batch) -> None:
         """One optimizer step."""
         logits = self._stack(batch.pooled)
-        # They share no weight: the sum of their losses trains each as if alone. A shared pooler gets the sum of
-        # their gradients, as it does through the backbone.
+        # They share no weight: the sum of their losses gives each its own gradient. A shared pooler gets the sum of
+        # their gradients, and one norm over all is cut, both as through the backbone.
         losses = batch.losses(logits, self._stage.self_distillation)
         self._optimizer.zero_grad(set_to_none=True)
         losses.sum().backward()
@@ -272,9 +272,9 @@ class _Meter:
 
 
 class _BestOffRamps:
-    """Each off-ramp's weights where its own loss on held-out rows was lowest: they train as if alone.
+    """Each off-ramp's weights where its own loss on held-out rows was lowest: none feels another's loss.
 
-    With a shared pooler none is alone: the weights of all where the sum of their losses was lowest.
+    With a shared pooler each does: the weights of all where the sum of their losses was lowest.
     """
 
     def __init__(

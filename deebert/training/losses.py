@@ -146,7 +146,7 @@ class JointLoss:
 @dataclass(frozen=True, kw_only=True)
 class OffRampLoss:
     """The sum of the off-ramps' losses, and the exit head's: unless they share a pooler, no weight that trains is
-    shared, and each trains as if alone."""
+    shared, and each has its own gradient, of which the stage cuts one norm over all."""
 
     self_distillation: Distillation | None = None
 
