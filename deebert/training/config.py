@@ -94,6 +94,8 @@ class Teacher(Distillation):
     """Its model folder: same labels and tokenizer; for `hidden_weight` also the same depth and width."""
     hidden_weight: float = 0.0
     """Weight of the mean squared distance between both models' token states, over all layers."""
+    allow_pickle: bool = False
+    """Its weights may be a pickle, read by torch's safe reader."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -282,6 +284,8 @@ class Recipe:
                 values[name]["objective"]["type"] = type(stage.objective).__name__
                 if stage.interpolation is None:
                     del values[name]["interpolation"]
+                if isinstance(stage.teacher, Teacher):
+                    del values[name]["teacher"]["allow_pickle"]  # trains nothing else
         # What was not there in earlier versions is left out, so that trainings begun then can be resumed.
         if self.stage_3 is None:
             del values["stage_3"]

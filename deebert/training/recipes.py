@@ -275,7 +275,7 @@ def _check_fast(model: DeeBertForSequenceClassification, recipe: Recipe) -> None
 def _load_teacher(
     teacher: Teacher, student: DeeBertForSequenceClassification
 ) -> DeeBertForSequenceClassification:
-    model = load_checkpoint(teacher.folder).model
+    model = load_checkpoint(teacher.folder, allow_pickle=teacher.allow_pickle).model
     ours, theirs = student.config, model.config
     if (ours.id2label, ours.problem, ours.backbone_config.vocab_size) != (
         theirs.id2label,

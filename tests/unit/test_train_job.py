@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification
 
 from deebert.backbones import FAMILIES
@@ -487,6 +488,19 @@ class TestModelFolder:
 
         load_checkpoint(str(output))
         assert sorted(p.name for p in tmp_path.iterdir()) == ["data.csv", "model"]
+
+    def test_pickled_weights_are_read_where_they_are_allowed(
+        self, words: list[str], saved_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        pickled = Path(shutil.copytree(saved_model, tmp_path / "pickled"))
+        torch.save(load_file(pickled / "model.safetensors"), pickled / "pytorch_model.bin")
+        (pickled / "model.safetensors").unlink()
+        teacher = ["--teacher", str(pickled)]
+        as_start = [str(pickled) if word == str(saved_model) else word for word in words]
+
+        for wanted in ([*words, *teacher], as_start):
+            assert "are pickled (pytorch_model.bin)" in refusal(capsys, *wanted, "--overwrite")
+        assert main(["train", *as_start, *teacher, "--allow-pickle", "--overwrite"]) == 0
 
     def test_from_a_classifier_the_weights_are_kept(
         self, words: list[str], tokenizer: Any, tmp_path: Path

@@ -141,4 +141,6 @@ def test_a_recipe_without_what_is_new_keeps_the_form_that_it_had_before_there_wa
     assert "stage_3" not in TWO_STAGE.to_dict()
     assert "stage_3" in replace(TWO_STAGE, stage_3=JOINT.stage_1).to_dict()
     assert "interpolation" not in TWO_STAGE.to_dict()["stage_1"]
+    taught = replace(TWO_STAGE, stage_1=BackboneStage(teacher=Teacher(folder="t", allow_pickle=True)))
+    assert "allow_pickle" not in taught.to_dict()["stage_1"]["teacher"]
     assert BEST.to_dict()["stage_3"]["interpolation"] == {"first": 1.0, "last": 0.0}
