@@ -57,7 +57,7 @@ def train_cached_off_ramps(
     # Same masks in no two processes: their rows differ.
     torch.manual_seed(context.recipe.seed + processes().process_index)
     stack = OffRampStack(model).to(model.device)
-    training = _Training(model, stack, stage, len(data), context, context.begin(0))
+    training = _Training(model, stack, stage, data, context, context.begin(0))
     best = None if judged is None else _BestOffRamps(stack, judged, stage, context.recipe.early_stopping)
     for step, batch in training.steps():
         training.step(step, rows.batch(batch))
@@ -166,21 +166,20 @@ class _Training:
         model: DeeBertForSequenceClassification,
         stack: OffRampStack,
         stage: OffRampStage,
-        num_rows: int,
+        data: LabelledSequences,
         context: StageContext,
         clock: Clock,
     ) -> None:
         self._stack, self._stage, self._context, self._clock = stack, stage, context, clock
         self._layers = model.config.off_ramp_layers
-        self._num_rows = num_rows
-        self._steps_per_epoch = -(-num_rows // stage.batch_size)
+        self._num_rows = len(data)
+        self._steps_per_epoch = -(-self._num_rows // stage.batch_size)
         self._num_steps = max(1, round(stage.epochs * self._steps_per_epoch))
         self._optimizer, self._schedule = scheduled_adamw(stack, stage, stage.learning_rate, self._num_steps)
-        self._exit_head = (
-            None
-            if model.exit_head is None
-            else CachedExitHead(model.exit_head, model.config.problem, stage, self._num_steps)
-        )
+        self._exit_head, problem = None, model.config.problem
+        if model.exit_head is not None:
+            scale = problem.label_scale(data.labels)
+            self._exit_head = CachedExitHead(model.exit_head, problem, stage, self._num_steps, scale)
         self._meter = _Meter(len(self._layers), model.device)
         self._done, self._loss = 0, float("nan")
 

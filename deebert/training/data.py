@@ -71,6 +71,11 @@ class Rows(Dataset[dict[str, Any]]):
         return row
 
     @property
+    def labels(self) -> Tensor:
+        """(N, ...): see `LabelledSequences.labels`."""
+        return self._data.labels
+
+    @property
     def lengths(self) -> IntArray:
         """(N,) tokens of each row."""
         return self._data.tokens.layout.lengths

@@ -237,6 +237,7 @@ class _StageTrainer(Trainer):
         self._tokenizer, self._off_ramp_learning_rate = tokenizer, off_ramp_learning_rate
         self._exit_head_learning_rate = exit_head_learning_rate
         self._problem = kwargs["model"].config.problem
+        self._label_scale = self._problem.label_scale(kwargs["train_dataset"].labels)
         super().__init__(**kwargs)
         self._classifiers, self._hidden_teacher = classifiers, hidden_teacher
         self._meters = {
@@ -326,6 +327,7 @@ class _StageTrainer(Trainer):
             final_logits=output.logits,
             labels=inputs["labels"],
             problem=self._problem,
+            label_scale=self._label_scale,
             certainties=output.certainties,
             target_logits=inputs.get("target_logits"),
             hidden_distance=distance,
