@@ -6,7 +6,7 @@ DeeBertError
 ├── BackboneError       a backbone family that has no off-ramps here
 ├── PrecisionError      a number format that the machine does not compute in
 ├── DataError           labelled data that cannot be trained or evaluated on
-└── RecipeError         a training recipe whose parts contradict each other or the machine
+└── RecipeError         a training recipe whose parts contradict each other or the machine, or that diverges
 
 Every message is one sentence that names the thing and the remedy: command lines print it as it is.
 `pipeline.errors` continues the tree.
@@ -38,4 +38,4 @@ class DataError(DeeBertError):
 
 
 class RecipeError(DeeBertError):
-    """A training recipe whose parts contradict each other, the models or the machine."""
+    """A training recipe whose parts contradict each other, the models or the machine, or that diverges."""

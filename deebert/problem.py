@@ -24,6 +24,8 @@ from deebert.exit_policy import entropy
 
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
 PROBLEM_TYPES: tuple[ProblemType, ...] = get_args(ProblemType)
+_DEVIATION_OF_STS_B = 1.5
+"""Standard deviation of STS-B's labels, 0 to 5, which BERxiT's correctness of a number was made for."""
 
 
 @dataclass(frozen=True)
@@ -83,9 +85,16 @@ class Problem(ABC):
     def misfit(self, labels: Tensor, num_labels: int) -> str | None:
         """What is wrong with labels for a model of `num_labels` outputs; None where they fit."""
 
-    def correctness(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """What a learning-to-exit head should say (Xin et al., BERxiT, 2021, section 4): (..., N) in [0, 1]."""
+    def correctness(self, logits: Tensor, labels: Tensor, scale: float = 1.0) -> Tensor:
+        """What a learning-to-exit head should say (Xin et al., BERxiT, 2021, section 4): (..., N) in [0, 1].
+
+        `scale` is `label_scale` of the labels that the model trains on.
+        """
         return self.agreement(self.predict(logits), labels)
+
+    def label_scale(self, labels: Tensor) -> float:
+        """The error that counts as an error of 1 does on STS-B; 1 where answers are right or wrong."""
+        return 1.0
 
 
 @dataclass(frozen=True)
@@ -226,6 +235,14 @@ class _Regression(Problem):
     def agreement(self, predictions: Tensor, others: Tensor) -> Tensor:
         """1 - tanh|a - b|."""
         return 1 - (predictions.float() - others.float()).abs().tanh()
+
+    def correctness(self, logits: Tensor, labels: Tensor, scale: float = 1.0) -> Tensor:
+        """BERxiT's, in units of `scale`: of labels from 0 to 100 an error of 5 would be as wrong as any."""
+        return self.agreement(self.predict(logits) / scale, labels / scale)
+
+    def label_scale(self, labels: Tensor) -> float:
+        """The labels' standard deviation over STS-B's, so that there it is the paper's; 1 where all are the same."""
+        return float(labels.double().std(correction=0)) / _DEVIATION_OF_STS_B or 1.0
 
     def entropy(self, logits: Tensor) -> Tensor:
         return torch.full(logits.shape[:-1], math.nan, device=logits.device)

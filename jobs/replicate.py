@@ -134,7 +134,7 @@ def _replicate(
     if (work / "model" / "config.json").exists():
         log.info("%s is there already", work / "model")
     else:
-        _train_whole(training)
+        train(replace(training, resume=True, checkpoint_steps=_CHECKPOINT_STEPS))
     trained = time.monotonic()
     evaluation = _evaluation(job, experiment, training, work / "trace.parquet")
     found = evaluate(evaluation)
@@ -161,22 +161,6 @@ def _shareable(fields: dict[str, Any], job: ReplicateJob) -> dict[str, Any]:
         return value
 
     return {name: plain(value) for name, value in fields.items()}
-
-
-def _train_whole(training: TrainJob) -> None:
-    """Beside and renamed, so that a model cut short is not taken for a whole one; a killed training goes on."""
-    target = Path(training.output)
-    unfinished = target.with_name("model.unfinished")
-    train(
-        replace(
-            training,
-            output=str(unfinished),
-            overwrite=True,
-            resume=True,
-            checkpoint_steps=_CHECKPOINT_STEPS,
-        )
-    )
-    unfinished.rename(target)
 
 
 def _evaluation(job: ReplicateJob, experiment: Experiment, training: TrainJob, trace: Path) -> EvaluateJob:

@@ -1,7 +1,8 @@
 """`deebert train`: a backbone and labelled texts in, a DeeBERT model folder out.
 
 The folder also gets `training_log.jsonl` and `training_log.svg`. While it trains, checkpoints lie beside it in
-`OUTPUT.training`. Under `torchrun` every process does its share and the first one writes.
+`OUTPUT.training`; a kill at any moment leaves what `--resume` goes on with. Under `torchrun` every process does its
+share and the first one writes.
 """
 
 from __future__ import annotations
@@ -248,15 +249,25 @@ def train(job: TrainJob) -> DeeBertForSequenceClassification:
     if not processes().is_main_process:
         return model
     log.info("trained on %d rows: %s", len(data), report)
-    output = Path(job.output)
-    output.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(output)
-    tokenizer.save_pretrained(output)
-    shutil.copyfile(job.work_dir / LOG_NAME, output / LOG_NAME)
-    draw_training_log(output / LOG_NAME)
+    whole = job.work_dir / "model"
+    whole.mkdir(exist_ok=True)
+    model.save_pretrained(whole)
+    tokenizer.save_pretrained(whole)
+    shutil.copyfile(job.work_dir / LOG_NAME, whole / LOG_NAME)
+    draw_training_log(whole / LOG_NAME)
+    _hand_over(whole, Path(job.output))
     shutil.rmtree(job.work_dir)
-    log.info("wrote %s", output)
+    log.info("wrote %s", job.output)
     return model
+
+
+def _hand_over(whole: Path, output: Path) -> None:
+    """Rename the written model, so that it is there as a whole; into a folder that is there already, file by file."""
+    if not output.exists():
+        whole.rename(output)
+        return
+    for file in whole.iterdir():
+        shutil.move(file, output / file.name)  # the folder may be the root of another file system
 
 
 def _check(job: TrainJob) -> None:
@@ -317,9 +328,11 @@ def _check_folders(job: TrainJob) -> None:
     output = Path(job.output)
     if output.exists() and not output.is_dir():
         raise UsageError(f"the model folder {job.output!r} is a file: choose another")
-    if output.exists() and any(output.iterdir()) and not job.overwrite:
+    begun = job.work_dir.exists() and any(job.work_dir.iterdir())
+    # A training that has begun was let have the folder: what is in it may be its own, cut short.
+    if output.exists() and any(output.iterdir()) and not (job.overwrite or (begun and job.resume)):
         raise UsageError(f"the model folder {job.output!r} exists: choose another or give --overwrite")
-    if job.work_dir.exists() and any(job.work_dir.iterdir()) and not (job.resume or job.overwrite):
+    if begun and not (job.resume or job.overwrite):
         raise UsageError(
             f"a training of {job.output!r} was cut short: give --resume to go on with it or --overwrite to begin again"
         )

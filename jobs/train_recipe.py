@@ -134,6 +134,7 @@ def _teacher(job: TrainJob) -> Teacher | None:
         weight=job.teacher_weight,
         temperature=job.temperature,
         hidden_weight=job.teacher_hidden_weight,
+        allow_pickle=job.allow_pickle,
     )
 
 

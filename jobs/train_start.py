@@ -31,7 +31,7 @@ def trained_start(job: TrainJob) -> Checkpoint:
     from deebert.modeling import DeeBertForSequenceClassification
 
     if job.from_model is not None:
-        checkpoint = load_checkpoint(job.from_model)
+        checkpoint = load_checkpoint(job.from_model, allow_pickle=job.allow_pickle)
         if job.learn_to_exit:
             checkpoint.model.learn_to_exit()
         return checkpoint

@@ -20,11 +20,19 @@ from deebert.training.processes import summed
 class CachedExitHead:
     """A learning-to-exit head and its optimizer's side of the stage."""
 
-    def __init__(self, head: ExitHead, problem: Problem, stage: OffRampStage, num_steps: int) -> None:
-        """Prepare to train `head` in place for `num_steps` steps."""
+    def __init__(
+        self,
+        head: ExitHead,
+        problem: Problem,
+        stage: OffRampStage,
+        num_steps: int,
+        label_scale: float = 1.0,
+    ) -> None:
+        """Prepare to train `head` in place for `num_steps` steps, on labels of a `Problem.label_scale`."""
         self._head, self._problem, self._max_grad_norm = head, problem, stage.max_grad_norm
+        self._label_scale = label_scale
         self._optimizer, self._schedule = scheduled_adamw(
-            head.parameters(), stage, stage.exit_head_learning_rate, num_steps
+            head, stage, stage.exit_head_learning_rate, num_steps
         )
         self._sum, self._steps = torch.zeros((), device=head.linear.weight.device), 0
 
@@ -38,7 +46,9 @@ class CachedExitHead:
             share: n over the rows of all processes.
         """
         certainties = self._head(pooled)
-        losses = certainty_losses(self._problem, certainties, logits, labels) if len(labels) else certainties
+        losses = certainties
+        if len(labels):
+            losses = certainty_losses(self._problem, certainties, logits, labels, self._label_scale)
         loss = share * losses.sum()
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -48,13 +48,16 @@ def train_cached_off_ramps(
         held_out: rows that tell when to stop; None trains to the end.
         stage: its hyper-parameters.
         context: where it logs; the stage has no checkpoints, it is begun again after a kill.
+
+    Raises:
+        RecipeError: losses or weights are no longer finite.
     """
     rows, judged = (_cache(model, part, stage, context) for part in (data, held_out))
     assert rows is not None
     # Same masks in no two processes: their rows differ.
     torch.manual_seed(context.recipe.seed + processes().process_index)
     stack = OffRampStack(model).to(model.device)
-    training = _Training(model, stack, stage, len(data), context, context.begin(0))
+    training = _Training(model, stack, stage, data, context, context.begin(0))
     best = None if judged is None else _BestOffRamps(stack, judged, stage, context.recipe.early_stopping)
     for step, batch in training.steps():
         training.step(step, rows.batch(batch))
@@ -65,7 +68,7 @@ def train_cached_off_ramps(
     if best is not None:
         best.restore()
     stack.write_back(model)
-    return context.done(training.report())
+    return context.done(training.report(), model.parameters())
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -163,23 +166,20 @@ class _Training:
         model: DeeBertForSequenceClassification,
         stack: OffRampStack,
         stage: OffRampStage,
-        num_rows: int,
+        data: LabelledSequences,
         context: StageContext,
         clock: Clock,
     ) -> None:
         self._stack, self._stage, self._context, self._clock = stack, stage, context, clock
         self._layers = model.config.off_ramp_layers
-        self._num_rows = num_rows
-        self._steps_per_epoch = -(-num_rows // stage.batch_size)
+        self._num_rows = len(data)
+        self._steps_per_epoch = -(-self._num_rows // stage.batch_size)
         self._num_steps = max(1, round(stage.epochs * self._steps_per_epoch))
-        self._optimizer, self._schedule = scheduled_adamw(
-            stack.parameters(), stage, stage.learning_rate, self._num_steps
-        )
-        self._exit_head = (
-            None
-            if model.exit_head is None
-            else CachedExitHead(model.exit_head, model.config.problem, stage, self._num_steps)
-        )
+        self._optimizer, self._schedule = scheduled_adamw(stack, stage, stage.learning_rate, self._num_steps)
+        self._exit_head, problem = None, model.config.problem
+        if model.exit_head is not None:
+            scale = problem.label_scale(data.labels)
+            self._exit_head = CachedExitHead(model.exit_head, problem, stage, self._num_steps, scale)
         self._meter = _Meter(len(self._layers), model.device)
         self._done, self._loss = 0, float("nan")
 
@@ -204,8 +204,8 @@ class _Training:
     def step(self, step: int, batch: _Batch) -> None:
         """One optimizer step."""
         logits = self._stack(batch.pooled)
-        # They share no weight: the sum of their losses trains each as if alone. A shared pooler gets the sum of
-        # their gradients, as it does through the backbone.
+        # They share no weight: the sum of their losses gives each its own gradient. A shared pooler gets the sum of
+        # their gradients, and one norm over all is cut, both as through the backbone.
         losses = batch.losses(logits, self._stage.self_distillation)
         self._optimizer.zero_grad(set_to_none=True)
         losses.sum().backward()
@@ -271,9 +271,9 @@ class _Meter:
 
 
 class _BestOffRamps:
-    """Each off-ramp's weights where its own loss on held-out rows was lowest: they train as if alone.
+    """Each off-ramp's weights where its own loss on held-out rows was lowest: none feels another's loss.
 
-    With a shared pooler none is alone: the weights of all where the sum of their losses was lowest.
+    With a shared pooler each does: the weights of all where the sum of their losses was lowest.
     """
 
     def __init__(

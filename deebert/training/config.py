@@ -6,6 +6,7 @@ nothing of models, data or devices.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
@@ -23,6 +24,8 @@ OFF_RAMP_MODES: tuple[OffRampMode, ...] = get_args(OffRampMode)
 def _require(holds: bool, name: str, value: object, remedy: str) -> None:
     if not holds:
         raise RecipeError(f"{name} is {value}: give {remedy}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise RecipeError(f"{name} is {value}: give a finite number")
 
 
 def _among(value: str, choices: tuple[str, ...], name: str) -> None:
@@ -91,6 +94,8 @@ class Teacher(Distillation):
     """Its model folder: same labels and tokenizer; for `hidden_weight` also the same depth and width."""
     hidden_weight: float = 0.0
     """Weight of the mean squared distance between both models' token states, over all layers."""
+    allow_pickle: bool = False
+    """Its weights may be a pickle, read by torch's safe reader."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -279,6 +284,8 @@ class Recipe:
                 values[name]["objective"]["type"] = type(stage.objective).__name__
                 if stage.interpolation is None:
                     del values[name]["interpolation"]
+                if isinstance(stage.teacher, Teacher):
+                    del values[name]["teacher"]["allow_pickle"]  # trains nothing else
         # What was not there in earlier versions is left out, so that trainings begun then can be resumed.
         if self.stage_3 is None:
             del values["stage_3"]

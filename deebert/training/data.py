@@ -1,21 +1,25 @@
-"""Labelled samples as training reads them: checked, split, in rows, and in batches of like lengths.
+"""Labelled samples as training reads them: checked, split, in rows, in batches of like lengths, and padded.
 
-Knows nothing of models or losses.
+Of several processes each reads its share of every batch, rows p, p + P, p + 2P of it: none is read twice, so that a
+share may be a row short, or empty. Knows nothing of models or losses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers import PreTrainedTokenizerBase
+from transformers.data.data_collator import pad_without_fast_tokenizer_warning
 
 from deebert.errors import DataError
 from deebert.evaluation import LabelledSequences
 from deebert.packing import IntArray
 from deebert.problem import SINGLE_LABEL, Problem
+from deebert.training.processes import processes
 
 
 def check_labels(data: LabelledSequences, num_labels: int, problem: Problem = SINGLE_LABEL) -> None:
@@ -67,6 +71,11 @@ class Rows(Dataset[dict[str, Any]]):
         return row
 
     @property
+    def labels(self) -> Tensor:
+        """(N, ...): see `LabelledSequences.labels`."""
+        return self._data.labels
+
+    @property
     def lengths(self) -> IntArray:
         """(N,) tokens of each row."""
         return self._data.tokens.layout.lengths
@@ -103,3 +112,47 @@ class LengthGrouped(Sampler[int]):
         batches = rng.permutation(order[:full].reshape(-1, self._batch_size))
         yield from batches.ravel().tolist()
         yield from order[full:].tolist()
+
+
+SAMPLES = "samples"
+"""How many rows of a padded batch count: all, but none where a process has no share and gets a row to compute with."""
+
+
+def own_batches(
+    rows: Rows, order: Iterable[int], batch_size: int, tokenizer: PreTrainedTokenizerBase
+) -> DataLoader[dict[str, Any]]:
+    """This process's share of each batch, padded.
+
+    Args:
+        rows: those of all processes.
+        order: of their numbers, the same in every process.
+        batch_size: rows of a batch, over all processes.
+        tokenizer: says what to pad with. Always on the right, wherever it pads otherwise: off-ramps read the first
+            token, and positions count from it.
+    """
+
+    def padded(share: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = pad_without_fast_tokenizer_warning(
+            tokenizer, share or [rows[0]], padding=True, padding_side="right", return_tensors="pt"
+        )
+        return {**batch, SAMPLES: len(share)}
+
+    return DataLoader(rows, batch_sampler=_Shares(order, len(rows), batch_size), collate_fn=padded)
+
+
+class _Shares(Sampler[list[int]]):
+    """Row numbers of this process's share of each batch."""
+
+    def __init__(self, order: Iterable[int], num_rows: int, batch_size: int) -> None:
+        self._order = order
+        self._num_rows = num_rows
+        self._batch_size = batch_size
+
+    def __len__(self) -> int:
+        return -(-self._num_rows // self._batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        world, order = processes(), list(self._order)
+        for start in range(0, len(order), self._batch_size):
+            batch = order[start : start + self._batch_size]
+            yield batch[world.process_index :: world.num_processes]

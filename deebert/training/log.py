@@ -1,9 +1,10 @@
 """The training log: one JSON object a line, readable while the training runs, without gaps or repeats after a kill.
 
-Records of progress have ``stage``, ``step``, ``epoch``, ``loss``, ``losses`` (cross-entropy by layer of each
-classifier in the loss, a mean since the record before), ``learning_rate`` and ``seconds`` of the stage so
-far; records of an evaluation have ``held_out_loss`` instead of the last three; the last record of a stage
-has ``done``. Knows nothing of what is trained.
+Records of progress have ``stage``, ``step``, ``epoch``, ``loss`` (what is minimised), ``losses`` (against the labels
+alone, by layer of each classifier that trains: `Problem.losses`, a mean since the record before), ``learning_rate`` and
+``seconds`` of the stage so far; of a fast stage 2 with a learning-to-exit head also ``certainty_loss``, the head's,
+summed over classifiers. Records of an evaluation have ``held_out_loss`` and ``held_out_losses``, the same of held-out
+rows, instead of these; the last record of a stage has ``done``. Knows nothing of what is trained.
 """
 
 from __future__ import annotations

@@ -35,6 +35,8 @@ class Answers:
     labels: Tensor
     """N, in the form that the problem gives them: see `LabelledSequences.labels`."""
     problem: Problem = SINGLE_LABEL
+    label_scale: float = 1.0
+    """`Problem.label_scale` of the rows to train on."""
     certainties: Tensor | None = None
     """(R + 1, N), of the learning-to-exit head where it trains."""
     target_logits: Tensor | None = None
@@ -79,7 +81,9 @@ def distilled(
     return (1 - distillation.weight) * hard + distillation.weight * soft
 
 
-def certainty_losses(problem: Problem, certainties: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+def certainty_losses(
+    problem: Problem, certainties: Tensor, logits: Tensor, labels: Tensor, label_scale: float = 1.0
+) -> Tensor:
     """Mean squared distance of each certainty to how right the answer is (BERxiT, section 4): (R, N) -> (R,).
 
     Args:
@@ -87,8 +91,9 @@ def certainty_losses(problem: Problem, certainties: Tensor, logits: Tensor, labe
         certainties: (R, N).
         logits: (R, N, C), the answers; they get no gradient.
         labels: N.
+        label_scale: `Problem.label_scale` of the rows to train on.
     """
-    right = problem.correctness(logits.detach(), labels)
+    right = problem.correctness(logits.detach(), labels, label_scale)
     return (certainties.float() - right).square().mean(-1)
 
 
@@ -146,7 +151,7 @@ class JointLoss:
 @dataclass(frozen=True, kw_only=True)
 class OffRampLoss:
     """The sum of the off-ramps' losses, and the exit head's: unless they share a pooler, no weight that trains is
-    shared, and each trains as if alone."""
+    shared, and each has its own gradient, of which the stage cuts one norm over all."""
 
     self_distillation: Distillation | None = None
 
@@ -167,7 +172,10 @@ def _certainty_loss(answers: Answers) -> Tensor:
     if answers.certainties is None:
         return answers.final_logits.new_zeros(())
     logits = torch.cat([answers.off_ramp_logits, answers.final_logits[None]])
-    return certainty_losses(answers.problem, answers.certainties, logits, answers.labels).sum()
+    losses = certainty_losses(
+        answers.problem, answers.certainties, logits, answers.labels, answers.label_scale
+    )
+    return losses.sum()
 
 
 def backbone_loss(stage: BackboneStage, off_ramp_layers: Sequence[int], num_layers: int) -> StageLoss:

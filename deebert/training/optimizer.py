@@ -1,11 +1,11 @@
 """The optimizer of stages on cached states: AdamW whose learning rate rises, then falls linearly to 0.
 
-What the Trainer makes for stages through the backbone. Knows nothing of losses or models.
+Biases do not decay, nor would norms, of which there are none here: what the Trainer makes for stages through the
+backbone. Knows nothing of losses or models.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,14 +16,19 @@ from deebert.training.config import StageConfig
 
 
 def scheduled_adamw(
-    parameters: Iterable[nn.Parameter], stage: StageConfig, learning_rate: float, num_steps: int
+    module: nn.Module, stage: StageConfig, learning_rate: float, num_steps: int
 ) -> tuple[torch.optim.AdamW, Any]:
-    """The optimizer, with the hyper-parameters of `stage` but its learning rate, and its schedule."""
+    """A module's optimizer, with the hyper-parameters of `stage` but its learning rate, and its schedule."""
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in module.named_parameters():
+        groups["bias" not in name].append(parameter)
     optimizer = torch.optim.AdamW(
-        parameters,
+        [
+            {"params": groups[decays], "weight_decay": stage.weight_decay if decays else 0.0}
+            for decays in groups
+        ],
         lr=learning_rate,
         eps=stage.adam_epsilon,
-        weight_decay=stage.weight_decay,
         fused=True,  # as the Trainer's: one pass over the weights instead of ten, half of a step here
     )
     return optimizer, get_linear_schedule_with_warmup(

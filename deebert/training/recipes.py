@@ -90,7 +90,8 @@ def train(
 
     Raises:
         DataError: no samples, or a label that the model does not have.
-        RecipeError: the recipe does not fit the models or the machine, or `work_dir` holds another training.
+        RecipeError: the recipe does not fit the models or the machine, it diverges, or `work_dir` holds another
+            training.
         CheckpointError: the teacher cannot be loaded.
     """
     check_labels(data, model.final_classifier.classifier.out_features, model.config.problem)
@@ -274,7 +275,7 @@ def _check_fast(model: DeeBertForSequenceClassification, recipe: Recipe) -> None
 def _load_teacher(
     teacher: Teacher, student: DeeBertForSequenceClassification
 ) -> DeeBertForSequenceClassification:
-    model = load_checkpoint(teacher.folder).model
+    model = load_checkpoint(teacher.folder, allow_pickle=teacher.allow_pickle).model
     ours, theirs = student.config, model.config
     if (ours.id2label, ours.problem, ours.backbone_config.vocab_size) != (
         theirs.id2label,

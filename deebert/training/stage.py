@@ -1,18 +1,25 @@
 """What every stage has: its number, its folder, its log, its clock. And what it leaves: a `StageReport`.
 
-Knows nothing of models.
+A stage whose losses or weights are no longer numbers is refused there. Knows nothing of models.
 """
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from torch import Tensor
+
+from deebert.errors import RecipeError
 from deebert.training.config import Recipe
 from deebert.training.log import Record, TrainingLog, read_log, seconds_of
 
 _RECORDS_PER_STAGE = 100
+_JUDGED = ("loss", "held_out_loss", "certainty_loss")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +64,15 @@ class StageContext:
         before = seconds_of(self._records(), self.number) if step else 0.0
         return Clock(before=before, started=self._started)
 
-    def done(self, report: StageReport) -> StageReport:
-        """Write the stage's last record."""
-        self.write(done=True, step=report.steps, loss=report.loss, seconds=report.seconds)
+    def done(self, report: StageReport, weights: Iterable[Tensor]) -> StageReport:
+        """Write the stage's last record.
+
+        Raises:
+            RecipeError: some of the `weights` that it ends with are not finite.
+        """
+        if not all(bool(weight.isfinite().all()) for weight in weights):
+            raise self._diverged(report.steps, "its weights are not finite")
+        self._append(done=True, step=report.steps, loss=report.loss, seconds=report.seconds)
         return report
 
     def finished(self) -> StageReport | None:
@@ -76,9 +89,25 @@ class StageContext:
         losses = [r["loss"] for r in self._records() if r["stage"] == self.number and "loss" in r]
         return float(losses[-1]) if losses else float("nan")
 
-    def write(self, **record: object) -> None:
-        """One record of this stage."""
+    def write(self, **record: Any) -> None:
+        """One record of this stage's progress, of all processes.
+
+        Raises:
+            RecipeError: a loss in it is not finite, and no later one would be.
+        """
+        for name in _JUDGED:
+            if not math.isfinite(loss := record.get(name, 0.0)):
+                raise self._diverged(record["step"], f"its {name.replace('_', ' ')} is {loss}")
+        self._append(**record)
+
+    def _append(self, **record: Any) -> None:
         self.log.append({"stage": self.number, **record})
+
+    def _diverged(self, step: int, how: str) -> RecipeError:
+        other = ", or bfloat16 or float32 instead of float16" if self.recipe.precision == "float16" else ""
+        return RecipeError(
+            f"stage {self.number} diverged, {how} at step {step}: begin again with a smaller learning rate{other}"
+        )
 
     def _records(self) -> list[Record]:
         return read_log(self.log_path) if self.log_path.exists() else []

@@ -18,9 +18,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader
 from transformers import (
-    DataCollatorWithPadding,
     EarlyStoppingCallback,
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -28,12 +27,13 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from transformers.trainer_utils import EvalLoopOutput
 
 from deebert.errors import RecipeError
 from deebert.modeling import DeeBertForSequenceClassification
 from deebert.training.callbacks import Bar, Conduct, Lines
 from deebert.training.config import StageConfig
-from deebert.training.data import LengthGrouped, Rows
+from deebert.training.data import SAMPLES, LengthGrouped, Rows, own_batches
 from deebert.training.losses import Answers, StageLoss, hidden_distance
 from deebert.training.processes import processes, summed
 from deebert.training.stage import Clock, StageContext, StageReport
@@ -64,7 +64,8 @@ def train_through_backbone(
     The off-ramps' learning rate is the stage's unless they have one of their own.
 
     Raises:
-        RecipeError: a batch that the processes cannot share evenly, or a precision that the machine lacks.
+        RecipeError: a batch that the processes cannot share evenly, a precision that the machine lacks, or losses or
+            weights that are no longer finite.
     """
     checkpoint = last_checkpoint(context.folder) if context.resume else None
     if checkpoint is None and processes().is_main_process:
@@ -77,7 +78,7 @@ def train_through_backbone(
         args=_arguments(stage, loss, context, total_steps=max(1, round(stage.epochs * steps))),
         train_dataset=data.rows,
         eval_dataset=data.held_out,
-        data_collator=DataCollatorWithPadding(tokenizer),
+        tokenizer=tokenizer,
         loss=loss,
         context=context,
         clock=clock,
@@ -138,10 +139,9 @@ def _arguments(
     arguments = TrainingArguments(
         output_dir=str(context.folder),
         num_train_epochs=stage.epochs,
-        # Of all processes: accelerate splits each piece among them.
-        per_device_train_batch_size=stage.batch_size // stage.accumulation_steps,
-        per_device_eval_batch_size=8 * world.num_processes * max(1, stage.batch_size // world.num_processes),
-        accelerator_config={"split_batches": True},
+        # Of one process, but for the last batch of an epoch, which each takes its share of.
+        per_device_train_batch_size=stage.batch_size // stage.accumulation_steps // world.num_processes,
+        per_device_eval_batch_size=8 * max(1, stage.batch_size // world.num_processes),
         gradient_accumulation_steps=stage.accumulation_steps,
         learning_rate=stage.learning_rate,
         weight_decay=stage.weight_decay,
@@ -167,6 +167,8 @@ def _arguments(
         remove_unused_columns=False,
         report_to="none",
         logging_steps=context.log_every(total_steps),
+        # It would put a mean of earlier losses in the place of one that is not finite.
+        logging_nan_inf_filter=False,
         disable_tqdm=not context.show_progress,
     )
     # One process drives one device: the Trainer would spread a lone process over all, by replicas whose
@@ -220,6 +222,7 @@ class _StageTrainer(Trainer):
     def __init__(
         self,
         *,
+        tokenizer: PreTrainedTokenizerBase,
         loss: StageLoss,
         context: StageContext,
         clock: Clock,
@@ -231,9 +234,10 @@ class _StageTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         self._loss, self._context, self._clock, self._sampler = loss, context, clock, sampler
-        self._off_ramp_learning_rate = off_ramp_learning_rate
+        self._tokenizer, self._off_ramp_learning_rate = tokenizer, off_ramp_learning_rate
         self._exit_head_learning_rate = exit_head_learning_rate
         self._problem = kwargs["model"].config.problem
+        self._label_scale = self._problem.label_scale(kwargs["train_dataset"].labels)
         super().__init__(**kwargs)
         self._classifiers, self._hidden_teacher = classifiers, hidden_teacher
         self._meters = {
@@ -248,8 +252,31 @@ class _StageTrainer(Trainer):
         if (stopping := context.recipe.early_stopping) is not None:
             self.add_callback(EarlyStoppingCallback(early_stopping_patience=stopping.patience))
 
-    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> LengthGrouped:
-        return self._sampler
+    def get_train_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """See `own_batches`; what accelerate would make of it fills the last batch with rows that it repeats."""
+        size = self.args.train_batch_size * self.args.world_size
+        return own_batches(cast(Rows, self.train_dataset), self._sampler, size, self._tokenizer)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[dict[str, Any]]:
+        """See `own_batches`, in the order of the rows."""
+        rows = cast(Rows, self.eval_dataset)
+        size = self.args.eval_batch_size * self.args.world_size
+        return own_batches(rows, range(len(rows)), size, self._tokenizer)
+
+    @torch.no_grad()
+    def evaluation_loop(self, dataloader: DataLoader[Any], *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """The held-out rows' mean loss over all processes; the Trainer takes every share for a whole batch."""
+        # Not the one that waits for the others' gradients: a share may be a batch shorter.
+        model = cast(nn.Module, self.model).eval()
+        sums = torch.zeros(2, device=self.args.device)
+        for batch in dataloader:
+            inputs = self._prepare_inputs(batch)
+            with self.compute_loss_context_manager():
+                loss = self.compute_loss(model, inputs)
+            sums += torch.stack([loss * inputs[SAMPLES], loss.new_tensor(inputs[SAMPLES])])
+        summed([sums])
+        metrics = {"eval_loss": float(sums[0] / sums[1])}
+        return EvalLoopOutput(predictions=(), label_ids=None, metrics=metrics, num_samples=int(sums[1]))
 
     def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
         """The Trainer's AdamW; groups of their own for what has a learning rate of its own."""
@@ -263,7 +290,7 @@ class _StageTrainer(Trainer):
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor:
         """Samples of a step, over its pieces and all processes: a scalar."""
         # The Trainer's own count is of labels but -100: a multi-label sample has many, and a number may be -100.
-        samples = torch.tensor(sum(len(piece["labels"]) for piece in batch_samples), device=device)
+        samples = torch.tensor(sum(piece[SAMPLES] for piece in batch_samples), device=device)
         summed([samples])
         return samples
 
@@ -278,9 +305,9 @@ class _StageTrainer(Trainer):
         answers = self._answers(model, inputs)
         turn = self._loss.at(self.state.global_step) if model.training else self._loss.whole
         loss = turn(answers)
-        self._meters[model.training].add(answers)
+        self._meters[model.training].add(answers, inputs[SAMPLES])
         if num_items_in_batch is not None and model.training:
-            loss = loss * (len(answers.labels) * self.args.world_size / num_items_in_batch)
+            loss = loss * (inputs[SAMPLES] * self.args.world_size / num_items_in_batch)
         return (loss, {}) if return_outputs else loss
 
     def _answers(self, model: nn.Module, inputs: dict[str, Any]) -> Answers:
@@ -300,6 +327,7 @@ class _StageTrainer(Trainer):
             final_logits=output.logits,
             labels=inputs["labels"],
             problem=self._problem,
+            label_scale=self._label_scale,
             certainties=output.certainties,
             target_logits=inputs.get("target_logits"),
             hidden_distance=distance,
@@ -334,7 +362,8 @@ class _StageTrainer(Trainer):
                 seconds=self._clock.seconds,
                 steps=self.state.global_step,
                 loss=self._last_loss,
-            )
+            ),
+            cast(nn.Module, self.model).parameters(),
         )
 
 
@@ -349,11 +378,10 @@ class _Meter:
         self._sums = torch.zeros(len(classifiers) + 1, device=device)
 
     @torch.no_grad()
-    def add(self, answers: Answers) -> None:
-        """One batch."""
+    def add(self, answers: Answers, samples: int) -> None:
+        """One batch, of which so many count."""
         everyone = torch.cat([answers.off_ramp_logits, answers.final_logits[None]])
         means = answers.problem.losses(everyone[self._classifiers], answers.labels).mean(-1)
-        samples = len(answers.labels)
         self._sums += torch.cat([means * samples, means.new_tensor([samples])])
 
     def drain(self) -> list[float]:

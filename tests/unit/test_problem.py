@@ -177,6 +177,21 @@ class TestPredictions:
         close = REGRESSION.correctness(torch.tensor([[2.0], [3.0]]), torch.tensor([2.0, 2.0]))
         assert close.tolist() == pytest.approx([1.0, 1 - math.tanh(1.0)])
 
+    def test_an_error_is_as_wrong_as_it_is_large_among_the_labels(self) -> None:
+        labels = torch.tensor([0.0, 1.0, 2.5, 4.0, 5.0])
+        errors = torch.tensor([0.0, 0.1, -0.25, 0.5, 1.0])
+
+        found = []
+        for unit in (0.2, 1.0, 20.0):  # labels to 1, to 5 as STS-B's, to 100
+            logits = ((labels + errors) * unit)[:, None]
+            scale = REGRESSION.label_scale(labels * unit)
+            found.append(REGRESSION.correctness(logits, labels * unit, scale))
+
+        assert all(torch.allclose(right, found[1], atol=1e-5) for right in found)
+        assert REGRESSION.label_scale(torch.tensor([0.5, 3.5])) == pytest.approx(1.0)  # a deviation of 1.5
+        assert REGRESSION.label_scale(torch.tensor([7.0, 7.0])) == 1.0
+        assert SINGLE_LABEL.label_scale(torch.tensor([0, 9])) == 1.0
+
 
 class TestLabels:
     @pytest.mark.parametrize("name", NAMES)

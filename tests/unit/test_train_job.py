@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification
 
 from deebert.backbones import FAMILIES
@@ -48,6 +49,7 @@ from jobs.train_recipe import recipe_of
 from jobs.training_plot import draw_training_log
 from pipeline.errors import UsageError
 from tests.conftest import VOCABULARY
+from tests.training_toy import CutAt, PowerCutError, add_to_every_trainer
 
 
 def described(**flags: Any) -> Recipe:
@@ -459,6 +461,46 @@ class TestModelFolder:
 
         assert (tmp_path / "here" / "model.safetensors").exists()
         assert not (tmp_path / "here.training").exists()
+
+    @pytest.mark.parametrize("there", [False, True], ids=["a new folder", "a folder that is there"])
+    def test_a_training_cut_short_while_it_is_written_goes_on(
+        self, there: bool, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        output, moved = tmp_path / "model", []
+
+        def cut(source: Path, *rest: object) -> None:
+            if there and not moved:
+                moved.append(shutil.copy(source, *rest))  # type: ignore[call-overload]
+                return
+            raise PowerCutError
+
+        if there:
+            output.mkdir()
+        with monkeypatch.context() as patch:
+            patch.setattr("jobs.train.shutil.move" if there else "jobs.training_plot.draw_training_log", cut)
+            with pytest.raises(PowerCutError):
+                main(["train", *words])
+        assert output.exists() == there
+        assert [path.name for path in output.glob("*")] == [Path(path).name for path in moved]
+
+        add_to_every_trainer(monkeypatch, CutAt(1))  # nothing is trained again
+        assert main(["train", *words, "--resume"]) == 0
+
+        load_checkpoint(str(output))
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["data.csv", "model"]
+
+    def test_pickled_weights_are_read_where_they_are_allowed(
+        self, words: list[str], saved_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        pickled = Path(shutil.copytree(saved_model, tmp_path / "pickled"))
+        torch.save(load_file(pickled / "model.safetensors"), pickled / "pytorch_model.bin")
+        (pickled / "model.safetensors").unlink()
+        teacher = ["--teacher", str(pickled)]
+        as_start = [str(pickled) if word == str(saved_model) else word for word in words]
+
+        for wanted in ([*words, *teacher], as_start):
+            assert "are pickled (pytorch_model.bin)" in refusal(capsys, *wanted, "--overwrite")
+        assert main(["train", *as_start, *teacher, "--allow-pickle", "--overwrite"]) == 0
 
     def test_from_a_classifier_the_weights_are_kept(
         self, words: list[str], tokenizer: Any, tmp_path: Path

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from deebert.training import (
     BackboneStage,
     BornAgain,
     Distillation,
+    EarlyStopping,
     Interpolation,
     Joint,
     Recipe,
@@ -36,7 +39,9 @@ from deebert.training import (
 from deebert.training.cached_stage import OffRampStack
 from deebert.training.data import LengthGrouped, Rows
 from deebert.training.frozen import collect_answers, final_logits
+from deebert.training.log import TrainingLog
 from deebert.training.optimizer import scheduled_adamw
+from deebert.training.stage import StageContext
 from deebert.training.trainer import frozen
 from tests.conftest import ModelFactory
 from tests.training_toy import (
@@ -168,6 +173,20 @@ class TestStage1:
         kept = {name: 1.0 if "LayerNorm" in name or name.endswith("bias") else 0.75 for name in before}
         steps = [value - kept[name] * before[name] for name, value in model.named_parameters()]
         assert torch.cat([step.flatten() for step in steps]).norm().item() == pytest.approx(1e-3, rel=1e-2)
+
+    def test_padding_comes_after_the_text_whatever_side_the_tokenizer_pads(
+        self, tiny_model: ModelFactory, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    ) -> None:
+        models, stage = [tiny_model("bert", "cls") for _ in range(2)], replace(QUICK_1, epochs=1)
+
+        for side, model in zip(("right", "left"), models, strict=True):
+            sided = copy.deepcopy(tokenizer)
+            sided.padding_side = side
+            recipe = replace(TWO_STAGE, stage_1=stage)
+            train(model, sided, toy(32, seed=0), recipe, tmp_path / side, show_progress=False)
+            assert sided.padding_side == side
+
+        assert not changed(weights(models[0]), models[1])
 
     def test_dropout_is_the_seeds(self, tiny_model: ModelFactory, run: Run) -> None:
         first, second = tiny_model(num_layers=2), tiny_model(num_layers=2)
@@ -357,13 +376,35 @@ class TestStage2:
         assert agreement[1] > agreement[0]
 
 
-def test_the_optimizer_of_cached_states_has_what_the_stage_says() -> None:
+def test_the_optimizer_of_cached_states_has_what_the_stage_says(
+    model: DeeBertForSequenceClassification,
+) -> None:
     stage = replace(QUICK_2, weight_decay=0.3, adam_epsilon=1e-5, warmup_share=0.5)
+    stack = OffRampStack(model)
 
-    optimizer, _ = scheduled_adamw([torch.nn.Parameter(torch.zeros(1))], stage, 1e-3, 10)
+    optimizer, _ = scheduled_adamw(stack, stage, 1e-3, 10)
 
-    (group,) = optimizer.param_groups
-    assert (group["weight_decay"], group["eps"], group["initial_lr"]) == (0.3, 1e-5, 1e-3)
+    decaying, others = optimizer.param_groups
+    assert (decaying["weight_decay"], others["weight_decay"]) == (0.3, 0.0)
+    assert {id(p) for p in decaying["params"]} == {id(stack.dense), id(stack.classifier)}
+    assert {id(p) for p in others["params"]} == {id(stack.dense_bias), id(stack.classifier_bias)}
+    assert [(g["eps"], g["initial_lr"]) for g in (decaying, others)] == [(1e-5, 1e-3)] * 2
+
+
+def test_a_fast_stage_decays_what_an_exact_one_does(
+    tiny_model: ModelFactory, run: Run, tmp_path: Path
+) -> None:
+    ended = []
+    for mode in ("fast", "exact"):
+        model = without_dropout(tiny_model(num_layers=2))
+        with torch.no_grad():
+            model.off_ramps[0].dense.bias.fill_(1.0)  # type: ignore[union-attr]
+        stage = replace(QUICK_2, mode=mode, epochs=3, batch_size=48, learning_rate=1e-3, weight_decay=100.0)
+        run(model, replace(OFF_RAMPS, stage_2=stage), work_dir=tmp_path / mode)
+        ended.append(weights(model))
+
+    for name in names(model, "off_ramps."):
+        torch.testing.assert_close(ended[0][name], ended[1][name], atol=1e-4, rtol=1e-3, msg=name)
 
 
 class TestCachedStates:
@@ -587,6 +628,55 @@ class TestStage3:
         report = run(tiny_model(num_layers=2, off_ramp_layers=[]), THREE_STAGES)
 
         assert [stage.number for stage in report.stages] == [1]
+
+
+class TestDivergence:
+    """A training that has left the numbers ends in a sentence, before it spends hours or is saved."""
+
+    @pytest.mark.parametrize("stopping", [None, EarlyStopping(held_out=0.25, every_steps=1)])
+    @pytest.mark.parametrize("name", ["two-stage", "joint", "exact", "fast"])
+    def test_a_loss_that_is_not_finite_ends_it(
+        self, name: str, stopping: EarlyStopping | None, tiny_model: ModelFactory, run: Run, tmp_path: Path
+    ) -> None:
+        recipe = {"two-stage": TWO_STAGE, "joint": JOINT, "exact": EXACT, "fast": OFF_RAMPS}[name]
+        stages = {f"stage_{number}": replace(s, learning_rate=1e39) for number, s in recipe.stages.items()}
+        recipe = replace(recipe, **stages, early_stopping=stopping)  # type: ignore[arg-type]
+
+        with pytest.raises(RecipeError) as refused:
+            run(tiny_model(num_layers=2), recipe, toy(200, seed=1))
+
+        number = min(recipe.stages)
+        told = rf"stage {number} diverged, its (held out )?loss is (nan|inf) at step [12]: begin again with a smaller "
+        assert re.fullmatch(told + "learning rate", str(refused.value))
+        assert not (tmp_path / f"stage-{number}.safetensors").exists()
+        assert not any("done" in record for record in read_log(tmp_path / LOG_NAME))
+
+    @pytest.mark.parametrize("recipe", [JOINT, OFF_RAMPS, EXACT], ids=["joint", "fast", "exact"])
+    def test_weights_that_are_not_finite_are_not_kept(
+        self, recipe: Recipe, tiny_model: ModelFactory, run: Run, tmp_path: Path
+    ) -> None:
+        stages = {f"stage_{n}": replace(s, learning_rate=1e39, epochs=1) for n, s in recipe.stages.items()}
+
+        with pytest.raises(
+            RecipeError, match=r"^stage \d diverged, its weights are not finite at step 1: begin"
+        ):
+            run(tiny_model(num_layers=2), replace(recipe, **stages), toy(16, seed=0))  # type: ignore[arg-type]
+
+        assert not list(tmp_path.glob("*.safetensors"))
+
+    def test_float16_has_one_remedy_more(self, tmp_path: Path) -> None:
+        context = StageContext(
+            number=1,
+            recipe=replace(JOINT, precision="float16"),
+            work_dir=tmp_path,
+            log=TrainingLog(None),
+            log_path=tmp_path / LOG_NAME,
+            resume=False,
+            show_progress=False,
+        )
+
+        with pytest.raises(RecipeError, match=r"learning rate, or bfloat16 or float32 instead of float16$"):
+            context.write(step=1, loss=float("nan"))
 
 
 class TestRowOrder:

@@ -93,6 +93,8 @@ def test_the_named_recipes() -> None:
         (lambda: Joint(off_ramp_learning_rate=0), "off_ramp_learning_rate is 0: give more than 0"),
         (lambda: StageConfig(epochs=0), "epochs is 0: give more than 0"),
         (lambda: StageConfig(learning_rate=float("nan")), "learning_rate is nan: give more than 0"),
+        (lambda: StageConfig(learning_rate=float("inf")), "learning_rate is inf: give a finite number"),
+        (lambda: OffRampStage(epochs=float("inf")), "epochs is inf: give a finite number"),
         (lambda: StageConfig(warmup_share=1.0), "warmup_share is 1.0: give a share from 0 to below 1"),
         (
             lambda: Interpolation(first=0, last=0),
@@ -139,4 +141,6 @@ def test_a_recipe_without_what_is_new_keeps_the_form_that_it_had_before_there_wa
     assert "stage_3" not in TWO_STAGE.to_dict()
     assert "stage_3" in replace(TWO_STAGE, stage_3=JOINT.stage_1).to_dict()
     assert "interpolation" not in TWO_STAGE.to_dict()["stage_1"]
+    taught = replace(TWO_STAGE, stage_1=BackboneStage(teacher=Teacher(folder="t", allow_pickle=True)))
+    assert "allow_pickle" not in taught.to_dict()["stage_1"]["teacher"]
     assert BEST.to_dict()["stage_3"]["interpolation"] == {"first": 1.0, "last": 0.0}

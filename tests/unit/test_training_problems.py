@@ -33,7 +33,7 @@ from deebert.training import (
 )
 from deebert.training.cached_exit_head import CachedExitHead
 from tests.conftest import ModelFactory
-from tests.training_toy import MARKED, QUICK_1, QUICK_2, changed, toy, weights
+from tests.training_toy import MARKED, QUICK_1, QUICK_2, changed, toy, weights, without_dropout
 
 DISTILLED = Distillation(weight=0.5, temperature=2.0)
 NOISE = 95
@@ -248,6 +248,26 @@ class TestLearningToExit:
             "exit_head.linear.weight",
             "exit_head.linear.bias",
         }
+
+    @pytest.mark.parametrize("mode", ["fast", "exact"])
+    def test_of_large_numbers_it_learns_as_of_small_ones(
+        self, mode: Any, tiny_model: ModelFactory, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    ) -> None:
+        data, certainties = numbers(48, seed=1), []
+        once: dict[str, Any] = {"epochs": 20, "batch_size": 48, "learning_rate": 1e-30, "max_grad_norm": 1e9}
+        recipe = Recipe(stage_1=None, stage_2=OffRampStage(mode=mode, exit_head_learning_rate=1e-2, **once))
+
+        for unit in (1.0, 100.0):  # what the model says is as much larger
+            model = tiny_model(num_layers=3, num_labels=1, problem_type="regression", learns_to_exit=True)
+            with torch.no_grad():
+                for ramp in (*model.off_ramps, model.final_classifier):
+                    ramp.classifier.weight *= unit
+                    ramp.classifier.bias *= unit
+            rows = replace(data, labels=data.labels * unit)
+            run(without_dropout(model), tokenizer, rows, recipe, tmp_path / str(unit))
+            certainties.append(trace(PackedEncoder.of(model), data.tokens).certainties)
+
+        torch.testing.assert_close(certainties[0], certainties[1], atol=2e-3, rtol=0)
 
     def test_stage_1_of_the_final_loss_alone_leaves_the_head(
         self, tiny_model: ModelFactory, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
