@@ -309,6 +309,29 @@ class TestOtherData:
         assert self.load(tmp_path / "a.csv").names == ("1", "2", "3", "4")
         assert self.load(tmp_path / "a.csv", names=("1", "2", "3", "4")).labels == (3, 0, 2, 1)
 
+    @pytest.mark.parametrize(
+        ("labels", "names", "ids"),
+        [
+            (("1.0", "2.0"), ("1", "2", "3"), (0, 1)),
+            (("0.0", "1.0"), ("-1", "0", "1"), (1, 2)),
+            (("1", "2.0"), ("1", "2", "3"), (0, 1)),
+            (("1", "2"), ("1.0", "2.0", "3.0"), (0, 1)),
+            (("2.0", "b"), ("2", "b"), (0, 1)),
+        ],
+    )
+    def test_a_column_with_gaps_has_the_labels_that_it_would_have_without(
+        self, tmp_path: Path, labels: tuple[str, ...], names: tuple[str, ...], ids: tuple[int, ...]
+    ) -> None:
+        write(tmp_path, "a.csv", "text,label", *(f"x,{label}" for label in labels))
+
+        assert self.load(tmp_path / "a.csv", names=names).labels == ids
+
+    def test_numbers_are_no_positions_among_names_that_are_numbers(self, tmp_path: Path) -> None:
+        write(tmp_path, "a.csv", "text,label", "x,0.0", "y,0.0")
+
+        with pytest.raises(DataError, match="has the label '0.0', which is not among 1, 2"):
+            self.load(tmp_path / "a.csv", names=("1", "2"))
+
     @pytest.mark.parametrize("ending", ["csv", "tsv"])
     def test_values_are_texts_as_they_stand(self, tmp_path: Path, ending: str) -> None:
         between = "\t" if ending == "tsv" else ","
