@@ -313,23 +313,16 @@ def test_both_sets_of_mnli_are_reported(
     assert "but the model has negative, neutral, positive: name the model's labels" in refusal(*data)
 
     out = run(*data, *swapped, "--output", tmp_path / "swapped", "--timing-rows", 0)
-    run(
-        *data,
-        "--labels",
-        "contradiction,entailment,neutral",
-        "--output",
-        tmp_path / "straight",
-        "--timing-rows",
-        0,
-    )
+    turned = ("--labels", "entailment,neutral,contradiction")
+    run(*data, *turned, "--output", tmp_path / "turned", "--timing-rows", 0)
 
     assert "Each off-ramp alone (matched)" in out
     assert "Each off-ramp alone (mismatched)" in out
     names = {path.name for path in (tmp_path / "swapped").iterdir()}
     assert {"matched_thresholds.csv", "mismatched_thresholds.csv", "matched_exit_layers.png"} <= names
     assert accuracy(tmp_path / "swapped") == expected_mnli_accuracy(saved_model, [0, 2, 1])
-    assert accuracy(tmp_path / "straight") == expected_mnli_accuracy(saved_model, [0, 1, 2])
-    assert accuracy(tmp_path / "swapped") != accuracy(tmp_path / "straight")
+    assert accuracy(tmp_path / "turned") == expected_mnli_accuracy(saved_model, [2, 0, 1])
+    assert accuracy(tmp_path / "swapped") != accuracy(tmp_path / "turned")
 
 
 def accuracy(folder: Path) -> list[str]:
@@ -546,6 +539,22 @@ class TestFlags:
     def test_labels_are_as_many_as_the_models(self, refusal: Run, pair_model: Path) -> None:
         words = ("--model", pair_model, "--data", "d.csv", "--labels", "a,b,c")
         assert refusal(*words) == "--labels names 3 labels but the model has 2"
+
+    @pytest.mark.parametrize(
+        ("given", "name", "id_", "own"),
+        [
+            ("Not_equivalent,Equivalent", "Not_equivalent", 0, 1),
+            ("not_equivalent,same", "not_equivalent", 0, 1),
+        ],
+    )
+    def test_a_label_that_the_model_has_keeps_its_id(
+        self, refusal: Run, pair_model: Path, given: str, name: str, id_: int, own: int
+    ) -> None:
+        words = ("--model", pair_model, "--data", "d.csv", "--labels", given)
+        assert refusal(*words) == (
+            f"--labels gives {name!r} the id {id_}, and the model {str(pair_model)!r} knows it by {own}: leave "
+            "--labels out, or name the labels in the model's order, Equivalent,Not_equivalent"
+        )
 
     def test_files_of_ones_own_work_as_before(self, saved_model: Path, run: Run, tmp_path: Path) -> None:
         data = tmp_path / "data.csv"
