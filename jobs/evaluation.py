@@ -78,7 +78,7 @@ def run(job: EvaluateJob) -> Evaluation:
             statics, fresh = _static_baselines(job, subject, file)
             file = _with_answers(job, subject, file, fresh)
         file = _timed(job, subject, file, fresh)
-    origin = f"{file.origin.precision}, {_lengths(file.origin)}"
+    origin = file.origin.read_as
     if subject is not None and subject.data and subject.precision != "float32":
         agreement = _agreement(subject, file)
         if agreement is not None:
@@ -99,12 +99,6 @@ def _check_thresholds(job: EvaluateJob, problem: Problem, labels: Sequence[str])
         EntropyThreshold(threshold).check(
             problem=problem, num_labels=len(labels), num_layers=1, learns_to_exit=False
         )
-
-
-def _lengths(origin: TraceOrigin) -> str:
-    if origin.window_stride is None:
-        return f"texts cut to {origin.max_length} tokens"
-    return f"texts in windows of {origin.max_length} tokens that share {origin.window_stride}"
 
 
 def traced_file(job: SubjectFlags, subject: Subject | None) -> TraceFile:

@@ -12,7 +12,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,14 @@ class TraceOrigin:
     shape: ModelShape
     window_stride: int | None = None
     """None: longer texts were cut."""
+
+    @property
+    def read_as(self) -> str:
+        """One line on precision and length, without which no share of answers says much."""
+        if self.window_stride is None:
+            return f"{self.precision}, texts cut to {self.max_length} tokens"
+        windows = f"windows of {self.max_length} tokens that share {self.window_stride}"
+        return f"{self.precision}, texts in {windows}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,16 +160,37 @@ def read_traces(path: Path) -> TraceFile:
     Raises:
         DataError: the file is not a trace.
     """
-    try:
+    with _refusing_others(path):
         return _parse(pq.read_table(path))
+
+
+def read_origin(path: Path) -> TraceOrigin:
+    """Of what a trace is, of which nothing else is read.
+
+    Raises:
+        DataError: the file is not a trace.
+    """
+    with _refusing_others(path):
+        return _origin(_document(pq.read_schema(path))["origin"])
+
+
+@contextmanager
+def _refusing_others(path: Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, pa.ArrowInvalid, KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(
             f"{str(path)!r} is not a trace of `deebert evaluate`: remove it or name another"
         ) from error
 
 
+def _document(schema: pa.Schema) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads((schema.metadata or {})[_KEY])
+    return document
+
+
 def _parse(table: pa.Table) -> TraceFile:
-    document = json.loads((table.schema.metadata or {})[_KEY])
+    document = _document(table.schema)
     names = np.asarray(table["set"].cast(pa.string()).to_pylist(), dtype=object)
     statics = tuple(StaticRecord(**record) for record in document["statics"])
     origin = _origin(document["origin"])
