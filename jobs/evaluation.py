@@ -12,9 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from deebert.baselines import StaticStyle, kept_layers
+from deebert.calibration import fewest_texts, share_interval
 from deebert.checkpoint import store_int8_agreement
 from deebert.encoder import PackedEncoder
 from deebert.evaluation import LabelledSequences, Trace, predictions, trace
@@ -48,6 +47,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+CONFIDENCE = 0.95
+"""Of what is said of the labels that a precision keeps."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
@@ -63,12 +65,10 @@ class Evaluation:
 def run(job: EvaluateJob) -> Evaluation:
     """The whole evaluation; writes the trace, and what it is asked to store with the model."""
     subject = None if job.model is None else load_subject(job, job.model)
-    if job.store_agreement and subject is not None and subject.encoder.problem is REGRESSION:
-        raise UsageError(
-            f"the model {job.model!r} is a regression, which has no labels to keep: leave --store-agreement out"
-        )
     if subject is not None:  # before anything is traced
         _check_thresholds(job, subject.encoder.problem, subject.labels)
+        if job.store_agreement:
+            _check_store(subject)
     file = traced_file(job, subject)
     _check_thresholds(job, problem_of(file.origin.problem_type), file.origin.labels)
     statics = file.statics
@@ -80,17 +80,41 @@ def run(job: EvaluateJob) -> Evaluation:
         file = _timed(job, subject, file, fresh)
     origin = file.origin.read_as
     if subject is not None and subject.data and subject.precision != "float32":
-        agreement = _agreement(subject, file)
-        if agreement is not None:
-            origin += f"; {100 * agreement:.2f} % of the labels at full depth are float32's"
+        agreeing = _agreeing(subject, file)
+        if agreeing is not None:
+            texts = _texts(subject)
+            low, high = share_interval(agreeing, texts, CONFIDENCE)
+            origin += (
+                f"; {100 * agreeing / texts:.2f} % of the labels at full depth are float32's, of {texts} texts "
+                f"({100 * low:.2f} to {100 * high:.2f} % with {100 * CONFIDENCE:g} % confidence)"
+            )
             if job.store_agreement:
-                _store(Path(subject.checkpoint.path), agreement)
+                _store(Path(subject.checkpoint.path), agreeing / texts)
     return Evaluation(
         model=file.origin.model,
         task=file.origin.task,
         origin=origin,
         sets=tuple(evaluated(name, file, policies_of(job, file), statics) for name in file.sets),
     )
+
+
+def _check_store(subject: Subject) -> None:
+    """A handful of labels that all stay would be 100 %, by which `auto` goes as by any share."""
+    model = subject.checkpoint.path
+    if subject.encoder.problem is REGRESSION:
+        raise UsageError(
+            f"the model {model!r} is a regression, which has no labels to keep: leave --store-agreement out"
+        )
+    least = fewest_texts(1 - LEAST_INT8_AGREEMENT, CONFIDENCE)
+    if _texts(subject) < least:
+        raise UsageError(
+            f"{_texts(subject)} texts cannot show that int8 keeps {100 * LEAST_INT8_AGREEMENT:g} % of the labels: give "
+            f"at least {least}, or leave --store-agreement out"
+        )
+
+
+def _texts(subject: Subject) -> int:
+    return sum(len(data.labels) for data in subject.data.values())
 
 
 def _check_thresholds(job: EvaluateJob, problem: Problem, labels: Sequence[str]) -> None:
@@ -127,8 +151,8 @@ def _traced(what: str, encoder: PackedEncoder, data: LabelledSequences) -> Trace
         return trace(encoder, data.tokens, windows=data.windows, on_tokens=seen)
 
 
-def _agreement(subject: Subject, file: TraceFile) -> float | None:
-    """Share of all texts that the traced precision labels at full depth as float32 does; None where answers are
+def _agreeing(subject: Subject, file: TraceFile) -> int | None:
+    """Of all texts, those that the traced precision labels at full depth as float32 does; None where answers are
     numbers."""
     if subject.encoder.problem is REGRESSION:
         return None
@@ -139,7 +163,7 @@ def _agreement(subject: Subject, file: TraceFile) -> float | None:
         for name, data in subject.data.items()
     ]
     # Of many labels, all must agree.
-    return float(torch.cat([one.reshape(len(one), -1).all(dim=1) for one in same]).float().mean())
+    return sum(int(one.reshape(len(one), -1).all(dim=1).sum()) for one in same)
 
 
 def _store(model: Path, agreement: float) -> None:

@@ -16,6 +16,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 from PIL import Image
+from scipy.stats import binomtest
 from sklearn.metrics import f1_score
 from transformers import BertModel, PreTrainedTokenizerFast
 
@@ -632,14 +633,21 @@ class TestInt8:
     def model(self, pair_model: Path, tmp_path: Path) -> Path:
         return Path(shutil.copytree(pair_model, tmp_path / "model"))
 
+    def labelled(self, folder: Path, count: int) -> Path:
+        rows = zip(texts(count, 1), labels(count, 2), strict=True)
+        (folder / "data.csv").write_text(
+            "text,label\n" + "".join(f"{text},{label}\n" for text, label in rows)
+        )
+        return folder / "data.csv"
+
     @pytest.fixture
     def with_vnni(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
 
     @pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="needs a CPU with VNNI")
-    def test_what_is_measured_is_said_and_stored(self, model: Path, glue: Path, run: Run) -> None:
+    def test_what_is_measured_is_said_and_stored(self, model: Path, tmp_path: Path, run: Run) -> None:
         before = weights_digest(load_checkpoint(str(model)).model)
-        words = ("--model", model, "--glue-dir", glue, "--task", "mrpc", "--timing-rows", 0)
+        words = ("--model", model, "--data", self.labelled(tmp_path, 598), "--timing-rows", 0)
 
         out = run(*words, "--precision", "int8", "--store-agreement")
 
@@ -650,8 +658,23 @@ class TestInt8:
         assert out.startswith(
             f"int8, texts cut to 64 tokens; {100 * share:.2f} % of the labels at full depth "
         )
+        said = re.search(r"are float32's, of 598 texts \((\S+) to (\S+) % with 95 % confidence\)", out)
+        assert said is not None
+        interval = binomtest(round(598 * share), 598).proportion_ci(0.95, "exact")
+        assert [float(bound) / 100 for bound in said.groups()] == pytest.approx(interval, abs=6e-5)
         assert weights_digest(checkpoint.model) == before
         assert "float32's" not in run(*words, "--precision", "float32").splitlines()[0]
+
+    @pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="needs a CPU with VNNI")
+    def test_too_few_texts_to_show_it_store_nothing(self, model: Path, tmp_path: Path, refusal: Run) -> None:
+        config = (model / "config.json").read_bytes()
+        words = ("--model", model, "--precision", "int8", "--store-agreement")
+
+        assert refusal(*words, "--data", self.labelled(tmp_path, 597)) == (
+            "597 texts cannot show that int8 keeps 99.5 % of the labels: give at least 598, or leave "
+            "--store-agreement out"
+        )
+        assert (model / "config.json").read_bytes() == config
 
     @pytest.mark.usefixtures("with_vnni")
     @pytest.mark.parametrize(("share", "is_int8"), [(0.9951, True), (0.9949, False)])

@@ -329,7 +329,7 @@ class TestOtherData:
     def test_numbers_are_no_positions_among_names_that_are_numbers(self, tmp_path: Path) -> None:
         write(tmp_path, "a.csv", "text,label", "x,0.0", "y,0.0")
 
-        with pytest.raises(DataError, match="has the label '0.0', which is not among 1, 2"):
+        with pytest.raises(DataError, match=r"label '0\.0', which is not among 1, 2"):
             self.load(tmp_path / "a.csv", names=("1", "2"))
 
     @pytest.mark.parametrize("ending", ["csv", "tsv"])
