@@ -78,23 +78,27 @@ def run(job: EvaluateJob) -> Evaluation:
             statics, fresh = _static_baselines(job, subject, file)
             file = _with_answers(job, subject, file, fresh)
         file = _timed(job, subject, file, fresh)
-    origin = file.origin.read_as
-    if subject is not None and subject.data and subject.precision != "float32":
-        agreeing = _agreeing(subject, file)
-        if agreeing is not None:
-            texts = _texts(subject)
-            low, high = share_interval(agreeing, texts, CONFIDENCE)
-            origin += (
-                f"; {100 * agreeing / texts:.2f} % of the labels at full depth are float32's, of {texts} texts "
-                f"({100 * low:.2f} to {100 * high:.2f} % with {100 * CONFIDENCE:g} % confidence)"
-            )
-            if job.store_agreement:
-                _store(Path(subject.checkpoint.path), agreeing / texts)
+        has_labels = subject.encoder.problem is not REGRESSION
+        if has_labels and file.agreeing is None and subject.precision != "float32":
+            file = _kept(job, replace(file, agreeing=_agreeing(subject, file)))
+        if job.store_agreement and file.agreeing is not None:
+            _store(Path(subject.checkpoint.path), file.agreeing / _texts(subject))
     return Evaluation(
         model=file.origin.model,
         task=file.origin.task,
-        origin=origin,
+        origin=_origin(file),
         sets=tuple(evaluated(name, file, policies_of(job, file), statics) for name in file.sets),
+    )
+
+
+def _origin(file: TraceFile) -> str:
+    if file.agreeing is None:
+        return file.origin.read_as
+    texts = sum(len(traced.labels) for traced in file.sets.values())
+    low, high = share_interval(file.agreeing, texts, CONFIDENCE)
+    return (
+        f"{file.origin.read_as}; {100 * file.agreeing / texts:.2f} % of the labels at full depth are float32's, of "
+        f"{texts} texts ({100 * low:.2f} to {100 * high:.2f} % with {100 * CONFIDENCE:g} % confidence)"
     )
 
 
@@ -151,11 +155,8 @@ def _traced(what: str, encoder: PackedEncoder, data: LabelledSequences) -> Trace
         return trace(encoder, data.tokens, windows=data.windows, on_tokens=seen)
 
 
-def _agreeing(subject: Subject, file: TraceFile) -> int | None:
-    """Of all texts, those that the traced precision labels at full depth as float32 does; None where answers are
-    numbers."""
-    if subject.encoder.problem is REGRESSION:
-        return None
+def _agreeing(subject: Subject, file: TraceFile) -> int:
+    """Of all texts, those that the traced precision labels at full depth as float32 does."""
     encoder = packed_encoder(subject.checkpoint.model, "float32")
     same = [
         predictions(_traced("tracing in float32", encoder, data), FULL_DEPTH)

@@ -107,6 +107,8 @@ class TraceFile:
     """By set; empty where nothing was measured."""
     statics: tuple[StaticRecord, ...] = ()
     """Baselines whose predictions are here."""
+    agreeing: int | None = None
+    """Texts of all sets that float32 labels at full depth as the traced precision does; None where it was not run."""
 
 
 def traced_policies(
@@ -144,6 +146,7 @@ def write_traces(path: Path, file: TraceFile) -> None:
         "origin": dataclasses.asdict(file.origin),
         "timings": {name: [dataclasses.asdict(t) for t in timings] for name, timings in file.timings.items()},
         "statics": [dataclasses.asdict(record) for record in file.statics],
+        "agreeing": file.agreeing,
     }
     unfinished = path.with_name(path.name + ".unfinished")
     try:
@@ -202,6 +205,7 @@ def _parse(table: pa.Table) -> TraceFile:
         },
         timings={name: tuple(map(_timing, all_)) for name, all_ in document["timings"].items()},
         statics=statics,
+        agreeing=document.get("agreeing"),
     )
 
 

@@ -237,6 +237,21 @@ def test_a_second_evaluation_from_the_trace_is_identical(
             run("--model", pair_model, *data, *common, *other)
 
 
+def test_another_precision_is_held_to_float32_once(
+    pair_model: Path, glue: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    traced = ("--trace", tmp_path / "t.parquet", "--timing-rows", 0)
+    data = ("--model", pair_model, "--glue-dir", glue, "--task", "mrpc", "--precision", "bfloat16")
+    first = run(*data, *traced)
+    assert "% of the labels at full depth are float32's, of 60 texts" in first
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("the model was run")
+
+    monkeypatch.setattr(evaluation, "trace", refuse)
+    assert run(*data, *traced) == run(*traced) == first
+
+
 def test_a_trace_of_something_else_is_refused(
     pair_model: Path, saved_model: Path, glue: Path, run: Run, refusal: Run, tmp_path: Path
 ) -> None:
