@@ -189,10 +189,12 @@ def _check_origin(job: SubjectFlags, origin: TraceOrigin, subject: Subject) -> N
         ("another label order", origin.labels, given.labels),
         ("another problem type", origin.problem_type, given.problem_type),
     ]
+    if subject.data or job.max_length is not None:  # left out, it is the model's and not the trace's
+        checks.append(("another length", origin.max_length, given.max_length))
     if subject.data:
         checks += [
             ("another window stride", origin.window_stride, given.window_stride),
-            ("other data or another length", origin.data_digest, given.data_digest),
+            ("other data", origin.data_digest, given.data_digest),
             ("another task", origin.task, given.task),
         ]
     for what, theirs, ours in checks:

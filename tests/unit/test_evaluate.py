@@ -265,9 +265,24 @@ def test_a_trace_of_something_else_is_refused(
     assert "of another precision (float32, not bfloat16)" in refusal(
         "--model", pair_model, *kept, "--precision", "bfloat16"
     )
-    assert "of other data or another length" in refusal(
-        "--model", pair_model, *data, *kept, "--max-length", 8
+    for length in (8, 60):  # texts of 60 tokens there are none
+        for words in (data, ()):
+            said = refusal("--model", pair_model, *words, *kept, "--max-length", length)
+            assert f"is of another length (64, not {length})" in said
+    run(
+        "--model",
+        pair_model,
+        *data,
+        "--trace",
+        tmp_path / "short.parquet",
+        "--timing-rows",
+        0,
+        "--max-length",
+        60,
     )
+    short = ("--model", pair_model, "--trace", tmp_path / "short.parquet", "--timing-rows", 0)
+    assert "texts cut to 60 tokens" in run(*short)
+    assert "is of another length (60, not 64)" in refusal(*short, *data)
 
 
 def test_long_texts_in_windows_are_scored_by_their_means(
