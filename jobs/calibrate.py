@@ -109,7 +109,7 @@ def calibrate(job: CalibrateJob) -> str:
     from deebert.checkpoint import store_operating_point
     from deebert.evaluation import score
     from deebert.exit_policy import FULL_DEPTH
-    from deebert.problem import SINGLE_LABEL
+    from deebert.problem import REGRESSION, SINGLE_LABEL
     from jobs.evaluation import traced_file
     from jobs.metrics import metrics_of
     from jobs.subject import load_subject
@@ -129,13 +129,22 @@ def calibrate(job: CalibrateJob) -> str:
         )
     full = score(trace, data.labels, FULL_DEPTH, metric.compute)
     store_operating_point(Path(job.model), point.policy)
-    found = disagreement(trace, point.policy, confidence=job.confidence)
-    lost = None
+    found = lost = None
+    if trace.problem is not REGRESSION:
+        found = disagreement(trace, point.policy, confidence=job.confidence)
     if trace.problem is SINGLE_LABEL:
         lost = drop(trace, data.labels, point.policy, confidence=job.confidence)
     earlier = _stored(subject.checkpoint)
     said = _said(
-        job, point, full, metric.name, origin=file.origin.read_as, earlier=earlier, found=found, lost=lost
+        job,
+        point,
+        full,
+        metric.name,
+        texts=trace.num_texts,
+        origin=file.origin.read_as,
+        earlier=earlier,
+        found=found,
+        lost=lost,
     )
     return "\n".join(f"{name:<18}{value}" for name, value in said)
 
@@ -201,18 +210,20 @@ def _said(
     full: OperatingPointScore,
     metric: str,
     *,
+    texts: int,
     origin: str,
     earlier: str | None,
-    found: Disagreement,
+    found: Disagreement | None,
     lost: Drop | None,
 ) -> Iterator[tuple[str, str]]:
     yield "operating point", str(point.policy)
     if earlier is not None:
         yield "in place of", earlier
-    yield metric, f"{100 * point.score:.2f} % on {found.texts} texts; {100 * full.score:.2f} % at full depth"
+    yield metric, f"{100 * point.score:.2f} % on {texts} texts; {100 * full.score:.2f} % at full depth"
     # What was tested is the target, not what the bound came to where the tests ended.
-    bounded = "" if job.max_disagreement is None else _bound(job, job.max_disagreement, origin)
-    yield "other answers", f"{100 * found.share:.2f} % differ from full depth's{bounded}"
+    if found is not None:
+        bounded = "" if job.max_disagreement is None else _bound(job, job.max_disagreement, origin)
+        yield "other answers", f"{100 * found.share:.2f} % differ from full depth's{bounded}"
     if lost is not None:
         bounded = "" if job.max_drop is None else _bound(job, job.max_drop, origin)
         yield (

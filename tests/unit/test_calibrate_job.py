@@ -16,6 +16,7 @@ from deebert.precision import resolve_precision
 from jobs.cli import main
 from pipeline.config import ClassifyConfig
 from pipeline.planning import make_plan
+from tests.conftest import make_model, make_tokenizer
 
 Refusal = Callable[..., str]
 TEXTS = [f"the film is {word} and {other}" for word in ("good", "bad", "dull") for other in "abcdefghijklm"]
@@ -127,6 +128,22 @@ def test_the_bound_that_was_asked_for_is_stated_and_no_other(
 
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in lines if "95 % confidence" in line] == [bounded]
+
+
+def test_of_numbers_it_is_not_said_how_many_are_full_depths(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "model"
+    make_model(num_labels=1, problem_type="regression", learns_to_exit=True).save_pretrained(model)
+    make_tokenizer().save_pretrained(model)
+    (tmp_path / "data.csv").write_text("text,label\n" + "".join(f"{t},{i}\n" for i, t in enumerate(TEXTS)))
+    words = ["--model", str(model), "--data", str(tmp_path / "data.csv"), "--speed-up", "1.01"]
+
+    assert main(["calibrate", *words]) == 0
+
+    said = capsys.readouterr().out
+    assert "other answers" not in said
+    assert f"% on {len(TEXTS)} texts; " in said
 
 
 def test_a_bound_is_of_what_classify_chooses_by_itself(
