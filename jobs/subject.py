@@ -119,11 +119,5 @@ def origin_of(subject: Subject) -> TraceOrigin:
         precision=subject.precision,
         max_length=subject.tokenizer.max_length,
         window_stride=subject.tokenizer.window_stride,
-        shape=ModelShape(
-            num_layers=config.num_hidden_layers,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_labels=len(subject.labels),
-            off_ramp_pooling=config.off_ramp_pooling,
-        ),
+        shape=ModelShape.of(config),
     )
