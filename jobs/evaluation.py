@@ -250,8 +250,8 @@ def _training_data(job: EvaluateJob, subject: Subject) -> LabelledSequences:
         )
     # Cut, as `train` does it: a text's label need not be that of each of its windows.
     tokenizer = TextTokenizer(subject.checkpoint.tokenizer, max_length=subject.tokenizer.max_length)
-    everything = source.training_texts(subject.labels).tokenized(tokenizer)
-    return sample(everything, job.max_train_rows, seed=job.seed)
+    drawn = sample(source.training_texts(subject.labels), job.max_train_rows, seed=job.seed)
+    return drawn.tokenized(tokenizer)
 
 
 def _recipe(job: EvaluateJob) -> Recipe:
