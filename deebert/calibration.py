@@ -199,7 +199,7 @@ def choose_by_speed_up(
 
 def disagreement(trace: Trace, policy: ExitPolicy, *, confidence: float) -> Disagreement:
     """How often `policy` answers otherwise than full depth; of many labels, any that differs counts."""
-    early, full = (predictions(trace, p) for p in (policy, FULL_DEPTH))
+    early, full = predictions(trace, policy), trace.full_depth_predictions
     differing = int((early != full).reshape(len(full), -1).any(dim=1).sum())
     bound = _upper(differing, len(full), confidence)
     return Disagreement(texts=len(full), differing=differing, confidence=confidence, bound=bound)
@@ -207,7 +207,7 @@ def disagreement(trace: Trace, policy: ExitPolicy, *, confidence: float) -> Disa
 
 def drop(trace: Trace, labels: Tensor, policy: ExitPolicy, *, confidence: float) -> Drop:
     """How many right answers `policy` loses and wins against full depth, of one label a text."""
-    early, full = (predictions(trace, p) == labels for p in (policy, FULL_DEPTH))
+    early, full = predictions(trace, policy) == labels, trace.full_depth_predictions == labels
     lost, won, texts = int((full & ~early).sum()), int((early & ~full).sum()), len(labels)
     # Each of the two bounds may fail half as often as both together.
     each = (1 + confidence) / 2
