@@ -32,7 +32,7 @@ class ModelShape:
             num_layers=config.num_hidden_layers,
             hidden_size=config.hidden_size,
             intermediate_size=config.intermediate_size,
-            num_labels=config.num_labels,
+            num_labels=len(config.id2label or {}),
             off_ramp_pooling=config.off_ramp_pooling,
         )
 

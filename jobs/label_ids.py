@@ -139,7 +139,7 @@ def _ids_of_numbers(ids: Mapping[Any, int | None], names: tuple[str, ...]) -> di
     """
     numbers = {label: number_of(label) for label in ids}
     values = [number_of(int(name) if _WHOLE.fullmatch(name) else name) for name in names]
-    places = {value: i for i, value in enumerate(values) if value is not None}
+    places: dict[int | None, int] = {value: i for i, value in enumerate(values) if value is not None}
     found = {label: places.get(numbers[label]) if i is None else i for label, i in ids.items()}
     are_positions = None in values and None not in numbers.values()
     if not are_positions or any(i is not None for i in found.values()):
