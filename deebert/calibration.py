@@ -119,7 +119,7 @@ def choose_by_disagreement(
         trace,
         lambda policy: disagreement(trace, policy, confidence=confidence).bound,
         most=most,
-        least_texts=math.log(1 - confidence) / math.log1p(-most),
+        least_texts=fewest_texts(most, confidence),
         claim=f"less than {most:g} of all differ from full depth",
         steps=steps,
     )
@@ -150,7 +150,7 @@ def choose_by_drop(
         trace,
         lambda policy: drop(trace, labels, policy, confidence=confidence).bound,
         most=most,
-        least_texts=math.log((1 - confidence) / 2) / math.log1p(-most),
+        least_texts=fewest_texts(most, (1 + confidence) / 2),
         claim=f"accuracy drops by less than {most:g}",
         steps=steps,
     )
@@ -161,7 +161,7 @@ def _last_within(
     bound: Callable[[ExitPolicy], float],
     *,
     most: float,
-    least_texts: float,
+    least_texts: int,
     claim: str,
     steps: int,
 ) -> StoredPolicy:
@@ -170,7 +170,7 @@ def _last_within(
     if bound(chosen) > most:
         raise PolicyError(
             f"{trace.num_texts} texts cannot show that {claim}: give at least "
-            f"{math.ceil(least_texts)}, or a larger share"
+            f"{least_texts}, or a larger share"
         )
     for policy in _candidates(trace, steps):
         if bound(policy) > most:
@@ -199,7 +199,7 @@ def choose_by_speed_up(
 
 def disagreement(trace: Trace, policy: ExitPolicy, *, confidence: float) -> Disagreement:
     """How often `policy` answers otherwise than full depth; of many labels, any that differs counts."""
-    early, full = (predictions(trace, p) for p in (policy, FULL_DEPTH))
+    early, full = predictions(trace, policy), trace.full_depth_predictions
     differing = int((early != full).reshape(len(full), -1).any(dim=1).sum())
     bound = _upper(differing, len(full), confidence)
     return Disagreement(texts=len(full), differing=differing, confidence=confidence, bound=bound)
@@ -207,12 +207,23 @@ def disagreement(trace: Trace, policy: ExitPolicy, *, confidence: float) -> Disa
 
 def drop(trace: Trace, labels: Tensor, policy: ExitPolicy, *, confidence: float) -> Drop:
     """How many right answers `policy` loses and wins against full depth, of one label a text."""
-    early, full = (predictions(trace, p) == labels for p in (policy, FULL_DEPTH))
+    early, full = predictions(trace, policy) == labels, trace.full_depth_predictions == labels
     lost, won, texts = int((full & ~early).sum()), int((early & ~full).sum()), len(labels)
     # Each of the two bounds may fail half as often as both together.
     each = (1 + confidence) / 2
     bound = _upper(lost, texts, each) - _lower(won, texts, each)
     return Drop(texts=texts, lost=lost, won=won, confidence=confidence, bound=bound)
+
+
+def fewest_texts(most: float, confidence: float) -> int:
+    """Texts of which none may differ, so that less than the share `most` of all do, with that confidence."""
+    return math.ceil(math.log(1 - confidence) / math.log1p(-most))
+
+
+def share_interval(found: int, trials: int, confidence: float) -> tuple[float, float]:
+    """Between which the share of all lies, with that confidence (Clopper and Pearson, 1934, two-sided)."""
+    each = (1 + confidence) / 2
+    return _lower(found, trials, each), _upper(found, trials, each)
 
 
 def _upper(found: int, trials: int, confidence: float) -> float:

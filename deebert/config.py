@@ -82,6 +82,8 @@ class DeeBertConfig(PreTrainedConfig):
                 f"off_ramp_layers is {self.off_ramp_layers}: give increasing layers between 0, the embeddings, and "
                 f"{layers - 1}"
             )
+        if kwargs.get("id2label") is not None:
+            kwargs["id2label"] = names_by_id(kwargs["id2label"])
         super().__init__(**kwargs)
         if self.problem_type == "regression" and self.num_labels != 1:
             raise ValueError(f"a regression has one output, not {self.num_labels}: give it one label")
@@ -130,6 +132,21 @@ class DeeBertConfig(PreTrainedConfig):
     def initializer_range(self) -> float:
         """Standard deviation of fresh weights: the backbone's."""
         return float(getattr(self.backbone_config, "initializer_range", 0.02))
+
+
+def names_by_id(id2label: Any) -> dict[int, str]:
+    """Label names by their ids, which a JSON file has as texts, in the order of the ids.
+
+    Raises:
+        ValueError: it is something else, or the ids are not 0, 1, 2, …
+    """
+    try:
+        names = {int(i): str(name) for i, name in dict(id2label).items()}
+    except (TypeError, ValueError):
+        names = {}
+    if not names or sorted(names) != list(range(len(names))):
+        raise ValueError(f"id2label is {id2label!s:.80}: give the name of each label by its id, from 0 on")
+    return dict(sorted(names.items()))
 
 
 def _as_config(value: PreTrainedConfig | dict[str, Any] | None) -> PreTrainedConfig:

@@ -8,6 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from deebert.config import DeeBertConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +24,17 @@ class ModelShape:
     num_labels: int
     off_ramp_pooling: str = "mean"
     """What off-ramps read: `DeeBertConfig.off_ramp_pooling`."""
+
+    @classmethod
+    def of(cls, config: DeeBertConfig) -> ModelShape:
+        """Those of a model, whatever its family calls them."""
+        return cls(
+            num_layers=config.num_hidden_layers,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_labels=len(config.id2label or {}),
+            off_ramp_pooling=config.off_ramp_pooling,
+        )
 
     def layer_flops(self, tokens: float, squared_tokens: float) -> float:
         """FLOPs of one transformer layer over packed sequences.

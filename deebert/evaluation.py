@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from deebert.cost import ModelShape, expected_saving, mean_exit_layer
 from deebert.encoder import PackedEncoder
-from deebert.exit_policy import EntropyThreshold, ExitPolicy, OffRampAnswer
+from deebert.exit_policy import FULL_DEPTH, EntropyThreshold, ExitPolicy, OffRampAnswer
 from deebert.packing import IntArray, PackedTokens
 from deebert.problem import SINGLE_LABEL, Problem
 from deebert.windows import first_windows, text_means
@@ -76,12 +77,26 @@ class Trace:
 
     def answer(self, place: int) -> OffRampAnswer:
         """What the off-ramp at `place` (0-based, in the order of `layers`) said of all samples."""
-        logits = self.logits[place]
         return OffRampAnswer(
-            logits=logits,
-            entropy=self.problem.entropy(logits),
+            logits=self.logits[place],
+            entropy=self._entropies[place],
             certainty=None if self.certainties is None else self.certainties[place],
         )
+
+    @cached_property
+    def _entropies(self) -> tuple[Tensor, ...]:
+        """Of each off-ramp, (N,): every policy that is tried on the trace asks for the same."""
+        return tuple(map(self.problem.entropy, self.logits))
+
+    @cached_property
+    def _samples_said(self) -> Tensor:
+        """(R, N, …): what each off-ramp says of every sample, as `Problem.predict` gives it."""
+        return torch.stack([self.problem.predict(logits) for logits in self.logits])
+
+    @cached_property
+    def full_depth_predictions(self) -> Tensor:
+        """`predictions` at full depth, which others are held against."""
+        return predictions(self, FULL_DEPTH)
 
     def mean_agreement(self, labels: Tensor, predictions: Tensor) -> float:
         """Mean agreement of predictions with labels: accuracy, or 1 - tanh|a - b| of a regression."""
@@ -209,7 +224,7 @@ def _of_texts(trace: Trace, logits: Tensor) -> Tensor:
 def exits(trace: Trace, policy: ExitPolicy) -> tuple[Tensor, Tensor]:
     """Exit layers (N,) int64, 1-based, and predictions of the samples, as `Problem.predict` gives them."""
     exit_layer = torch.full((trace.logits.shape[1],), -1)  # not left yet
-    prediction = trace.problem.predict(torch.zeros_like(trace.logits[-1]))
+    prediction = torch.empty_like(trace._samples_said[-1])  # everybody leaves at the last layer at the latest
     for place, layer in enumerate(trace.layers):
         leaves = exit_layer < 0
         if layer != trace.num_layers:
@@ -217,7 +232,7 @@ def exits(trace: Trace, policy: ExitPolicy) -> tuple[Tensor, Tensor]:
                 continue
             leaves &= policy.fires(layer, trace.answer(place))
         exit_layer[leaves] = layer
-        prediction[leaves] = trace.problem.predict(trace.logits[place, leaves])
+        prediction[leaves] = trace._samples_said[place, leaves]
     return exit_layer, prediction
 
 

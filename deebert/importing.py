@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from deebert.checkpoint import Checkpoint, check_vocabulary, longest_input, read_tokenizer
-from deebert.config import DeeBertConfig
+from deebert.config import DeeBertConfig, names_by_id
 from deebert.errors import CheckpointError
 from deebert.exit_policy import policy_from_dict
 from deebert.modeling import DeeBertForSequenceClassification
@@ -214,8 +214,13 @@ def _labels(
             "%s does not name its labels: they are LABEL_0, LABEL_1, … unless --labels names them", folder
         )
         return [f"LABEL_{i}" for i in range(count)]
-    by_id = {int(i): str(name) for i, name in stored.items()}
-    return _counted([by_id[i] for i in sorted(by_id)], count, "its config.json names", folder)
+    try:
+        names = list(names_by_id(stored).values())
+    except ValueError as error:
+        raise CheckpointError(
+            f"cannot read the labels in the config.json of {str(folder)!r}: {error}"
+        ) from error
+    return _counted(names, count, "its config.json names", folder)
 
 
 def _counted(names: list[str], count: int, who: str, folder: Path) -> list[str]:

@@ -31,6 +31,8 @@ UNREADABLE = (
     OSError,
     TypeError,
     ValueError,
+    KeyError,
+    AttributeError,
     RuntimeError,
     EOFError,
     SafetensorError,
@@ -38,7 +40,7 @@ UNREADABLE = (
     pickle.UnpicklingError,
 )
 """What the libraries raise for weights and configurations that are broken."""
-_UNREADABLE_PICKLE = (*UNREADABLE, AssertionError, AttributeError, LookupError, struct.error)
+_UNREADABLE_PICKLE = (*UNREADABLE, AssertionError, LookupError, struct.error)
 """A pickle is a program: one that was cut short or damaged fails anywhere in `torch.load`."""
 
 
@@ -49,6 +51,8 @@ def reason(error: Exception) -> str:
     """
     if isinstance(error.__cause__, LocalEntryNotFoundError):
         return "there is no such folder here, and the hub cannot be asked for that name: check the path, or the network"
+    if isinstance(error, KeyError):  # whose text is the key alone
+        return f"there is no {error}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__

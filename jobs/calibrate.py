@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ from jobs.flags import flag, parse_job
 from jobs.glue import find_task
 from jobs.subject_flags import SubjectFlags
 from jobs.terminal import quiet_libraries
+from pipeline.config import PRECISIONS
 from pipeline.errors import UsageError
 from pipeline.fields import number
 
@@ -47,6 +48,12 @@ class CalibrateJob(SubjectFlags):
 
     model: str = flag("folder of a DeeBERT model: the operating point is stored in its config.json")
     split: str | None = flag("of a data set; left out, validation (MNLI: say which)", default=None)
+    precision: str = flag(
+        "auto is that of a --trace that is there, else what classify chooses by itself: what is promised of one "
+        "precision need not hold in another",
+        default="auto",
+        choices=PRECISIONS,
+    )
     keep: float | None = flag(
         "target: the largest saving that keeps this share of full depth's score, e.g. 0.99",
         default=None,
@@ -102,13 +109,13 @@ def calibrate(job: CalibrateJob) -> str:
     from deebert.checkpoint import store_operating_point
     from deebert.evaluation import score
     from deebert.exit_policy import FULL_DEPTH
-    from deebert.problem import SINGLE_LABEL
+    from deebert.problem import REGRESSION, SINGLE_LABEL
     from jobs.evaluation import traced_file
     from jobs.metrics import metrics_of
     from jobs.subject import load_subject
 
     quiet_libraries()
-    subject = load_subject(job, job.model)
+    subject = load_subject(replace(job, precision=_precision(job)), job.model)
     if len(subject.data) != 1:
         raise UsageError(f"the data are {len(subject.data)} sets: say which with --split")
     (name, data), file = *subject.data.items(), traced_file(job, subject)
@@ -122,12 +129,23 @@ def calibrate(job: CalibrateJob) -> str:
         )
     full = score(trace, data.labels, FULL_DEPTH, metric.compute)
     store_operating_point(Path(job.model), point.policy)
-    found = disagreement(trace, point.policy, confidence=job.confidence)
-    lost = None
+    found = lost = None
+    if trace.problem is not REGRESSION:
+        found = disagreement(trace, point.policy, confidence=job.confidence)
     if trace.problem is SINGLE_LABEL:
         lost = drop(trace, data.labels, point.policy, confidence=job.confidence)
     earlier = _stored(subject.checkpoint)
-    said = _said(job, point, full, metric.name, earlier=earlier, found=found, lost=lost)
+    said = _said(
+        job,
+        point,
+        full,
+        metric.name,
+        texts=trace.num_texts,
+        origin=file.origin.read_as,
+        earlier=earlier,
+        found=found,
+        lost=lost,
+    )
     return "\n".join(f"{name:<18}{value}" for name, value in said)
 
 
@@ -143,6 +161,14 @@ def _check(job: CalibrateJob) -> None:
         raise UsageError("give texts that training has not seen, as --data, or as --glue-dir with --task")
     if not Path(job.model).is_dir():
         raise UsageError(f"the model {job.model!r} is no folder, where an operating point could be stored")
+
+
+def _precision(job: CalibrateJob) -> str:
+    from jobs.traces import read_origin
+
+    if job.precision != "auto" or job.trace is None or not Path(job.trace).exists():
+        return job.precision
+    return read_origin(Path(job.trace)).precision
 
 
 def _chosen(
@@ -184,19 +210,22 @@ def _said(
     full: OperatingPointScore,
     metric: str,
     *,
+    texts: int,
+    origin: str,
     earlier: str | None,
-    found: Disagreement,
+    found: Disagreement | None,
     lost: Drop | None,
 ) -> Iterator[tuple[str, str]]:
     yield "operating point", str(point.policy)
     if earlier is not None:
         yield "in place of", earlier
-    yield metric, f"{100 * point.score:.2f} % on {found.texts} texts; {100 * full.score:.2f} % at full depth"
+    yield metric, f"{100 * point.score:.2f} % on {texts} texts; {100 * full.score:.2f} % at full depth"
     # What was tested is the target, not what the bound came to where the tests ended.
-    bounded = "" if job.max_disagreement is None else _bound(job, job.max_disagreement)
-    yield "other answers", f"{100 * found.share:.2f} % differ from full depth's{bounded}"
+    if found is not None:
+        bounded = "" if job.max_disagreement is None else _bound(job, job.max_disagreement, origin)
+        yield "other answers", f"{100 * found.share:.2f} % differ from full depth's{bounded}"
     if lost is not None:
-        bounded = "" if job.max_drop is None else _bound(job, job.max_drop)
+        bounded = "" if job.max_drop is None else _bound(job, job.max_drop, origin)
         yield (
             "drop in accuracy",
             f"{100 * lost.share:.2f} %: {lost.lost} right answers lost, {lost.won} won{bounded}",
@@ -205,8 +234,10 @@ def _said(
     yield "stored in", str(Path(job.model) / "config.json")
 
 
-def _bound(job: CalibrateJob, share: float) -> str:
-    return f"; of all such texts less than {100 * share:g} % ({100 * job.confidence:g} % confidence)"
+def _bound(job: CalibrateJob, share: float, origin: str) -> str:
+    return (
+        f"; of all such texts less than {100 * share:g} % ({100 * job.confidence:g} % confidence; {origin})"
+    )
 
 
 if __name__ == "__main__":

@@ -12,9 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from deebert.baselines import StaticStyle, kept_layers
+from deebert.calibration import fewest_texts, share_interval
 from deebert.checkpoint import store_int8_agreement
 from deebert.encoder import PackedEncoder
 from deebert.evaluation import LabelledSequences, Trace, predictions, trace
@@ -48,6 +47,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+CONFIDENCE = 0.95
+"""Of what is said of the labels that a precision keeps."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
@@ -63,12 +65,10 @@ class Evaluation:
 def run(job: EvaluateJob) -> Evaluation:
     """The whole evaluation; writes the trace, and what it is asked to store with the model."""
     subject = None if job.model is None else load_subject(job, job.model)
-    if job.store_agreement and subject is not None and subject.encoder.problem is REGRESSION:
-        raise UsageError(
-            f"the model {job.model!r} is a regression, which has no labels to keep: leave --store-agreement out"
-        )
     if subject is not None:  # before anything is traced
         _check_thresholds(job, subject.encoder.problem, subject.labels)
+        if job.store_agreement:
+            _check_store(subject)
     file = traced_file(job, subject)
     _check_thresholds(job, problem_of(file.origin.problem_type), file.origin.labels)
     statics = file.statics
@@ -78,19 +78,47 @@ def run(job: EvaluateJob) -> Evaluation:
             statics, fresh = _static_baselines(job, subject, file)
             file = _with_answers(job, subject, file, fresh)
         file = _timed(job, subject, file, fresh)
-    origin = f"{file.origin.precision}, {_lengths(file.origin)}"
-    if subject is not None and subject.data and subject.precision != "float32":
-        agreement = _agreement(subject, file)
-        if agreement is not None:
-            origin += f"; {100 * agreement:.2f} % of the labels at full depth are float32's"
-            if job.store_agreement:
-                _store(Path(subject.checkpoint.path), agreement)
+        has_labels = subject.encoder.problem is not REGRESSION
+        if has_labels and file.agreeing is None and subject.precision != "float32":
+            file = _kept(job, replace(file, agreeing=_agreeing(subject, file)))
+        if job.store_agreement and file.agreeing is not None:
+            _store(Path(subject.checkpoint.path), file.agreeing / _texts(subject))
     return Evaluation(
         model=file.origin.model,
         task=file.origin.task,
-        origin=origin,
+        origin=_origin(file),
         sets=tuple(evaluated(name, file, policies_of(job, file), statics) for name in file.sets),
     )
+
+
+def _origin(file: TraceFile) -> str:
+    if file.agreeing is None:
+        return file.origin.read_as
+    texts = sum(len(traced.labels) for traced in file.sets.values())
+    low, high = share_interval(file.agreeing, texts, CONFIDENCE)
+    return (
+        f"{file.origin.read_as}; {100 * file.agreeing / texts:.2f} % of the labels at full depth are float32's, of "
+        f"{texts} texts ({100 * low:.2f} to {100 * high:.2f} % with {100 * CONFIDENCE:g} % confidence)"
+    )
+
+
+def _check_store(subject: Subject) -> None:
+    """A handful of labels that all stay would be 100 %, by which `auto` goes as by any share."""
+    model = subject.checkpoint.path
+    if subject.encoder.problem is REGRESSION:
+        raise UsageError(
+            f"the model {model!r} is a regression, which has no labels to keep: leave --store-agreement out"
+        )
+    least = fewest_texts(1 - LEAST_INT8_AGREEMENT, CONFIDENCE)
+    if _texts(subject) < least:
+        raise UsageError(
+            f"{_texts(subject)} texts cannot show that int8 keeps {100 * LEAST_INT8_AGREEMENT:g} % of the labels: give "
+            f"at least {least}, or leave --store-agreement out"
+        )
+
+
+def _texts(subject: Subject) -> int:
+    return sum(len(data.labels) for data in subject.data.values())
 
 
 def _check_thresholds(job: EvaluateJob, problem: Problem, labels: Sequence[str]) -> None:
@@ -99,12 +127,6 @@ def _check_thresholds(job: EvaluateJob, problem: Problem, labels: Sequence[str])
         EntropyThreshold(threshold).check(
             problem=problem, num_labels=len(labels), num_layers=1, learns_to_exit=False
         )
-
-
-def _lengths(origin: TraceOrigin) -> str:
-    if origin.window_stride is None:
-        return f"texts cut to {origin.max_length} tokens"
-    return f"texts in windows of {origin.max_length} tokens that share {origin.window_stride}"
 
 
 def traced_file(job: SubjectFlags, subject: Subject | None) -> TraceFile:
@@ -133,11 +155,8 @@ def _traced(what: str, encoder: PackedEncoder, data: LabelledSequences) -> Trace
         return trace(encoder, data.tokens, windows=data.windows, on_tokens=seen)
 
 
-def _agreement(subject: Subject, file: TraceFile) -> float | None:
-    """Share of all texts that the traced precision labels at full depth as float32 does; None where answers are
-    numbers."""
-    if subject.encoder.problem is REGRESSION:
-        return None
+def _agreeing(subject: Subject, file: TraceFile) -> int:
+    """Of all texts, those that the traced precision labels at full depth as float32 does."""
     encoder = packed_encoder(subject.checkpoint.model, "float32")
     same = [
         predictions(_traced("tracing in float32", encoder, data), FULL_DEPTH)
@@ -145,7 +164,7 @@ def _agreement(subject: Subject, file: TraceFile) -> float | None:
         for name, data in subject.data.items()
     ]
     # Of many labels, all must agree.
-    return float(torch.cat([one.reshape(len(one), -1).all(dim=1) for one in same]).float().mean())
+    return sum(int(one.reshape(len(one), -1).all(dim=1).sum()) for one in same)
 
 
 def _store(model: Path, agreement: float) -> None:
@@ -170,10 +189,12 @@ def _check_origin(job: SubjectFlags, origin: TraceOrigin, subject: Subject) -> N
         ("another label order", origin.labels, given.labels),
         ("another problem type", origin.problem_type, given.problem_type),
     ]
+    if subject.data or job.max_length is not None:  # left out, it is the model's and not the trace's
+        checks.append(("another length", origin.max_length, given.max_length))
     if subject.data:
         checks += [
             ("another window stride", origin.window_stride, given.window_stride),
-            ("other data or another length", origin.data_digest, given.data_digest),
+            ("other data", origin.data_digest, given.data_digest),
             ("another task", origin.task, given.task),
         ]
     for what, theirs, ours in checks:
@@ -229,8 +250,8 @@ def _training_data(job: EvaluateJob, subject: Subject) -> LabelledSequences:
         )
     # Cut, as `train` does it: a text's label need not be that of each of its windows.
     tokenizer = TextTokenizer(subject.checkpoint.tokenizer, max_length=subject.tokenizer.max_length)
-    everything = source.training_texts(subject.labels).tokenized(tokenizer)
-    return sample(everything, job.max_train_rows, seed=job.seed)
+    drawn = sample(source.training_texts(subject.labels), job.max_train_rows, seed=job.seed)
+    return drawn.tokenized(tokenizer)
 
 
 def _recipe(job: EvaluateJob) -> Recipe:

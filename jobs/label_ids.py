@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deebert.errors import DataError
@@ -121,10 +121,8 @@ def _ids(
     ids: dict[Any, int | None] = dict(
         zip(present, label_places(tuple(map(str, present)), order), strict=True)
     )
-    if rows.class_names is None and all(i is None for i in ids.values()):
-        numbers = {label: number_of(label) for label in present}
-        if None not in numbers.values():
-            ids = {label: i if i in range(len(order)) else None for label, i in numbers.items()}
+    if rows.class_names is None and None in ids.values():
+        ids = _ids_of_numbers(ids, order)
     unknown = [label for label, i in ids.items() if i is None]
     if unknown:
         raise DataError(
@@ -132,6 +130,21 @@ def _ids(
             "name all labels with --labels, in the order of their ids"
         )
     return {label: int(i or 0) for label, i in ids.items()}, order
+
+
+def _ids_of_numbers(ids: Mapping[Any, int | None], names: tuple[str, ...]) -> dict[Any, int | None]:
+    """The same for labels that are no names as they are written: 1.0 is the label of the name 1, whatever its place.
+
+    Positions are meant only where no label is a name, and where the names are not numbers themselves.
+    """
+    numbers = {label: number_of(label) for label in ids}
+    values = [number_of(int(name) if _WHOLE.fullmatch(name) else name) for name in names]
+    places: dict[int | None, int] = {value: i for i, value in enumerate(values) if value is not None}
+    found = {label: places.get(numbers[label]) if i is None else i for label, i in ids.items()}
+    are_positions = None in values and None not in numbers.values()
+    if not are_positions or any(i is not None for i in found.values()):
+        return found
+    return {label: i if i in range(len(names)) else None for label, i in numbers.items()}
 
 
 def _found_name(source: str, label: str | int) -> str:

@@ -139,11 +139,11 @@ class LabelledSource:
         return str(tsv_path(self.glue_dir, task, split)) if self.glue_dir is not None else str(self.data)
 
 
-def sample(data: LabelledSequences, most: int | None, *, seed: int) -> LabelledSequences:
-    """At most `most` samples, drawn at random; all of them, in their order, when None."""
-    if most is None or most >= len(data):
-        return data
-    return data.take(np.random.default_rng(seed).permutation(len(data))[:most])
+def sample(texts: LabelledTexts, most: int | None, *, seed: int) -> LabelledTexts:
+    """At most `most` rows, drawn at random; all of them, in their order, when None."""
+    if most is None or most >= len(texts):
+        return texts
+    return texts.take(np.random.default_rng(seed).permutation(len(texts))[:most].tolist())
 
 
 def _load_task(task: GlueTask, source: str, split: str, names: tuple[str, ...] | None) -> LabelledTexts:

@@ -63,7 +63,9 @@ SPEARMAN = _correlation("Spearman", spearmanr)
 def _f1_over(average: str) -> NamedMetric:
     def compute(labels: Tensor, predictions: Tensor) -> float:
         theirs, ours = labels.bool().numpy(), predictions.bool().numpy()
-        return float(f1_score(theirs, ours, average=average, zero_division=0.0))
+        # To scikit-learn a single column is two classes, over which the micro average is accuracy.
+        over = average if theirs.shape[1] > 1 else "binary"
+        return float(f1_score(theirs, ours, average=over, zero_division=0.0))
 
     return NamedMetric(name=f"{average} F1", compute=compute)
 

@@ -277,7 +277,7 @@ class _Study:
 
         job = self._job
         like = load_checkpoint(str(self._model(variant.like, seed)))
-        data = sample(_tokenized(like, self._kept), job.max_rows, seed=seed)
+        data = _tokenized(like, sample(self._kept, job.max_rows, seed=seed))
         record = StaticRecord(depth=variant.depth, style="first", recipe={"backbone": job.backbone})
         budget = BackboneStage(epochs=job.epochs, batch_size=job.batch_size, learning_rate=job.learning_rate)
         recipe = Recipe(

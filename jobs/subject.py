@@ -18,6 +18,7 @@ from deebert.evaluation import LabelledSequences
 from deebert.modeling import DeeBertForSequenceClassification
 from deebert.precision import DTYPES, Precision, resolve_precision
 from deebert.problem import Problem
+from jobs.label_ids import label_places
 from jobs.labelled import LabelledSource
 from jobs.traces import TraceOrigin, data_digest
 from pipeline.errors import UsageError
@@ -51,8 +52,7 @@ def load_subject(flags: SubjectFlags, model: str) -> Subject:
     """
     checkpoint = load_checkpoint(model)
     labels = flags.labels or checkpoint.labels
-    if len(labels) != len(checkpoint.labels):
-        raise UsageError(f"--labels names {len(labels)} labels but the model has {len(checkpoint.labels)}")
+    _check_labels(labels, checkpoint)
     tokenizer = TextTokenizer(
         checkpoint.tokenizer,
         max_length=resolve_max_length(flags.max_length, None, checkpoint),
@@ -71,6 +71,19 @@ def load_subject(flags: SubjectFlags, model: str) -> Subject:
         task=task.name if task else None,
         data={name: one.tokenized(tokenizer) for name, one in texts.items()},
     )
+
+
+def _check_labels(labels: tuple[str, ...], checkpoint: Checkpoint) -> None:
+    """The model's labels may be called by other names, but none of them by that of another one."""
+    own = checkpoint.labels
+    if len(labels) != len(own):
+        raise UsageError(f"--labels names {len(labels)} labels but the model has {len(own)}")
+    for i, place in enumerate(label_places(labels, own)):
+        if place not in (None, i):
+            raise UsageError(
+                f"--labels gives {labels[i]!r} the id {i}, and the model {checkpoint.path!r} knows it by {place}: "
+                f"leave --labels out, or name the labels in the model's order, {','.join(own)}"
+            )
 
 
 def packed_encoder(model: DeeBertForSequenceClassification, precision: Precision) -> PackedEncoder:
@@ -106,11 +119,5 @@ def origin_of(subject: Subject) -> TraceOrigin:
         precision=subject.precision,
         max_length=subject.tokenizer.max_length,
         window_stride=subject.tokenizer.window_stride,
-        shape=ModelShape(
-            num_layers=config.num_hidden_layers,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_labels=len(subject.labels),
-            off_ramp_pooling=config.off_ramp_pooling,
-        ),
+        shape=ModelShape.of(config),
     )

@@ -12,7 +12,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,14 @@ class TraceOrigin:
     window_stride: int | None = None
     """None: longer texts were cut."""
 
+    @property
+    def read_as(self) -> str:
+        """One line on precision and length, without which no share of answers says much."""
+        if self.window_stride is None:
+            return f"{self.precision}, texts cut to {self.max_length} tokens"
+        windows = f"windows of {self.max_length} tokens that share {self.window_stride}"
+        return f"{self.precision}, texts in {windows}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class StaticRecord:
@@ -98,6 +107,8 @@ class TraceFile:
     """By set; empty where nothing was measured."""
     statics: tuple[StaticRecord, ...] = ()
     """Baselines whose predictions are here."""
+    agreeing: int | None = None
+    """Texts of all sets that float32 labels at full depth as the traced precision does; None where it was not run."""
 
 
 def traced_policies(
@@ -135,6 +146,7 @@ def write_traces(path: Path, file: TraceFile) -> None:
         "origin": dataclasses.asdict(file.origin),
         "timings": {name: [dataclasses.asdict(t) for t in timings] for name, timings in file.timings.items()},
         "statics": [dataclasses.asdict(record) for record in file.statics],
+        "agreeing": file.agreeing,
     }
     unfinished = path.with_name(path.name + ".unfinished")
     try:
@@ -151,16 +163,37 @@ def read_traces(path: Path) -> TraceFile:
     Raises:
         DataError: the file is not a trace.
     """
-    try:
+    with _refusing_others(path):
         return _parse(pq.read_table(path))
+
+
+def read_origin(path: Path) -> TraceOrigin:
+    """Of what a trace is, of which nothing else is read.
+
+    Raises:
+        DataError: the file is not a trace.
+    """
+    with _refusing_others(path):
+        return _origin(_document(pq.read_schema(path))["origin"])
+
+
+@contextmanager
+def _refusing_others(path: Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, pa.ArrowInvalid, KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(
             f"{str(path)!r} is not a trace of `deebert evaluate`: remove it or name another"
         ) from error
 
 
+def _document(schema: pa.Schema) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads((schema.metadata or {})[_KEY])
+    return document
+
+
 def _parse(table: pa.Table) -> TraceFile:
-    document = json.loads((table.schema.metadata or {})[_KEY])
+    document = _document(table.schema)
     names = np.asarray(table["set"].cast(pa.string()).to_pylist(), dtype=object)
     statics = tuple(StaticRecord(**record) for record in document["statics"])
     origin = _origin(document["origin"])
@@ -172,6 +205,7 @@ def _parse(table: pa.Table) -> TraceFile:
         },
         timings={name: tuple(map(_timing, all_)) for name, all_ in document["timings"].items()},
         statics=statics,
+        agreeing=document.get("agreeing"),
     )
 
 

@@ -359,8 +359,9 @@ def _load(
     check_fit(start, texts)
     length = resolved_length(job, start)
     start.model.config.max_seq_length = length
-    data = texts.tokenized(TextTokenizer(start.tokenizer, max_length=length))
-    return start.model, start.tokenizer, sample(data, job.max_rows, seed=job.seed)
+    drawn = sample(texts, job.max_rows, seed=job.seed)
+    data = drawn.tokenized(TextTokenizer(start.tokenizer, max_length=length))
+    return start.model, start.tokenizer, data
 
 
 def _source(job: TrainJob, start: Checkpoint | None) -> LabelledSource:

@@ -142,9 +142,9 @@ def _with_tokenizer(name: str, model: DeeBertForSequenceClassification) -> Check
 
 @contextmanager
 def _refusing_unreadable(what: str, name: str) -> Iterator[None]:
+    from deebert.weights import UNREADABLE, reason
+
     try:
         yield
-    except (OSError, ValueError) as error:
-        from deebert.weights import reason
-
+    except UNREADABLE as error:
         raise UsageError(f"cannot load the {what} {name!r}: {reason(error)}") from error

@@ -49,7 +49,7 @@ class Entry:
 
 def run(workload: Workload, settings: BenchSettings) -> dict[str, Any]:
     """Time every contender; JSON-ready."""
-    skipped: dict[str, str] = {}
+    skipped = dict(_left_out(workload, settings))
     with tempfile.TemporaryDirectory() as folder:
         entries = {**_rivals(workload, settings, Path(folder), skipped), **_ours(workload, settings)}
         products = roofline.products(
@@ -200,12 +200,24 @@ def _ways_to_run(
     policies: dict[str, Callable[[], ExitPolicy]] = {}
     if any(settings.policy.can_fire(layer) for layer in range(depth)):
         policies["own"] = lambda: settings.policy
-    for mean in settings.mean_exit_layers:
-        scaled = mean * depth / _DEPTH
-        policies[f"mean {scaled:g}"] = _scripted(shares_with_mean(scaled, depth))
+    for scaled in _scaled_means(workload, settings):
+        if scaled > 1:
+            policies[f"mean {scaled:g}"] = _scripted(shares_with_mean(scaled, depth))
     for profile, make_policy in policies.items():
         yield f"ours, {profile}, regrouping", REGROUPING, profile, make_policy
         yield f"ours, {profile}, shrinking", SHRINKING, profile, make_policy
+
+
+def _scaled_means(workload: Workload, settings: BenchSettings) -> list[float]:
+    return [mean * workload.shape.num_layers / _DEPTH for mean in settings.mean_exit_layers]
+
+
+def _left_out(workload: Workload, settings: BenchSettings) -> Iterator[tuple[str, str]]:
+    """Scripted profiles of so shallow a model that all would leave after its first layer, or before; and why."""
+    for scaled in _scaled_means(workload, settings):
+        if scaled <= 1:
+            depth = workload.shape.num_layers
+            yield f"ours, mean {scaled:g}", f"no profile of {depth} layers has this mean exit layer"
 
 
 def _scripted(shares: Shares) -> Callable[[], ExitPolicy]:

@@ -107,7 +107,7 @@ class RayDataJob:
             fn_constructor_kwargs={
                 "model": self.model,
                 "device": self.settings.device,
-                "precision": self.settings.precision,
+                "precision": self.settings.float_precision,
                 "batch_size": self.settings.batch_size,
                 "max_length": self.max_length,
                 "threads": self.threads,

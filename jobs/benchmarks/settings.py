@@ -48,7 +48,7 @@ class BenchSettings:
 
     @property
     def float_precision(self) -> Precision:
-        """What transformers computes in beside us: ours, or what we compute in beside int8."""
+        """What transformers, and training, compute in beside us: ours, or what we compute in beside int8."""
         if self.precision != "int8":
             return self.precision
         return next(name for name, dtype in DTYPES.items() if dtype == beside_int8())

@@ -69,7 +69,7 @@ def _contenders(workload: Workload, settings: BenchSettings) -> dict[str, Callab
     data = LabelledSequences(tokens=workload.tokens, labels=labels)
     recipe = Recipe(
         stage_1=BackboneStage(epochs=1, batch_size=settings.batch_size, learning_rate=5e-5),
-        precision=settings.precision,
+        precision=settings.float_precision,
         checkpoint_steps=1 << 30,
     )
     return {
@@ -111,8 +111,8 @@ class _Plain:
                 output_dir=work,
                 num_train_epochs=1,
                 per_device_train_batch_size=self.settings.batch_size,
-                bf16=self.settings.precision == "bfloat16",
-                fp16=self.settings.precision == "float16",
+                bf16=self.settings.float_precision == "bfloat16",
+                fp16=self.settings.float_precision == "float16",
                 use_cpu=self.settings.device == "cpu",
                 save_strategy="no",
                 report_to="none",

@@ -55,14 +55,7 @@ class Workload:
     @property
     def shape(self) -> ModelShape:
         """What decides the model's FLOPs."""
-        config = self.checkpoint.model.config
-        return ModelShape(
-            num_layers=config.num_hidden_layers,
-            hidden_size=config.hidden_size,
-            intermediate_size=int(config.backbone_config.intermediate_size),
-            num_labels=len(self.checkpoint.labels),
-            off_ramp_pooling=config.off_ramp_pooling,
-        )
+        return ModelShape.of(self.checkpoint.model.config)
 
     def describe(self) -> dict[str, Any]:
         """JSON-ready."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,11 @@ def test_classify_answers_every_row_and_its_memory_is_seen_from_outside(
     assert peak.driver > 100 * 2**20
 
 
-def test_ray_data_answers_every_row(work: Workload, shared: dict[str, Any], tmp_path: Path) -> None:
+def test_ray_data_answers_every_row_beside_int8_in_what_transformers_computes_in(
+    work: Workload, shared: dict[str, Any], tmp_path: Path
+) -> None:
     model = ray_jobs.save_plain(work.checkpoint, tmp_path / "plain")
+    shared["settings"] = replace(shared["settings"], precision="int8")
     job = RayDataJob(model=model, replicas=1, threads=1, num_cpus=1.0, **shared)
 
     assert job() == 60

@@ -29,7 +29,7 @@ from pipeline.config import Replicas
 from pipeline.engine import Exits
 from pipeline.engine.batch import SampleBatch
 from pipeline.engine.runner import Runner, Step
-from tests.conftest import make_model
+from tests.conftest import make_model, make_tokenizer
 
 
 class TestStatistics:
@@ -390,8 +390,45 @@ class TestCommand:
         assert rows["ours, own, regrouping @256"]["work"]["mean_exit_layer"] < 5
         assert result["workload"]["weights"] == "trained"
 
-    def test_what_training_costs(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        words = ["--quick", "--threads", "1", "--precision", "float32", "--device", "cpu"]
+    def test_distilbert_is_measured_like_any_other(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        make_model("distilbert").save_pretrained(tmp_path / "model")
+        make_tokenizer().save_pretrained(tmp_path / "model")
+        (tmp_path / "texts.txt").write_text("the film was good\n" * 8)
+        words = ["--quick", "--threads", "1", "--precision", "float32", "--rivals", "none", "--device", "cpu"]
+        where = ["--model", str(tmp_path / "model"), "--texts", str(tmp_path / "texts.txt")]
+
+        assert main(["bench", *words, *where, "--output", str(tmp_path)]) == 0
+
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["workload"]["intermediate_size"] == 48
+
+    def test_a_mean_that_a_shallow_model_cannot_have_is_left_out(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        words = ["--quick", "--threads", "1", "--precision", "float32", "--rivals", "none", "--device", "cpu"]
+
+        assert main(["bench", *words, "--mean-exit-layers", "3,9", "--output", str(tmp_path)]) == 0
+
+        out = capsys.readouterr().out
+        rows = json.loads(out.splitlines()[-1])["suites"]["engine"]["contenders"]
+        assert [row["profile"] for row in rows] == [None, "nobody", "mean 3", "mean 3"]
+        assert "left out: ours, mean 1 (no profile of 4 layers has this mean exit layer)\n" in out
+
+    @pytest.mark.parametrize(
+        "precision",
+        [
+            "float32",
+            pytest.param(
+                "int8",
+                marks=pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="needs a CPU with VNNI"),
+            ),
+        ],
+    )
+    def test_what_training_costs(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], precision: str
+    ) -> None:
+        words = ["--quick", "--threads", "1", "--precision", precision, "--device", "cpu"]
 
         assert main(["bench", *words, "--suite", "training", "--output", str(tmp_path)]) == 0
 

@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from deebert.checkpoint import load_checkpoint, weights_digest
+from deebert.checkpoint import load_checkpoint, store_int8_agreement, weights_digest
 from deebert.exit_policy import EntropyThreshold
+from deebert.precision import resolve_precision
 from jobs.cli import main
 from pipeline.config import ClassifyConfig
 from pipeline.planning import make_plan
+from tests.conftest import make_model, make_tokenizer
 
 Refusal = Callable[..., str]
 TEXTS = [f"the film is {word} and {other}" for word in ("good", "bad", "dull") for other in "abcdefghijklm"]
@@ -126,6 +128,49 @@ def test_the_bound_that_was_asked_for_is_stated_and_no_other(
 
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in lines if "95 % confidence" in line] == [bounded]
+
+
+def test_of_numbers_it_is_not_said_how_many_are_full_depths(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "model"
+    make_model(num_labels=1, problem_type="regression", learns_to_exit=True).save_pretrained(model)
+    make_tokenizer().save_pretrained(model)
+    (tmp_path / "data.csv").write_text("text,label\n" + "".join(f"{t},{i}\n" for i, t in enumerate(TEXTS)))
+    words = ["--model", str(model), "--data", str(tmp_path / "data.csv"), "--speed-up", "1.01"]
+
+    assert main(["calibrate", *words]) == 0
+
+    said = capsys.readouterr().out
+    assert "other answers" not in said
+    assert f"% on {len(TEXTS)} texts; " in said
+
+
+def test_a_bound_is_of_what_classify_chooses_by_itself(
+    model: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store_int8_agreement(model, 1.0)
+    precision = resolve_precision("auto", int8_agreement=1.0)
+
+    assert main(["calibrate", "--model", str(model), "--data", str(data), "--max-disagreement", "0.2"]) == 0
+
+    said = f"less than 20 % (95 % confidence; {precision}, texts cut to 64 tokens)\n"
+    assert said in capsys.readouterr().out
+
+
+def test_a_bound_from_a_trace_is_of_the_traces_precision_and_windows(
+    model: Path, data: Path, tmp_path: Path, refusal: Refusal, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--model", str(model), "--data", str(data), "--trace", str(tmp_path / "t.parquet")]
+    words += ["--max-length", "32", "--window-stride", "4"]
+    assert main(["evaluate", *words, "--precision", "bfloat16", "--timing-rows", "0"]) == 0
+
+    assert main(["calibrate", *words, "--max-disagreement", "0.2"]) == 0
+
+    said = "(95 % confidence; bfloat16, texts in windows of 32 tokens that share 4)\n"
+    assert said in capsys.readouterr().out
+    asked = refusal(*words, "--max-disagreement", "0.2", "--precision", "float32")
+    assert "is of another precision (bfloat16, not float32)" in asked
 
 
 def test_no_bound_that_the_texts_cannot_show(model: Path, data: Path, refusal: Refusal) -> None:

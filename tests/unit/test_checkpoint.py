@@ -173,6 +173,26 @@ class TestRefusals:
             f"cannot load the model '{folder}': Validation error for field 'hidden_size': TypeError: "
         )
 
+    @pytest.mark.parametrize(
+        "names", [["a", "b", "c"], 5, {"a": "a", "b": "b", "c": "c"}, {"1": "a", "2": "b", "3": "c"}]
+    )
+    def test_labels_that_are_not_named_by_their_ids(self, folder: Path, names: object) -> None:
+        edit_config(folder, id2label=names)
+
+        with pytest.raises(CheckpointError) as caught:
+            load_checkpoint(str(folder))
+        assert str(caught.value) == (
+            f"cannot load the model '{folder}': id2label is {names}: give the name of each label by its id, from 0 on"
+        )
+
+    def test_an_activation_that_there_is_not(self, folder: Path) -> None:
+        document = json.loads((folder / "config.json").read_text())
+        edit_config(folder, backbone_config={**document["backbone_config"], "hidden_act": "gelu_newer"})
+
+        with pytest.raises(CheckpointError) as caught:
+            load_checkpoint(str(folder))
+        assert str(caught.value) == f"cannot load the model '{folder}': there is no 'gelu_newer'"
+
     @pytest.mark.parametrize("content", ["", "{", '{"version": "1.0"}'])
     def test_a_tokenizer_that_cannot_be_read(self, folder: Path, content: str) -> None:
         (folder / "tokenizer.json").write_text(content)

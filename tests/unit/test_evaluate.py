@@ -16,6 +16,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 from PIL import Image
+from scipy.stats import binomtest
 from sklearn.metrics import f1_score
 from transformers import BertModel, PreTrainedTokenizerFast
 
@@ -236,6 +237,21 @@ def test_a_second_evaluation_from_the_trace_is_identical(
             run("--model", pair_model, *data, *common, *other)
 
 
+def test_another_precision_is_held_to_float32_once(
+    pair_model: Path, glue: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    traced = ("--trace", tmp_path / "t.parquet", "--timing-rows", 0)
+    data = ("--model", pair_model, "--glue-dir", glue, "--task", "mrpc", "--precision", "bfloat16")
+    first = run(*data, *traced)
+    assert "% of the labels at full depth are float32's, of 60 texts" in first
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("the model was run")
+
+    monkeypatch.setattr(evaluation, "trace", refuse)
+    assert run(*data, *traced) == run(*traced) == first
+
+
 def test_a_trace_of_something_else_is_refused(
     pair_model: Path, saved_model: Path, glue: Path, run: Run, refusal: Run, tmp_path: Path
 ) -> None:
@@ -249,9 +265,24 @@ def test_a_trace_of_something_else_is_refused(
     assert "of another precision (float32, not bfloat16)" in refusal(
         "--model", pair_model, *kept, "--precision", "bfloat16"
     )
-    assert "of other data or another length" in refusal(
-        "--model", pair_model, *data, *kept, "--max-length", 8
+    for length in (8, 60):  # texts of 60 tokens there are none
+        for words in (data, ()):
+            said = refusal("--model", pair_model, *words, *kept, "--max-length", length)
+            assert f"is of another length (64, not {length})" in said
+    run(
+        "--model",
+        pair_model,
+        *data,
+        "--trace",
+        tmp_path / "short.parquet",
+        "--timing-rows",
+        0,
+        "--max-length",
+        60,
     )
+    short = ("--model", pair_model, "--trace", tmp_path / "short.parquet", "--timing-rows", 0)
+    assert "texts cut to 60 tokens" in run(*short)
+    assert "is of another length (60, not 64)" in refusal(*short, *data)
 
 
 def test_long_texts_in_windows_are_scored_by_their_means(
@@ -313,23 +344,16 @@ def test_both_sets_of_mnli_are_reported(
     assert "but the model has negative, neutral, positive: name the model's labels" in refusal(*data)
 
     out = run(*data, *swapped, "--output", tmp_path / "swapped", "--timing-rows", 0)
-    run(
-        *data,
-        "--labels",
-        "contradiction,entailment,neutral",
-        "--output",
-        tmp_path / "straight",
-        "--timing-rows",
-        0,
-    )
+    turned = ("--labels", "entailment,neutral,contradiction")
+    run(*data, *turned, "--output", tmp_path / "turned", "--timing-rows", 0)
 
     assert "Each off-ramp alone (matched)" in out
     assert "Each off-ramp alone (mismatched)" in out
     names = {path.name for path in (tmp_path / "swapped").iterdir()}
     assert {"matched_thresholds.csv", "mismatched_thresholds.csv", "matched_exit_layers.png"} <= names
     assert accuracy(tmp_path / "swapped") == expected_mnli_accuracy(saved_model, [0, 2, 1])
-    assert accuracy(tmp_path / "straight") == expected_mnli_accuracy(saved_model, [0, 1, 2])
-    assert accuracy(tmp_path / "swapped") != accuracy(tmp_path / "straight")
+    assert accuracy(tmp_path / "turned") == expected_mnli_accuracy(saved_model, [2, 0, 1])
+    assert accuracy(tmp_path / "swapped") != accuracy(tmp_path / "turned")
 
 
 def accuracy(folder: Path) -> list[str]:
@@ -547,6 +571,22 @@ class TestFlags:
         words = ("--model", pair_model, "--data", "d.csv", "--labels", "a,b,c")
         assert refusal(*words) == "--labels names 3 labels but the model has 2"
 
+    @pytest.mark.parametrize(
+        ("given", "name", "id_", "own"),
+        [
+            ("Not_equivalent,Equivalent", "Not_equivalent", 0, 1),
+            ("not_equivalent,same", "not_equivalent", 0, 1),
+        ],
+    )
+    def test_a_label_that_the_model_has_keeps_its_id(
+        self, refusal: Run, pair_model: Path, given: str, name: str, id_: int, own: int
+    ) -> None:
+        words = ("--model", pair_model, "--data", "d.csv", "--labels", given)
+        assert refusal(*words) == (
+            f"--labels gives {name!r} the id {id_}, and the model {str(pair_model)!r} knows it by {own}: leave "
+            "--labels out, or name the labels in the model's order, Equivalent,Not_equivalent"
+        )
+
     def test_files_of_ones_own_work_as_before(self, saved_model: Path, run: Run, tmp_path: Path) -> None:
         data = tmp_path / "data.csv"
         data.write_text("body,mood\ngood film,positive\nbad film,negative\nfilm,neutral\n")
@@ -623,14 +663,21 @@ class TestInt8:
     def model(self, pair_model: Path, tmp_path: Path) -> Path:
         return Path(shutil.copytree(pair_model, tmp_path / "model"))
 
+    def labelled(self, folder: Path, count: int) -> Path:
+        rows = zip(texts(count, 1), labels(count, 2), strict=True)
+        (folder / "data.csv").write_text(
+            "text,label\n" + "".join(f"{text},{label}\n" for text, label in rows)
+        )
+        return folder / "data.csv"
+
     @pytest.fixture
     def with_vnni(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
 
     @pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="needs a CPU with VNNI")
-    def test_what_is_measured_is_said_and_stored(self, model: Path, glue: Path, run: Run) -> None:
+    def test_what_is_measured_is_said_and_stored(self, model: Path, tmp_path: Path, run: Run) -> None:
         before = weights_digest(load_checkpoint(str(model)).model)
-        words = ("--model", model, "--glue-dir", glue, "--task", "mrpc", "--timing-rows", 0)
+        words = ("--model", model, "--data", self.labelled(tmp_path, 598), "--timing-rows", 0)
 
         out = run(*words, "--precision", "int8", "--store-agreement")
 
@@ -641,8 +688,23 @@ class TestInt8:
         assert out.startswith(
             f"int8, texts cut to 64 tokens; {100 * share:.2f} % of the labels at full depth "
         )
+        said = re.search(r"are float32's, of 598 texts \((\S+) to (\S+) % with 95 % confidence\)", out)
+        assert said is not None
+        interval = binomtest(round(598 * share), 598).proportion_ci(0.95, "exact")
+        assert [float(bound) / 100 for bound in said.groups()] == pytest.approx(interval, abs=6e-5)
         assert weights_digest(checkpoint.model) == before
         assert "float32's" not in run(*words, "--precision", "float32").splitlines()[0]
+
+    @pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="needs a CPU with VNNI")
+    def test_too_few_texts_to_show_it_store_nothing(self, model: Path, tmp_path: Path, refusal: Run) -> None:
+        config = (model / "config.json").read_bytes()
+        words = ("--model", model, "--precision", "int8", "--store-agreement")
+
+        assert refusal(*words, "--data", self.labelled(tmp_path, 597)) == (
+            "597 texts cannot show that int8 keeps 99.5 % of the labels: give at least 598, or leave "
+            "--store-agreement out"
+        )
+        assert (model / "config.json").read_bytes() == config
 
     @pytest.mark.usefixtures("with_vnni")
     @pytest.mark.parametrize(("share", "is_int8"), [(0.9951, True), (0.9949, False)])

@@ -39,6 +39,7 @@ def test_a_plan_knows_the_models_shape(folder: Path) -> None:
 
     assert (model.num_layers, model.hidden_size, model.intermediate_size) == (5, 32, 48)
     shape = ModelShape(num_layers=5, hidden_size=32, intermediate_size=model.intermediate_size, num_labels=3)
+    assert ModelShape.of(load_checkpoint(str(folder)).model.config) == shape
     assert shape.layer_flops(tokens=1, squared_tokens=1) == 2 * (4 * 32 * 32 + 2 * 32 * 48) + 4 * 32
 
 

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 
 from deebert.errors import DataError
 from jobs import cli
 from jobs.glue import TASKS, Columns, find_task, task_of_hub_id
-from jobs.labelled import LabelledSource, LabelledTexts
+from jobs.labelled import LabelledSource, LabelledTexts, sample
 from pipeline.errors import UsageError
 
 PLAIN = Columns(text="text", label="label")
@@ -308,6 +309,40 @@ class TestOtherData:
 
         assert self.load(tmp_path / "a.csv").names == ("1", "2", "3", "4")
         assert self.load(tmp_path / "a.csv", names=("1", "2", "3", "4")).labels == (3, 0, 2, 1)
+
+    @pytest.mark.parametrize(
+        ("labels", "names", "ids"),
+        [
+            (("1.0", "2.0"), ("1", "2", "3"), (0, 1)),
+            (("0.0", "1.0"), ("-1", "0", "1"), (1, 2)),
+            (("1", "2.0"), ("1", "2", "3"), (0, 1)),
+            (("1", "2"), ("1.0", "2.0", "3.0"), (0, 1)),
+            (("2.0", "b"), ("2", "b"), (0, 1)),
+        ],
+    )
+    def test_a_column_with_gaps_has_the_labels_that_it_would_have_without(
+        self, tmp_path: Path, labels: tuple[str, ...], names: tuple[str, ...], ids: tuple[int, ...]
+    ) -> None:
+        write(tmp_path, "a.csv", "text,label", *(f"x,{label}" for label in labels))
+
+        assert self.load(tmp_path / "a.csv", names=names).labels == ids
+
+    def test_numbers_are_no_positions_among_names_that_are_numbers(self, tmp_path: Path) -> None:
+        write(tmp_path, "a.csv", "text,label", "x,0.0", "y,0.0")
+
+        with pytest.raises(DataError, match=r"label '0\.0', which is not among 1, 2"):
+            self.load(tmp_path / "a.csv", names=("1", "2"))
+
+    def test_a_sample_is_drawn_before_any_text_becomes_tokens(self, tmp_path: Path) -> None:
+        write(tmp_path, "a.csv", "text,label", *(f"text {i},{'ab'[i % 2]}" for i in range(9)))
+        texts = self.load(tmp_path / "a.csv")
+        rows = np.random.default_rng(7).permutation(9)[:4]
+
+        drawn = sample(texts, 4, seed=7)
+
+        assert drawn.texts == tuple(f"text {i}" for i in rows)
+        assert drawn.labels == tuple(i % 2 for i in rows)
+        assert sample(texts, 9, seed=7) is sample(texts, None, seed=7) is texts
 
     @pytest.mark.parametrize("ending", ["csv", "tsv"])
     def test_values_are_texts_as_they_stand(self, tmp_path: Path, ending: str) -> None:

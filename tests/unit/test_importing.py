@@ -197,6 +197,16 @@ class TestLabels:
         assert "has 2 outputs, but its config.json names 3 (a, b, c)" in refusal(source)
         assert import_checkpoint(str(source), labels=("x", "y")).labels == ("x", "y")
 
+    @pytest.mark.parametrize("names", [["a", "b"], 5, {"zero": "a", "one": "b"}, {"1": "a", "2": "b"}])
+    def test_that_are_not_named_by_their_ids_are_refused(self, tmp_path: Path, names: object) -> None:
+        source = make_original().save(tmp_path / "theirs", id2label=names)
+
+        assert refusal(source) == (
+            f"cannot read the labels in the config.json of '{source}': id2label is {names}: give the name of each "
+            "label by its id, from 0 on"
+        )
+        assert import_checkpoint(str(source), labels=("x", "y")).labels == ("x", "y")
+
     def test_a_regression_is_refused(self, tmp_path: Path) -> None:
         source = make_original(num_labels=1).save(tmp_path / "theirs")
 
@@ -357,7 +367,13 @@ class TestIncompleteCheckpoints:
         )
 
     @pytest.mark.parametrize(
-        "fields", [{"num_attention_heads": 5}, {"hidden_size": "wide"}, {"num_hidden_layers": None}]
+        "fields",
+        [
+            {"num_attention_heads": 5},
+            {"hidden_size": "wide"},
+            {"num_hidden_layers": None},
+            {"hidden_act": "gelu_newer"},
+        ],
     )
     def test_a_configuration_that_describes_no_model(self, source: Path, fields: dict[str, Any]) -> None:
         document = json.loads((source / "config.json").read_text())

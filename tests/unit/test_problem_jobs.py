@@ -184,6 +184,18 @@ class TestMetrics:
         assert macro.compute(labels, predictions) == pytest.approx((1 + 0) / 2)
         assert exact.compute(labels, predictions) == pytest.approx(1 / 3)
 
+    def test_a_single_label_that_holds_or_not_by_hand(self) -> None:
+        labels = torch.tensor([[1.0], [1.0], [0.0], [0.0], [0.0]])
+        predictions = torch.tensor([[True], [False], [False], [False], [False]])
+        micro, macro, exact = metrics_of(None, ("urgent",), MULTI_LABEL)
+
+        # One is found and one missed; what is rightly left out does not count.
+        assert micro.compute(labels, predictions) == pytest.approx(2 / (2 + 1))
+        assert macro.compute(labels, predictions) == pytest.approx(2 / (2 + 1))
+        assert exact.compute(labels, predictions) == pytest.approx(4 / 5)
+        assert micro.compute(labels, predictions & False) == 0.0
+        assert micro.compute(labels * 0, predictions & False) == 0.0
+
     def test_names(self) -> None:
         assert [m.name for m in metrics_of(find_task("sts-b"), (), REGRESSION)] == ["Pearson", "Spearman"]
 

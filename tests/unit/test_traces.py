@@ -63,6 +63,7 @@ FILE = TraceFile(
     sets={"matched": traced(0, 7), "mismatched": traced(1, 4)},
     timings={"matched": (TIMING,)},
     statics=(STATIC,),
+    agreeing=5,
 )
 
 
@@ -73,6 +74,7 @@ def test_a_trace_comes_back_bit_for_bit(tmp_path: Path) -> None:
     assert back.origin == ORIGIN
     assert back.timings == FILE.timings
     assert back.statics == (STATIC,)
+    assert back.agreeing == 5
     assert list(back.sets) == ["matched", "mismatched"]
     for name, before in FILE.sets.items():
         after = back.sets[name]
@@ -109,12 +111,13 @@ def test_a_trace_of_windows_comes_back_as_texts(tmp_path: Path) -> None:
         assert after.static_predictions[STATIC.name].tolist() == [1, 0, 1]
 
 
-def test_a_trace_from_before_there_were_windows_is_read(tmp_path: Path) -> None:
+def test_a_trace_from_before_there_were_windows_and_counts_of_labels_is_read(tmp_path: Path) -> None:
     path = tmp_path / "t.parquet"
     write_traces(path, FILE)
     table = pq.read_table(path)
     document = json.loads(table.schema.metadata[b"deebert.trace"])
     del document["origin"]["window_stride"]
+    del document["agreeing"]
     pq.write_table(table.replace_schema_metadata({b"deebert.trace": json.dumps(document)}), path)
 
     assert read_traces(path).origin == ORIGIN

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -607,6 +608,18 @@ def test_one_label_in_every_row_is_a_wrong_column(
         "the data has the label 'film' in every row, which leaves nothing to tell apart: check --label-column, or "
         "name all labels with --labels"
     )
+
+
+@pytest.mark.parametrize("fields", [{"id2label": ["a", "b"]}, {"hidden_act": "gelu_newer"}])
+def test_a_backbone_whose_configuration_is_broken(
+    backbone_words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], fields: dict[str, Any]
+) -> None:
+    config = tmp_path / "backbone" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **fields}))
+
+    said = refusal(capsys, *backbone_words)
+
+    assert re.match(rf"cannot load the (backbone|model) '{tmp_path / 'backbone'}': ", said)
 
 
 class TestTokenizersOfBackbones:
