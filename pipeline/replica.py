@@ -115,6 +115,9 @@ class Replica:
 
     def __init__(self, spec: ReplicaSpec) -> None:
         torch.set_num_threads(spec.threads)
+        # The tokenizer makes its pool when it is first used, and with a thread for each core of the node: replicas
+        # that share the node would start the square of its cores.
+        os.environ.setdefault("RAYON_NUM_THREADS", str(spec.threads))
         model: ServedModel = ray.get(spec.model)
         # Resolved by the driver, for its own machine: this one may lack what that takes.
         precision = resolve_precision(spec.identity.precision, has_gpu=spec.device == "cuda")
