@@ -156,6 +156,16 @@ def test_parts_are_listed_not_visited(store: Store, saved_model: Path) -> None:
     assert len(made) < 40, made
 
 
+def test_a_pattern_costs_a_listing_and_not_requests_for_each_file(store: Store) -> None:
+    put_corpus(store, files=20, rows=1)
+    store.files.pipe_file("bucket/in/more.parquet/a.parquet", b"in a folder of that name")
+    whole_folder = discover(["s3://bucket/in"])
+    before = len(store.requests())
+    assert discover(["s3://bucket/in/*.parquet"]) == whole_folder
+    assert len(store.requests()) - before < 10
+    assert len(whole_folder) == 21
+
+
 @pytest.mark.parametrize("kind", ["parquet", "jsonl", "csv"])
 def test_reads_fetch_little_more_than_they_need(
     store: Store, kind: str, monkeypatch: pytest.MonkeyPatch
