@@ -183,8 +183,16 @@ class Output:
         Raises:
             OutputError: there may be one, but it cannot be read.
         """
+        return self._read(name)
+
+    def _has_content(self, name: str) -> bool:
+        # One request: `exists` also looks for a folder of that name. And no removal of what may not be there, which
+        # leaves a mark in a bucket that keeps versions.
+        return bool(self._read(name, start=0, end=1))
+
+    def _read(self, name: str, **span: int) -> bytes | None:
         try:
-            return bytes(self._fs.cat_file(self._at(name)))
+            return bytes(self._fs.cat_file(self._at(name), **span))
         except (FileNotFoundError, NotADirectoryError):
             return None
         except Exception as error:  # not only OSError: each store has errors of its own
@@ -203,8 +211,8 @@ class Output:
         name = _letters_of(part)
         if lines:
             self.write(name, lines)
-        elif self._fs.exists(self._at(name)):
-            self._fs.rm(self._at(name))
+        elif self._has_content(name):
+            self.remove([name])
 
     def parts(self) -> set[str]:
         """Names of the parts that exist: one listing, no file is opened."""

@@ -29,7 +29,8 @@ from tests.faults.harness import DEADLINE_SECONDS, wait_until
 from tests.integration.conftest import sentences
 
 START_SECONDS = 180.0
-_REQUEST = re.compile(r'"(GET|HEAD|PUT|POST|DELETE) (\S+) HTTP')
+# What it does not find is logged in colour.
+_REQUEST = re.compile(r'"(?:\x1b\[[\d;]*m)*(GET|HEAD|PUT|POST|DELETE) (\S+) HTTP')
 
 
 class Store:
@@ -204,6 +205,16 @@ def test_reads_fetch_little_more_than_they_need(
     )
     assert sum(len(batch.rows) for batch in batches) == 4_000
     assert sum(fetched) < 2.5e6, "of 4,000 rows of 200 bytes"
+
+
+def test_a_shard_without_bad_rows_asks_once_for_those_of_an_earlier_try(store: Store) -> None:
+    output = Output("s3://bucket/out")
+    output.write_dead_letters("part-1.parquet", [{"row": 1}])
+    before = len(store.requests())
+    output.write_dead_letters("part-0.parquet", [])
+    assert [method for method, _ in store.requests()[before:]] == ["GET"]
+    output.write_dead_letters("part-1.parquet", [])
+    assert not store.files.exists("bucket/out/_deebert/dead_letters/part-1.jsonl")
 
 
 def test_setting_a_run_aside_takes_three_requests_a_part(store: Store) -> None:

@@ -198,6 +198,17 @@ def test_parts_go_with_their_dead_letters_and_others_stay(output: Output) -> Non
     assert output.parts() == set(PARTS[2:])
 
 
+def test_dead_letters_of_an_earlier_try_are_replaced_also_by_none(output: Output) -> None:
+    letters = "_deebert/dead_letters/part-0.jsonl"
+    output.write_dead_letters("part-0.parquet", [])
+    assert output.read(letters) is None
+    output.write_dead_letters("part-0.parquet", [{"row": 1}])
+    output.write_dead_letters("part-0.parquet", [{"row": 2}])
+    assert output.read(letters) == b'{"row": 2}\n'
+    output.write_dead_letters("part-0.parquet", [])
+    assert output.read(letters) is None
+
+
 class TestADriverWithErrorsOfItsOwn:
     """What stores' drivers raise is not always an OSError."""
 
