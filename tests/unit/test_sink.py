@@ -7,6 +7,7 @@ import errno
 import os
 import pickle
 import uuid
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -229,6 +230,44 @@ class TestADriverWithErrorsOfItsOwn:
             OutputError, match=r"cannot read memory:///?out/_deebert/run.json: Unable to locate"
         ):
             Output("memory://out").read_run()
+
+
+@pytest.mark.parametrize(
+    ("denied", "asked", "said"),
+    [
+        ("ls", Output.parts, "cannot list memory:///?denied/: "),
+        (
+            "ls",
+            lambda output: output.remove_parts({PARTS[0]}),
+            "cannot list memory:///?denied/_deebert/dead_letters: ",
+        ),
+        ("rm", lambda output: output.remove_parts({PARTS[0]}), "cannot remove parts from memory://denied: "),
+        ("rm", lambda output: output.remove(["_SUCCESS"]), "cannot remove memory:///?denied/_SUCCESS: "),
+        ("cp_file", Output.set_aside, "cannot set aside memory:///?denied/part-0.parquet: "),
+        ("cat_file", Output.mark_success, "cannot read memory:///?denied/_SUCCESS: "),
+        (
+            "cat_file",
+            lambda output: output.committed(PARTS[0]),
+            "cannot read memory:///?denied/part-0.parquet: ",
+        ),
+        (
+            "cat_file",
+            lambda output: output.read_shard_records(set()),
+            "cannot read memory:///?denied/_deebert/shards/a.jsonl: ",
+        ),
+    ],
+)
+def test_what_a_store_denies_is_one_sentence(
+    denied: str, asked: Callable[[Output], object], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = begun(Output("memory://denied"))
+
+    def refuse(*args: object, **options: object) -> None:
+        raise PermissionError("Access Denied")
+
+    monkeypatch.setattr(MemoryFileSystem, denied, refuse)
+    with pytest.raises(OutputError, match=f"^{said}Access Denied$"):
+        asked(output)
 
 
 RECORD = ShardRecord(
