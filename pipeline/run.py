@@ -17,8 +17,6 @@ import uuid
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from functools import reduce
-from operator import add
 from typing import Any
 
 import ray
@@ -149,8 +147,8 @@ class _Attempt:
         self._output.remove([SUCCESS])
         # Parts of inputs that are no longer named count too: the folder is one table.
         known = self._output.read_shard_records(self._output.parts())
-        self._totals = reduce(add, (r.totals for r in known.values()), self._totals)
-        self._planned = reduce(add, (r.totals for name, r in known.items() if name in done), self._planned)
+        self._totals = self._totals.plus(r.totals for r in known.values())
+        self._planned = self._planned.plus(r.totals for name, r in known.items() if name in done)
         self._write("running", None)
         log.info(
             "%d files, %d shards: %d committed already, %d to do, in %s%s",

@@ -37,7 +37,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from pipeline import sabotage
 from pipeline.errors import OutputError, OutputFullError, PipelineError, UsageError
-from pipeline.inputs import file_system, knows
+from pipeline.inputs import file_system, is_local, knows
 from pipeline.records import READABLE_VERSIONS, RunRecord, ShardRecord
 from pipeline.schema import RECORD_KEY
 
@@ -85,16 +85,17 @@ class Output:
 
     @property
     def _fs(self) -> Any:
-        return file_system(self.url)[0]
+        return LocalFileSystem() if self.is_local else file_system(self.url)[0]
 
     def _at(self, name: str) -> str:
         """Full path of `name`, as the file system spells it."""
-        return f"{file_system(self.url)[1].rstrip('/')}/{name}"
+        root = self.url if self.is_local else file_system(self.url)[1]
+        return f"{root.rstrip('/')}/{name}"
 
     @property
     def is_local(self) -> bool:
         """Whether files can be renamed and fsynced here."""
-        return isinstance(self._fs, LocalFileSystem)
+        return is_local(self.url)  # whose path is settled: to ask the disk for each name would take 30 calls
 
     def path(self, name: str) -> str:
         """Full path or URL of `name`, for others to open."""

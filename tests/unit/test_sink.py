@@ -54,6 +54,18 @@ def test_above_a_link_is_above_what_it_leads_to(tmp_path: Path) -> None:
     assert Output(f"{tmp_path}/link/../out").url == str(tmp_path / "disk" / "out")
 
 
+def test_where_a_file_is_costs_no_look_at_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A report asks for each of 16,384 parts."""
+    output = Output(str(tmp_path / "out"))
+
+    def refuse(*args: object, **options: object) -> None:
+        raise AssertionError("a look at the disk")
+
+    monkeypatch.setattr(os, "lstat", refuse)
+    monkeypatch.setattr(os, "stat", refuse)
+    assert output.path("part-0.parquet") == str(tmp_path / "out" / "part-0.parquet")
+
+
 def test_a_home_folder_is_found() -> None:
     assert Output("~/out").url == str(Path.home() / "out")
 
@@ -311,3 +323,27 @@ def test_a_store_gets_an_object_for_every_64_records() -> None:
 def test_records_of_parts_that_are_gone_do_not_count(output: Output) -> None:
     log_records(output, ["part-0.parquet", "part-1.parquet"])
     assert output.read_shard_records({"part-1.parquet"}).keys() == {"part-1.parquet"}
+
+
+def test_many_totals_are_summed_as_one_after_the_other() -> None:
+    zero = Totals.zero(2)
+    many = [
+        dataclasses.replace(
+            zero,
+            rows=rows,
+            exit_rows=(0, rows, 1),
+            compute=dataclasses.replace(zero.compute, seconds=(0.1 * rows, 0.0)),
+            hardware={"one": rows, f"other {rows % 2}": 1, "none": 0},
+        )
+        for rows in range(5)
+    ]
+    total = zero
+    for each in many:
+        total += each
+    assert zero.plus(many) == total
+    assert (total.rows, total.exit_rows, total.hardware) == (
+        10,
+        (0, 10, 5),
+        {"one": 10, "other 0": 3, "other 1": 2},
+    )
+    assert zero.plus([]) == zero
