@@ -143,4 +143,6 @@ def refusing(file: InputFile) -> Iterator[None]:
 
 def is_read_failure(file: InputFile, error: Exception) -> bool:
     """Whether an exception says that the file cannot be read; stores have more kinds than can be listed."""
+    if isinstance(error, MemoryError):  # one of Arrow's errors is both: the file is as good as it was
+        return False
     return isinstance(error, READ_FAILURES) or not (is_local(file.path) or isinstance(error, PipelineError))

@@ -23,6 +23,7 @@ from pipeline import source_csv, source_lines
 from pipeline.errors import ReadError
 from pipeline.input_schema import InputSchema, check_columns
 from pipeline.inputs import discover
+from pipeline.opening import is_read_failure
 from pipeline.shards import plan
 from pipeline.source import SourceBatch, read_shard
 from tests.examples import examples
@@ -526,3 +527,9 @@ def test_of_a_compressed_arrow_file_a_shard_decodes_its_own_batches_of_the_colum
         else:
             with pytest.raises(ReadError):
                 list(batches)
+
+
+def test_want_of_memory_is_no_fault_of_the_file(tmp_path: Path) -> None:
+    (file,) = discover([str(write(tmp_path / "a.txt", "good"))])
+    assert not is_read_failure(file, pa.ArrowMemoryError("malloc of size 64 failed"))
+    assert is_read_failure(file, pa.ArrowInvalid("not Parquet"))
