@@ -23,7 +23,6 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from deebert.exit_policy import FULL_DEPTH, policy_from_dict
 from deebert.fusing import fuse
 from deebert.version import __version__
 from pipeline import sabotage
@@ -157,7 +156,7 @@ class _Attempt:
             len(done),
             len(remaining),
             self._run.identity.precision,
-            "" if self._may_exit else ", at full depth (no threshold is given, and the model stores none)",
+            "" if self._run.may_exit else ", at full depth (no threshold that can fire is given or stored)",
         )
         self._failures = [_flawed(name, shard) for name, shard in remaining.items() if shard.flaw is not None]
         for failure in self._failures:
@@ -245,10 +244,6 @@ class _Attempt:
             output=self._output,
             board=board,
         )
-
-    @property
-    def _may_exit(self) -> bool:
-        return policy_from_dict(self._run.identity.exit_policy) != FULL_DEPTH
 
     def _check_bad_rows(self) -> None:
         count, limit = self._planned.bad_rows, self._max_bad_rows
