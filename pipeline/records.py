@@ -35,7 +35,7 @@ class Identity:
     max_length: int
     """Tokens a sequence is truncated to."""
     precision: str
-    """``float32``, ``bfloat16`` or ``float16``."""
+    """``float32``, ``bfloat16``, ``float16`` or ``int8``."""
     window_stride: int | None = None
     """Tokens that neighbouring windows of a longer text share; None: it is truncated."""
     digest: str
@@ -195,7 +195,7 @@ class Attempt:
     replicas: str
     """As asked for: ``2`` or ``1:4``."""
     device: str
-    """``cpu`` or the GPU's name."""
+    """``cpu`` or ``cuda``; which processor or GPU that is, `Totals.hardware` says."""
     threads_per_replica: int
     wall_seconds: float
     committed_shards: int
