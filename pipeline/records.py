@@ -123,7 +123,8 @@ class Totals:
 
     def plus(self, others: Iterable[Totals]) -> Totals:
         """The sum with all of `others`, each field summed over all at once: there may be very many."""
-        return _sum([self, *others])
+        total: Totals = _sum([self, *others])
+        return total
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -152,7 +153,7 @@ def _sum(each: Sequence[Any]) -> Any:
         for one in each:
             counts.update(one)
         return dict(+counts)
-    if dataclasses.is_dataclass(first):
+    if isinstance(first, Totals | EngineStats):
         names = [field.name for field in dataclasses.fields(first)]
         return replace(first, **{name: _sum([getattr(one, name) for one in each]) for name in names})
     return sum(each)
