@@ -112,6 +112,11 @@ class _ByThreshold(ABC):
         for value in self._values:
             if value is not None:
                 self._refuse_impossible(value)
+        # 1 and 1.0 are one threshold, and must be one text where a policy is stored or makes a digest.
+        of_layers = self.thresholds
+        floats = tuple(map(_float, of_layers)) if isinstance(of_layers, tuple) else _float(of_layers)
+        object.__setattr__(self, "thresholds", floats)
+        object.__setattr__(self, "layer_0", _float(self.layer_0))
 
     def __str__(self) -> str:
         """``entropy < 0.2 nats``; of several thresholds, layer 1's first; ``full depth`` where none can fire."""
@@ -264,6 +269,10 @@ class LearningToExit(_ByThreshold):
     def _passes(self, answer: OffRampAnswer, threshold: float) -> Tensor:
         assert answer.certainty is not None  # asked for by `reads_certainty`
         return answer.certainty > threshold
+
+
+def _float(value: float | None) -> float | None:
+    return None if value is None else float(value)
 
 
 FULL_DEPTH = EntropyThreshold(None)

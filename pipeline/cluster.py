@@ -14,7 +14,7 @@ import tempfile
 import threading
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -142,6 +142,7 @@ class RaySession:
         self._temp_dir: str | None = None
         self._mine = False
         self._keeps_logs = False
+        self._exits = ExitStack()
 
     def __enter__(self) -> Self:
         # An existing cluster says before anything is planned whether there are GPUs; a local Ray, which
@@ -155,6 +156,7 @@ class RaySession:
     ) -> None:
         if self._mine:
             ray.shutdown()
+        self._exits.close()
         if self._temp_dir is not None:
             if self._keeps_logs or (kind is not None and issubclass(kind, Exception)):
                 _save_logs(Path(self._temp_dir))
@@ -172,7 +174,8 @@ class RaySession:
             return
         self._temp_dir = _make_temp_dir()
         # A local Ray is nobody else's: loopback only, no dashboard, and no token left in the home folder.
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        if "RAY_AUTH_MODE" not in os.environ:
+            self._exits.enter_context(_set_to("RAY_AUTH_MODE", "disabled"))
         with _loopback_only():
             _init_patiently(address="local", include_dashboard=False, _temp_dir=self._temp_dir)
         self._mine = True
@@ -293,12 +296,26 @@ def _loopback_only() -> Iterator[None]:
     """
     constants: Any = ray_constants
     before = constants.ENABLE_RAY_CLUSTER
-    os.environ[_CLUSTER_VARIABLE], constants.ENABLE_RAY_CLUSTER = "0", False
+    constants.ENABLE_RAY_CLUSTER = False
+    try:
+        with _set_to(_CLUSTER_VARIABLE, "0"):
+            yield
+    finally:
+        constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextmanager
+def _set_to(variable: str, value: str) -> Iterator[None]:
+    """An environment variable set for a while: it is the calling program's environment."""
+    before = os.environ.get(variable)
+    os.environ[variable] = value
     try:
         yield
     finally:
-        del os.environ[_CLUSTER_VARIABLE]
-        constants.ENABLE_RAY_CLUSTER = before
+        if before is None:
+            os.environ.pop(variable, None)
+        else:
+            os.environ[variable] = before
 
 
 def _make_temp_dir() -> str:

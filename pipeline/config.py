@@ -1,7 +1,8 @@
 """What a classification run is asked to do: one dataclass for Python, the command line and job files.
 
 Each field is described once, by `pipeline.fields.flag`; `jobs.flags` turns the same fields into flags and YAML
-keys. Values that depend on the machine or the model (``auto``) are settled by `pipeline.run`.
+keys. Values that depend on the machine or the model (``auto``, or left out) are settled by `pipeline.planning`,
+`pipeline.cluster` and `pipeline.engine`.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ def _check_replicas(value: Any) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifyConfig:
-    """What `classify` takes. The docstrings of the fields are the flags' help.
+    """What `classify` takes. Each field's `flag` holds the flag's help.
 
     Raises:
         UsageError: a value that no flag could have given.

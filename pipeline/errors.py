@@ -6,7 +6,7 @@ DeeBertError
     │   └── InputError     an input that is missing, unreadable or lacks a column
     │       └── BrokenFileError   it is there and named, but cannot be read; the others can
     ├── ReadError          an input could not be read: names it and why
-    ├── OutputError        a file of the output could not be written: names the file and why
+    ├── OutputError        something could not be written, read, listed or removed in the output: names it and why
     │   └── OutputFullError   because there is no room
     ├── BadRowsError       a shard has more rows that cannot be classified than the run allows
     ├── NotFiniteError     the model answers with numbers that are none: names the layer and the precision
@@ -38,7 +38,7 @@ class ReadError(PipelineError):
 
 
 class OutputError(PipelineError):
-    """A file of the output could not be written: names the file and why."""
+    """Something could not be written, read, listed or removed in the output: names it and why."""
 
 
 class OutputFullError(OutputError):

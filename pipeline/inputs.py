@@ -214,8 +214,13 @@ def _explicit_file(filesystem: Any, path: str) -> InputFile:
 
 def _matching(filesystem: Any, pattern: str, as_given: str) -> list[InputFile]:
     files: dict[str, dict[str, Any]] = {}
-    for match in filesystem.glob(pattern):
-        files |= _walk(filesystem, match) if filesystem.isdir(match) else {match: _info(filesystem, match)}
+    for match, info in filesystem.glob(pattern, detail=True).items():
+        # A local link says of itself that it is one, and HTTP tells nothing; stores have said all in their listing.
+        is_told = not isinstance(filesystem, LocalFileSystem) and info.get("size") is not None
+        if info["type"] == "directory" if is_told else filesystem.isdir(match):
+            files |= _walk(filesystem, match)
+        else:
+            files[match] = info if is_told else _info(filesystem, match)
     if not files:
         raise InputError(f"no file matches {as_given}; check the pattern")
     root, wild = _split_pattern(pattern)

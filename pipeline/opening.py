@@ -8,8 +8,9 @@ from __future__ import annotations
 import csv
 import io
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import pyarrow as pa
@@ -63,21 +64,35 @@ def arrow_schema(file: InputFile) -> Any:
     return _arrow_reader(file, None).schema
 
 
-def arrow_batches(file: InputFile, *, only_field: int | None = None) -> Iterator[Any]:
-    """The record batches of an Arrow file; local ones are memory-mapped, not read."""
-    reader = _arrow_reader(file, only_field)
+def arrow_batches(file: InputFile, *, columns: Sequence[str] | None = None, first: int = 0) -> Iterator[Any]:
+    """The record batches of an Arrow file from number `first` on; local ones are memory-mapped, not read.
+
+    Compressed ones are decoded: no column but `columns`, and what lies before `first` only in the stream kind.
+    """
+    reader = _arrow_reader(file, columns)
     if isinstance(reader, pa.ipc.RecordBatchFileReader):
-        yield from map(reader.get_batch, range(reader.num_record_batches))
+        yield from map(reader.get_batch, range(first, reader.num_record_batches))
     else:
-        yield from reader
+        yield from islice(reader, first, None)
 
 
-def _arrow_reader(file: InputFile, only_field: int | None) -> Any:
+def arrow_batch_rows(file: InputFile) -> tuple[int, ...]:
+    """Rows of each record batch of an Arrow file, told by the column that takes least to decode."""
+    schema = arrow_schema(file)
+    cheapest = next((field.name for field in schema if pa.types.is_primitive(field.type)), schema[0].name)
+    return tuple(batch.num_rows for batch in arrow_batches(file, columns=[cheapest]))
+
+
+def _arrow_reader(file: InputFile, columns: Sequence[str] | None) -> Any:
     source = pa.memory_map(file.path) if is_local(file.path) else _open_reading_ahead(file)
-    options = pa.ipc.IpcReadOptions(included_fields=None if only_field is None else [only_field])
     is_file_kind = source.read(6) == b"ARROW1"  # `datasets` writes the stream kind, which has no magic
+    open_reader = pa.ipc.open_file if is_file_kind else pa.ipc.open_stream
     source.seek(0)
-    return (pa.ipc.open_file if is_file_kind else pa.ipc.open_stream)(source, options=options)
+    if columns is None:
+        return open_reader(source)
+    fields = list(map(open_reader(source).schema.get_field_index, columns))
+    source.seek(0)
+    return open_reader(source, options=pa.ipc.IpcReadOptions(included_fields=fields))
 
 
 def head(file: InputFile, num_bytes: int) -> tuple[bytes, int]:
@@ -128,4 +143,6 @@ def refusing(file: InputFile) -> Iterator[None]:
 
 def is_read_failure(file: InputFile, error: Exception) -> bool:
     """Whether an exception says that the file cannot be read; stores have more kinds than can be listed."""
+    if isinstance(error, MemoryError):  # one of Arrow's errors is both: the file is as good as it was
+        return False
     return isinstance(error, READ_FAILURES) or not (is_local(file.path) or isinstance(error, PipelineError))

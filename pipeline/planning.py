@@ -59,6 +59,12 @@ class RunPlan:
         """Rows of all shards, exact where the format tells."""
         return sum(shard.estimated_rows for shard in self.shards.values())
 
+    @property
+    def may_exit(self) -> bool:
+        """Whether a row could leave before the last layer."""
+        policy = policy_from_dict(self.identity.exit_policy)
+        return any(map(policy.can_fire, range(self.model.num_layers)))
+
 
 def make_plan(config: ClassifyConfig, *, has_gpu: bool) -> RunPlan:
     """Resolve and check a run, the output's earlier content aside.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import pickle
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import ray.data
 
@@ -25,9 +26,27 @@ def outcomes(
     Raises:
         RayError: the cluster came to its end, or no replica can start; `cause` says why in a sentence.
     """
-    context = ray.data.DataContext.get_current()
+    with _quiet_ray_data():
+        yield from _outcomes(spec, placement, shards)
+
+
+@contextmanager
+def _quiet_ray_data() -> Iterator[None]:
+    """Ray Data without progress bars and warnings, as long as it is ours: the calling program may use it too."""
+    context, log = ray.data.DataContext.get_current(), logging.getLogger("ray.data")
+    has_bars, level = context.enable_progress_bars, log.level
     context.enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        context.enable_progress_bars = has_bars
+        log.setLevel(level)
+
+
+def _outcomes(
+    spec: ReplicaSpec, placement: Placement, shards: Sequence[Shard]
+) -> Iterator[ShardRecord | ShardFailure]:
     items = [{"shard": pickle.dumps(shard)} for shard in shards]
     pool = ray.data.ActorPoolStrategy(
         min_size=placement.replicas.least,

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from pipeline.engine.stats import EngineStats
@@ -35,7 +35,7 @@ class Identity:
     max_length: int
     """Tokens a sequence is truncated to."""
     precision: str
-    """``float32``, ``bfloat16`` or ``float16``."""
+    """``float32``, ``bfloat16``, ``float16`` or ``int8``."""
     window_stride: int | None = None
     """Tokens that neighbouring windows of a longer text share; None: it is truncated."""
     digest: str
@@ -119,16 +119,12 @@ class Totals:
         )
 
     def __add__(self, other: Totals) -> Totals:
-        values: dict[str, Any] = {}
-        for f in dataclasses.fields(self):
-            mine, theirs = getattr(self, f.name), getattr(other, f.name)
-            if isinstance(mine, tuple):
-                values[f.name] = tuple(a + b for a, b in zip(mine, theirs, strict=True))
-            elif isinstance(mine, Mapping):
-                values[f.name] = dict(Counter(mine) + Counter(theirs))
-            else:
-                values[f.name] = mine + theirs
-        return Totals(**values)
+        return self.plus([other])
+
+    def plus(self, others: Iterable[Totals]) -> Totals:
+        """The sum with all of `others`, each field summed over all at once: there may be very many."""
+        total: Totals = _sum([self, *others])
+        return total
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -145,6 +141,22 @@ class Totals:
         made["compute"] = EngineStats.from_dict(values["compute"])
         made["control"] = EngineStats.from_dict(values["control"])
         return cls(**made)
+
+
+def _sum(each: Sequence[Any]) -> Any:
+    """Of numbers, of tuples and mappings of them entry by entry, of records of these field by field."""
+    first = each[0]
+    if isinstance(first, tuple):
+        return tuple(map(sum, zip(*each, strict=True)))
+    if isinstance(first, Mapping):
+        counts = Counter[str]()
+        for one in each:
+            counts.update(one)
+        return dict(+counts)
+    if isinstance(first, Totals | EngineStats):
+        names = [field.name for field in dataclasses.fields(first)]
+        return replace(first, **{name: _sum([getattr(one, name) for one in each]) for name in names})
+    return sum(each)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +196,7 @@ class Attempt:
     replicas: str
     """As asked for, but no more than there were shards: ``2`` or ``1:4``."""
     device: str
-    """``cpu`` or the GPU's name."""
+    """``cpu`` or ``cuda``; which processor or GPU that is, `Totals.hardware` says."""
     threads_per_replica: int
     wall_seconds: float
     committed_shards: int

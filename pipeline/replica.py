@@ -122,6 +122,9 @@ class Replica:
 
     def __init__(self, spec: ReplicaSpec) -> None:
         torch.set_num_threads(spec.threads)
+        # The tokenizer makes its pool when it is first used, and with a thread for each core of the node: replicas
+        # that share the node would start the square of its cores.
+        os.environ.setdefault("RAYON_NUM_THREADS", str(spec.threads))
         model: ServedModel = ray.get(spec.model)
         # Resolved by the driver, for its own machine: this one may lack what that takes.
         precision = resolve_precision(spec.identity.precision, has_gpu=spec.device == "cuda")
@@ -272,9 +275,9 @@ class Replica:
         """Write the dead letters, then the part: its existence is the commit."""
         spec, shard = self._spec, work.shard
         started = time.perf_counter()
-        answered = [(rows.answers(), rows.kept) for rows in work.rows]
+        no_rows = (Answers.empty(self._problem, len(self._labels)), spec.schema.kept.empty_table())
+        answered = [(rows.answers(), rows.kept) for rows in work.rows] or [no_rows]
         table = self._table(shard, answered)
-        answers = Answers.concat([said for said, _ in answered], self._problem, len(self._labels))
         name = part_name(shard, spec.identity.digest)
         record = ShardRecord(
             part=name,
@@ -282,7 +285,7 @@ class Replica:
             first_row=shard.first_row,
             replica=f"{socket.gethostname()}:{os.getpid()}",
             finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
-            totals=self._totals(work, answers),
+            totals=self._totals(work, [answers for answers, _ in answered]),
         )
         self._write_dead_letters(work)
         spec.output.commit_part(name, table, footer(spec.identity, record, self._labels))
@@ -292,7 +295,6 @@ class Replica:
     def _table(self, shard: Shard, answered: Sequence[tuple[Answers, pa.Table]]) -> pa.Table:
         """The part's rows, a chunk for each piece: an Arrow array of strings ends at 2 GiB, a file need not."""
         spec = self._spec
-        no_rows = (Answers.empty(self._problem, len(self._labels)), spec.schema.kept.empty_table())
         return pa.concat_tables(
             part_table(
                 answers,
@@ -305,7 +307,7 @@ class Replica:
                 with_windows=spec.identity.window_stride is not None,
                 with_certainty=self._with_certainty,
             )
-            for answers, kept in answered or [no_rows]
+            for answers, kept in answered
         )
 
     def _write_dead_letters(self, work: ShardWork) -> None:
@@ -314,16 +316,17 @@ class Replica:
         bad = sorted(work.bad, key=lambda row: row.source_row)
         self._spec.output.write_dead_letters(name, (_letter(work.shard, row) for row in bad))
 
-    def _totals(self, work: ShardWork, answers: Answers) -> Totals:
+    def _totals(self, work: ShardWork, answered: Sequence[Answers]) -> Totals:
         compute, control = self._lanes.take_stats()
-        lengths = answers.num_tokens.astype(np.int64)
-        layers, bins = answers.exit_layer, self._num_layers + 1
+        lengths = np.concatenate([answers.num_tokens for answers in answered]).astype(np.int64)
+        layers = np.concatenate([answers.exit_layer for answers in answered])
+        bins = self._num_layers + 1
         left = sum((rows.submission.samples_left for rows in work.rows), Counter[int]())
         return Totals(
             shards=1,
             rows=len(lengths),
             bad_rows=len(work.bad),
-            truncated_rows=int(answers.truncated.sum()),
+            truncated_rows=sum(int(answers.truncated.sum()) for answers in answered),
             tokens=int(lengths.sum()),
             squared_tokens=sum(rows.squared_tokens for rows in work.rows),
             exit_rows=tuple(np.bincount(layers, minlength=bins).tolist()),
@@ -331,9 +334,9 @@ class Replica:
             exit_tokens=tuple(np.bincount(layers, weights=lengths, minlength=bins).astype(np.int64).tolist()),
             compute=compute,
             control=control,
-            audited_rows=int(answers.audited.sum()),
-            audit_agreements=int(answers.agreeing().sum()),
-            audit_distance=answers.audit_distance(),
+            audited_rows=sum(int(answers.audited.sum()) for answers in answered),
+            audit_agreements=sum(int(answers.agreeing().sum()) for answers in answered),
+            audit_distance=sum(answers.audit_distance() for answers in answered),
             hardware={self._hardware: len(lengths)},
             read_seconds=work.read_seconds,
             tokenize_seconds=work.tokenize_seconds,

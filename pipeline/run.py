@@ -18,15 +18,12 @@ from collections.abc import Set
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from functools import reduce
-from operator import add
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from deebert.exit_policy import FULL_DEPTH, policy_from_dict
 from deebert.fusing import fuse
 from deebert.version import __version__
 from pipeline import sabotage
@@ -171,8 +168,8 @@ class _Attempt:
         known = self._output.read_shard_records(self._output.parts(), redone=remaining.keys())
         self._known = known.keys()
         self._output.keep_dead_letters(known.keys() | remaining.keys())
-        self._totals = reduce(add, (r.totals for r in known.values()), self._totals)
-        self._planned = reduce(add, (r.totals for name, r in known.items() if name in done), self._planned)
+        self._totals = self._totals.plus(r.totals for r in known.values())
+        self._planned = self._planned.plus(r.totals for name, r in known.items() if name in done)
         self._write("running", None)
         log.info(
             "%d files, %d shards: %d committed already, %d to do, in %s%s",
@@ -181,7 +178,7 @@ class _Attempt:
             len(done),
             len(remaining),
             self._run.identity.precision,
-            "" if self._may_exit else ", at full depth (no threshold is given, and the model stores none)",
+            "" if self._run.may_exit else ", at full depth (no threshold that can fire is given or stored)",
         )
         self._failures = [_flawed(name, shard) for name, shard in remaining.items() if shard.flaw is not None]
         for failure in self._failures:
@@ -269,10 +266,6 @@ class _Attempt:
             output=self._output,
             board=board,
         )
-
-    @property
-    def _may_exit(self) -> bool:
-        return policy_from_dict(self._run.identity.exit_policy) != FULL_DEPTH
 
     def _check_bad_rows(self) -> None:
         count, limit = self._planned.bad_rows, self._max_bad_rows

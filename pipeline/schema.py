@@ -85,13 +85,6 @@ class Answers:
         return float(np.abs(differences).sum())
 
     @staticmethod
-    def concat(parts: list[Answers], problem: Problem, num_labels: int) -> Answers:
-        """All rows, in order; no parts give zero rows."""
-        empty = Answers.empty(problem, num_labels)
-        parts = [empty, *parts]
-        return Answers(**{name: np.concatenate([getattr(p, name) for p in parts]) for name in vars(empty)})
-
-    @staticmethod
     def empty(problem: Problem, num_labels: int) -> Answers:
         """Zero rows."""
         return Answers(
@@ -208,10 +201,8 @@ def _sets(holds: npt.NDArray[np.bool_], null: npt.NDArray[np.bool_] | None = Non
 
 
 def _constant(value: str, rows: int) -> pa.Array:
-    """`value` in every row; dictionary-encoded in memory and on disk, a plain string to readers."""
-    return pa.DictionaryArray.from_arrays(pa.array(np.zeros(rows, np.int32)), pa.array([value])).cast(
-        pa.string()
-    )
+    """`value` in every row, which Parquet writes as a dictionary of one."""
+    return pa.repeat(pa.scalar(value, pa.string()), rows)
 
 
 def _row_ids(source_file: str, rows: npt.NDArray[np.int64]) -> pa.Array:

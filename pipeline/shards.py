@@ -18,7 +18,7 @@ import numpy as np
 from pipeline.catalog import Catalog
 from pipeline.errors import BrokenFileError, UsageError
 from pipeline.inputs import InputFile, is_local
-from pipeline.opening import arrow_batches, head, open_file, open_parquet, refusing
+from pipeline.opening import arrow_batch_rows, arrow_batches, head, open_file, open_parquet, refusing
 from pipeline.shard import Shard
 
 LEAST_SHARD_ROWS = 4096
@@ -99,7 +99,7 @@ def _cut(file: InputFile, shard_rows: int, split_above_bytes: int) -> list[Shard
         if file.format == "parquet":
             return _exact_shards(file, _parquet_ranges(file, shard_rows))
         if file.format == "arrow" and is_local(file.path):
-            num_rows = sum(batch.num_rows for batch in arrow_batches(file, only_field=0))
+            num_rows = sum(arrow_batch_rows(file))
             return _exact_shards(file, _pieces(0, num_rows, shard_rows))
         if not file.size_bytes and head(file, 1)[1] == 0:  # proves too that it can be opened
             return []

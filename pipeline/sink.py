@@ -35,8 +35,8 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from pipeline import sabotage
-from pipeline.errors import OutputError, OutputFullError, UsageError
-from pipeline.inputs import file_system, knows
+from pipeline.errors import OutputError, OutputFullError, PipelineError, UsageError
+from pipeline.inputs import file_system, is_local, knows
 from pipeline.records import READABLE_VERSIONS, RunRecord, ShardRecord
 from pipeline.schema import RECORD_KEY
 
@@ -84,16 +84,17 @@ class Output:
 
     @property
     def _fs(self) -> Any:
-        return file_system(self.url)[0]
+        return LocalFileSystem() if self.is_local else file_system(self.url)[0]
 
     def _at(self, name: str) -> str:
         """Full path of `name`, as the file system spells it."""
-        return f"{file_system(self.url)[1].rstrip('/')}/{name}"
+        root = self.url if self.is_local else file_system(self.url)[1]
+        return f"{root.rstrip('/')}/{name}"
 
     @property
     def is_local(self) -> bool:
         """Whether files can be renamed and fsynced here."""
-        return isinstance(self._fs, LocalFileSystem)
+        return is_local(self.url)  # whose path is settled: to ask the disk for each name would take 30 calls
 
     def path(self, name: str) -> str:
         """Full path or URL of `name`, for others to open."""
@@ -142,7 +143,7 @@ class Output:
         Raises:
             OutputError: it cannot be written, for want of room or otherwise.
         """
-        with _explaining(self.path(name)):
+        with _explaining("write", self.path(name)):
             if not self.is_local:
                 self._fs.pipe_file(self._at(name), bytes(data))
                 return
@@ -178,23 +179,25 @@ class Output:
             OutputError: it cannot be written, for want of room or otherwise.
         """
         path = Path(self._at(name))
-        with _explaining(str(path)):
+        with _explaining("write", str(path)):
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("ab") as file:
                 file.write(line)
 
-    def read(self, name: str) -> bytes | None:
-        """The content of a file, None where there is none.
+    def read(self, name: str, **span: int) -> bytes | None:
+        """The content of a file, or of it the bytes from `start` to `end`; None where there is none.
 
         Raises:
             OutputError: there may be one, but it cannot be read.
         """
-        try:
-            return bytes(self._fs.cat_file(self._at(name)))
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except Exception as error:  # not only OSError: each store has errors of its own
-            raise OutputError(f"cannot read {self.path(name)}: {_reason(error)}") from error
+        with _explaining("read", self.path(name)), suppress(FileNotFoundError, NotADirectoryError):
+            return bytes(self._fs.cat_file(self._at(name), **span))
+        return None
+
+    def _exists(self, name: str) -> bool:
+        # One request: `exists` also looks for a folder of that name. And no removal of what may not be there, which
+        # leaves a mark in a bucket that keeps versions.
+        return self.read(name, start=0, end=1) is not None
 
     def commit_part(self, name: str, table: pa.Table, metadata: dict[bytes, bytes]) -> None:
         """Write a part: with this, its shard is committed."""
@@ -209,39 +212,49 @@ class Output:
         name = _letters_of(part)
         if lines:
             self.write(name, lines)
-        elif self._fs.exists(self._at(name)):
-            self._fs.rm(self._at(name))
+        elif self._exists(name):
+            self.remove([name])
 
     def parts(self) -> set[str]:
-        """Names of the parts that exist: one listing, no file is opened."""
+        """Names of the parts that exist: one listing, no file is opened.
+
+        Raises:
+            OutputError: the folder cannot be listed.
+        """
         return {n for n in self._names("") if n.startswith("part-") and n.endswith(".parquet")}
 
     def _names(self, folder: str) -> list[str]:
-        try:
+        found: list[Any] = []
+        with _explaining("list", self.path(folder)), suppress(FileNotFoundError):
             found = self._fs.ls(self._at(folder), detail=False)
-        except FileNotFoundError:
-            return []
         return [str(f).rstrip("/").rsplit("/", 1)[-1] for f in found]
 
     def remove(self, names: Iterable[str]) -> None:
-        """Remove files or folders that may exist."""
+        """Remove files or folders that may exist.
+
+        Raises:
+            OutputError: one of them cannot be removed.
+        """
         for name in names:
-            if self._fs.exists(self._at(name)):
-                self._fs.rm(self._at(name), recursive=True)
+            with _explaining("remove", self.path(name)):
+                if self._fs.exists(self._at(name)):
+                    self._fs.rm(self._at(name), recursive=True)
 
     def remove_parts(self, parts: Collection[str]) -> None:
         """Remove parts that exist, and first their dead letters: without its part nobody would look for one."""
         letters = {_letters_of(part) for part in parts} & {f"{_DEAD}/{name}" for name in self._names(_DEAD)}
         for names in (letters, parts):
-            if names:
-                self._fs.rm([self._at(name) for name in sorted(names)])
+            with _explaining("remove parts from", self.url):
+                if names:
+                    self._fs.rm([self._at(name) for name in sorted(names)])
 
     def keep_dead_letters(self, parts: Collection[str]) -> None:
         """Remove the dead letters of all but these parts: of shards that failed and are planned no more."""
         kept = {_letters_of(part) for part in parts}
         others = {f"{_DEAD}/{name}" for name in self._names(_DEAD) if name.startswith("part-")} - kept
         if others:
-            self._fs.rm([self._at(name) for name in sorted(others)])
+            with _explaining("remove dead letters from", self.url):
+                self._fs.rm([self._at(name) for name in sorted(others)])
 
     def set_aside(self) -> None:
         """Hide a whole run from readers, so that another can take its place.
@@ -265,15 +278,16 @@ class Output:
     def _move_aside(self, name: str) -> None:
         new_name = f"{_ASIDE}/{name}"
         source, target = self._at(name), self._at(new_name)
-        if self.is_local:
-            Path(target).parent.mkdir(parents=True, exist_ok=True)
-            self.remove([new_name])
-            Path(source).replace(target)
-        elif name.startswith(META):
-            self._fs.mv(source, target, recursive=True)
-        else:  # a part, of which there may be very many: fewer requests than `mv` makes
-            self._fs.cp_file(source, target)
-            self._fs.rm(source)
+        with _explaining("set aside", self.path(name)):
+            if self.is_local:
+                Path(target).parent.mkdir(parents=True, exist_ok=True)
+                self.remove([new_name])
+                Path(source).replace(target)
+            elif name.startswith(META):
+                self._fs.mv(source, target, recursive=True)
+            else:  # a part, of which there may be very many: fewer requests than `mv` makes
+                self._fs.cp_file(source, target)
+                self._fs.rm(source)
         sabotage.reach("driver-set-aside")
 
     def read_run(self) -> RunRecord | None:
@@ -308,7 +322,7 @@ class Output:
 
     def mark_success(self) -> None:
         """Say that planned = committed; idempotent."""
-        if not self._fs.exists(self._at(SUCCESS)):
+        if self.read(SUCCESS) is None:
             self.write(SUCCESS, b"")
 
     def read_shard_records(self, parts: set[str], *, redone: Collection[str] = ()) -> dict[str, ShardRecord]:
@@ -319,12 +333,13 @@ class Output:
 
         Raises:
             UsageError: one of them is not a part that `classify` wrote, or no longer.
-            OutputError: an attempt's file cannot be replaced.
+            OutputError: an attempt's file can be neither read nor replaced.
         """
         records: dict[str, ShardRecord] = {}
         logs = [f"{SHARD_RECORDS}/{name}" for name in sorted(self._names(SHARD_RECORDS))]
         with ThreadPoolExecutor(_MAX_CONNECTIONS) as pool:
-            for log, content in zip(logs, pool.map(self._fs.cat_file, map(self._at, logs)), strict=True):
+            contents = (content or b"" for content in pool.map(self.read, logs))
+            for log, content in zip(logs, contents, strict=True):
                 # A killed driver may leave half a last line; the part's footer has the record whole.
                 lines = (line for line in content.splitlines() if line.endswith(b"}"))
                 found = [record for line in lines if (record := _record(line)) is not None]
@@ -336,16 +351,11 @@ class Output:
             return records | dict(zip(unknown, pool.map(self._record_from_footer, unknown), strict=True))
 
     def committed(self, part: str) -> ShardRecord | None:
-        """The record of a part, None where it does not exist; raises UsageError or OutputError as the others do."""
-        try:
-            return self._record_from_footer(part) if self._fs.exists(self._at(part)) else None
-        except UsageError:
-            raise
-        except Exception as error:  # not only OSError: each store has errors of its own
-            raise OutputError(f"cannot read {self.path(part)}: {_reason(error)}") from error
+        """The record of a part, None where it does not exist."""
+        return self._record_from_footer(part) if self._exists(part) else None
 
     def _record_from_footer(self, part: str) -> ShardRecord:
-        with self._fs.open(self._at(part), "rb") as file:
+        with _explaining("read", self.path(part)), self._fs.open(self._at(part), "rb") as file:
             try:
                 return ShardRecord.from_dict(json.loads(pq.read_metadata(file).metadata[RECORD_KEY]))
             except (KeyError, TypeError, ValueError) as error:
@@ -360,16 +370,18 @@ def _letters_of(part: str) -> str:
 
 
 @contextmanager
-def _explaining(path: str) -> Iterator[None]:
-    """Turn a failure to write into one sentence."""
+def _explaining(action: str, path: str) -> Iterator[None]:
+    """Turn a failure to do something with a file or folder of an output into one sentence."""
     try:
         yield
+    except PipelineError:  # which is one already
+        raise
     except Exception as error:  # not only OSError: each store has errors of its own
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OutputFullError(
                 f"no room for {path}: {_reason(error)}; make room, the same command resumes"
             ) from error
-        raise OutputError(f"cannot write {path}: {_reason(error)}") from error
+        raise OutputError(f"cannot {action} {path}: {_reason(error)}") from error
 
 
 def _reason(error: BaseException | None) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import pyarrow as pa
 from pipeline.errors import ReadError
 from pipeline.input_schema import InputSchema, plain_type, without_views
 from pipeline.inputs import current_fingerprint, first_line
-from pipeline.opening import arrow_batches, is_read_failure
+from pipeline.opening import arrow_batch_rows, arrow_batches, is_read_failure
 from pipeline.raw_rows import BadRow, RawRows, Rows, excerpt
 from pipeline.shard import Shard
 from pipeline.source_csv import read_csv
@@ -110,13 +111,26 @@ def _read(
         case "parquet":
             return read_parquet(shard, needed.names, batch_rows, readers)
         case "arrow":
-            return _number(shard, arrow_batches(shard.source), 0, needed.names)
+            return _read_arrow(shard, needed.names)
         case "csv":
             return read_csv(shard.source, needed)
         case "jsonl":
             return read_jsonl(shard, needed, text_columns)
         case "text":
             return read_text(shard, needed)
+
+
+# Whose files are several shards: one after the other, each would count the rows before it again.
+_batch_rows = lru_cache(maxsize=64)(arrow_batch_rows)
+
+
+def _read_arrow(shard: Shard, names: list[str]) -> Iterator[RawRows]:
+    """From the record batch on that holds the shard's first row, which takes no counting where that is row 0."""
+    starts = np.cumsum([0, *_batch_rows(shard.source)]) if shard.first_row else np.zeros(1, np.int64)
+    first = int(np.searchsorted(starts, shard.first_row, side="right")) - 1
+    yield from _number(
+        shard, arrow_batches(shard.source, columns=names, first=first), int(starts[first]), names
+    )
 
 
 def _number(shard: Shard, batches: Iterator[Any], row: int, names: list[str]) -> Iterator[RawRows]:

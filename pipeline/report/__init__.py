@@ -6,8 +6,6 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import reduce
-from operator import add
 
 from pipeline.errors import OutputError, UsageError
 from pipeline.records import RunRecord, Totals
@@ -151,5 +149,5 @@ def read_record(output: str) -> RunRecord:
 def _up_to_date(record: RunRecord, folder: Output, parts: set[str]) -> RunRecord:
     """The record of a run that goes on, or was killed, with the totals of `parts`: its own are older."""
     shards = folder.read_shard_records(parts).values()
-    totals = reduce(add, (shard.totals for shard in shards), Totals.zero(record.model.num_layers))
+    totals = Totals.zero(record.model.num_layers).plus(shard.totals for shard in shards)
     return replace(record, totals=totals)

@@ -173,7 +173,7 @@ def _work_facts(record: RunRecord, accounting: Accounting) -> Iterator[Fact]:
     yield Fact(
         name="Layer work saved",
         value=q.percent(accounting.layer_work_saved),
-        basis=f"1 {q.MINUS} mean exit layer / {layers} (DeeBERT, Eq. 2); counts rows, not their length",
+        basis=f"1 {q.MINUS} mean exit layer / {layers} (DeeBERT, Eq. 2); counts rows, or their windows, not their length",
     )
     yield Fact(
         name="FLOPs executed",

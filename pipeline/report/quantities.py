@@ -8,7 +8,11 @@ from __future__ import annotations
 NOT_MEASURED = "not measured"
 MINUS = "\u2212"
 
-_DURATIONS = ((86_400.0, "d", 3_600.0, "h"), (3_600.0, "h", 60.0, "min"), (60.0, "min", 1.0, "s"))
+_DURATIONS = (
+    (86_400.0, "d", 3_600.0, "h", 60.0),
+    (3_600.0, "h", 60.0, "min", 1.0),
+    (60.0, "min", 1.0, "s", 0.1),
+)
 _PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z")
 
 
@@ -33,10 +37,11 @@ def duration(seconds: float | None) -> str:
     """``5025`` -> ``1 h 24 min``; below a minute in seconds, ``8.31 s``."""
     if seconds is None:
         return NOT_MEASURED
-    for large, large_name, small, small_name in _DURATIONS:
-        # Rounded first: 59.99 minutes are an hour, not sixty minutes.
-        rounded = round(seconds / small) * small
-        if rounded >= large:
+    for large, large_name, small, small_name, smaller in _DURATIONS:
+        # Rounded first: 59.99 minutes are an hour, not sixty minutes. As it would be spelled otherwise, that is in the
+        # smaller units: 59 minutes and 31 seconds are not an hour.
+        if round(seconds / smaller) * smaller >= large:
+            rounded = round(seconds / small) * small
             rest = round((rounded % large) / small)
             return f"{int(rounded // large):,} {large_name} {rest} {small_name}"
     return f"{seconds:.1f} s" if seconds >= 10 else f"{seconds:.3g} s"

@@ -44,6 +44,9 @@ def said_by(problem_type: str, labels: Sequence[str]) -> Said:
 class _Counts:
     def __init__(self, labels: Sequence[str]) -> None:
         self._labels = tuple(labels)
+        # A model may give two classes one name: both count under the first.
+        self._index_of_name = {name: i for i, name in reversed(list(enumerate(labels)))}
+        self._first_of_class = np.array([self._index_of_name[name] for name in labels], np.int64)
         self.label_rows: Ints = np.zeros(len(labels), np.int64)
         self.unknown_label_rows = 0
         self.mislabelled_rows = 0
@@ -53,12 +56,6 @@ class SingleLabels(_Counts):
     """One label a row."""
 
     columns: tuple[str, ...] = ("prediction", "label", "score")
-
-    def __init__(self, labels: Sequence[str]) -> None:
-        super().__init__(labels)
-        # A model may give two classes one name: both count under the first.
-        self._index_of_name = {name: i for i, name in reversed(list(enumerate(labels)))}
-        self._first_of_class = np.array([self._index_of_name[name] for name in labels], np.int64)
 
     def add(self, frame: pd.DataFrame) -> tuple[Mask, npt.NDArray[np.float64] | None]:
         """See `Said`."""
@@ -91,14 +88,17 @@ class LabelSets(_Counts):
     def add(self, frame: pd.DataFrame) -> tuple[Mask, npt.NDArray[np.float64] | None]:
         """See `Said`."""
         codes, names = pd.factorize(np.array([*chain.from_iterable(frame["label"])], object))
-        places = pd.Index(self._labels).get_indexer(pd.Index(names))
+        places = np.array([self._index_of_name.get(name, -1) for name in names], np.int64)
         predicted, _ = self._sets(frame["prediction"])
         named, is_unknown = self._sets(frame["label"], np.append(places, -1)[codes])
         audited = frame["audit_prediction"].notna().to_numpy(bool)
         full_depth, _ = self._sets(frame["audit_prediction"].where(audited, None))
-        self.label_rows += predicted.sum(axis=0)
+        under_first = np.zeros_like(predicted)
+        rows, classes = np.nonzero(predicted)
+        under_first[rows, self._first_of_class[classes]] = True
+        self.label_rows += under_first.sum(axis=0)
         self.unknown_label_rows += int(is_unknown.sum())
-        self.mislabelled_rows += int(((predicted != named).any(axis=1) | is_unknown).sum())
+        self.mislabelled_rows += int(((under_first != named).any(axis=1) | is_unknown).sum())
         return audited & (predicted == full_depth).all(axis=1), None
 
     def _sets(self, column: pd.Series[Any], ids: npt.NDArray[Any] | None = None) -> tuple[Mask, Mask]:

@@ -29,7 +29,8 @@ from tests.faults.harness import DEADLINE_SECONDS, wait_until
 from tests.integration.conftest import sentences
 
 START_SECONDS = 180.0
-_REQUEST = re.compile(r'"(GET|HEAD|PUT|POST|DELETE) (\S+) HTTP')
+# What it does not find is logged in colour.
+_REQUEST = re.compile(r'"(?:\x1b\[[\d;]*m)*(GET|HEAD|PUT|POST|DELETE) (\S+) HTTP')
 
 
 class Store:
@@ -156,6 +157,16 @@ def test_parts_are_listed_not_visited(store: Store, saved_model: Path) -> None:
     assert len(made) < 40, made
 
 
+def test_a_pattern_costs_a_listing_and_not_requests_for_each_file(store: Store) -> None:
+    put_corpus(store, files=20, rows=1)
+    store.files.pipe_file("bucket/in/more.parquet/a.parquet", b"in a folder of that name")
+    whole_folder = discover(["s3://bucket/in"])
+    before = len(store.requests())
+    assert discover(["s3://bucket/in/*.parquet"]) == whole_folder
+    assert len(store.requests()) - before < 10
+    assert len(whole_folder) == 21
+
+
 @pytest.mark.parametrize("kind", ["parquet", "jsonl", "csv"])
 def test_reads_fetch_little_more_than_they_need(
     store: Store, kind: str, monkeypatch: pytest.MonkeyPatch
@@ -194,6 +205,16 @@ def test_reads_fetch_little_more_than_they_need(
     )
     assert sum(len(batch.rows) for batch in batches) == 4_000
     assert sum(fetched) < 2.5e6, "of 4,000 rows of 200 bytes"
+
+
+def test_a_shard_without_bad_rows_asks_once_for_those_of_an_earlier_try(store: Store) -> None:
+    output = Output("s3://bucket/out")
+    output.write_dead_letters("part-1.parquet", [{"row": 1}])
+    before = len(store.requests())
+    output.write_dead_letters("part-0.parquet", [])
+    assert [method for method, _ in store.requests()[before:]] == ["GET"]
+    output.write_dead_letters("part-1.parquet", [])
+    assert not store.files.exists("bucket/out/_deebert/dead_letters/part-1.jsonl")
 
 
 def test_setting_a_run_aside_takes_three_requests_a_part(store: Store) -> None:

@@ -49,7 +49,7 @@ def answers(problem: Problem, **said: Any) -> Answers:
         "audited": np.array([False, True, True]),
         **said,
     }
-    return Answers.concat([Answers(**given)], problem, 3)
+    return Answers(**given)
 
 
 def table(made: Answers, **options: bool) -> pa.Table:
@@ -163,6 +163,23 @@ class TestRecount:
         )
 
         assert (said.unknown_label_rows, said.mislabelled_rows) == (1, 2)
+
+    def test_sets_of_a_model_with_two_classes_of_one_name(self) -> None:
+        said = said_by("multi_label_classification", ("a", "a", "b"))
+
+        agreeing, _ = said.add(
+            pd.DataFrame(
+                {
+                    "prediction": [[0, 1], [1, 2], [2]],
+                    "label": [["a", "a"], ["a", "b"], ["a"]],
+                    "audit_prediction": [[0], [1, 2], None],
+                }
+            )
+        )
+
+        assert said.label_rows.tolist() == [2, 0, 2]
+        assert (said.unknown_label_rows, said.mislabelled_rows) == (0, 1)
+        assert agreeing.tolist() == [False, True, False]
 
 
 CASES = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from typing import Any
@@ -288,3 +289,11 @@ class TestLearningToExit:
     def test_the_number_of_thresholds_must_fit(self) -> None:
         with pytest.raises(PolicyError, match="3 certainty thresholds for 3 layers"):
             LearningToExit((0.9,) * 3).check(**of_two_labels(3, learns_to_exit=True))
+
+
+@pytest.mark.parametrize("kind", [EntropyThreshold, LearningToExit])
+def test_whole_numbers_are_the_same_thresholds_as_floats_also_as_text(kind: Any) -> None:
+    for given, as_floats in (((0, None, 1), (0.0, None, 1.0)), (1, 1.0)):
+        stored = json.dumps(kind(given, layer_0=0).to_dict())
+        assert stored == json.dumps(kind(as_floats, layer_0=0.0).to_dict())
+        assert stored == json.dumps(policy_from_dict(json.loads(stored)).to_dict())

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any
 
 import pytest
-import ray
+import ray.data
 import torch
 
-from pipeline import cluster
+from pipeline import cluster, pool
 from pipeline.cluster import Placement, RaySession, Resources, place
 from pipeline.config import Replicas
 from pipeline.errors import UsageError
@@ -196,3 +197,30 @@ def test_cuda_is_an_order_to_a_cluster_and_a_mistake_here(monkeypatch: pytest.Mo
         RaySession().uses_gpus("cuda")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert RaySession().uses_gpus("cuda")
+
+
+@pytest.mark.parametrize("mine", [None, "token"])
+def test_the_callers_environment_is_as_it_was(mine: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("RAY_AUTH_MODE", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+        if mine is not None:
+            monkeypatch.setenv(name, mine)
+    at_start: list[str | None] = []
+
+    def start(**options: object) -> None:
+        at_start.extend(map(os.environ.get, names))
+
+    monkeypatch.setattr(cluster, "_init_patiently", start)
+    with RaySession() as session:
+        session.start()
+    assert at_start == [mine or "disabled", "0"]
+    assert [os.environ.get(name) for name in names] == [mine, mine]
+
+
+def test_the_callers_ray_data_is_as_it_was() -> None:
+    context, log = ray.data.DataContext.get_current(), logging.getLogger("ray.data")
+    before = context.enable_progress_bars, log.level
+    with pool._quiet_ray_data():
+        assert (context.enable_progress_bars, log.level) == (False, logging.ERROR)
+    assert (context.enable_progress_bars, log.level) == before

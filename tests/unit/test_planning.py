@@ -102,6 +102,20 @@ def test_one_path_and_one_kept_column_are_planned_as_tuples_of_one(config, tmp_p
     assert (one.shards, one.columns) == (several.shards, several.columns)
 
 
+@pytest.mark.parametrize(
+    ("threshold", "may_exit"),
+    [(None, False), (-1.0, False), (0.0, False), ((None,) * 3 + (0.5,), True), (0.5, True)],
+)
+def test_rows_may_exit_where_some_threshold_can_fire(config, threshold, may_exit):
+    assert planned(replace(config, entropy_threshold=threshold)).may_exit is may_exit
+
+
+def test_a_whole_number_is_the_same_policy_as_its_float(config):
+    one, same = (planned(replace(config, entropy_threshold=value)) for value in (1, 1.0))
+    assert one.identity == same.identity
+    assert one.identity.exit_policy == {"type": "entropy", "thresholds": 1.0}
+
+
 @pytest.mark.parametrize("control", [0.0, 0.5])
 def test_a_finished_run_says_what_control_would_need(config, caplog, monkeypatch, control):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
+import subprocess
+import sys
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +36,7 @@ from pipeline.shard_work import ShardWork
 from pipeline.shards import plan
 from pipeline.sink import Output
 from pipeline.tokenization import TextTokenizer
-from tests.conftest import make_model, make_tokenizer
+from tests.conftest import REPOSITORY, make_model, make_tokenizer
 
 LABELS = ("negative", "neutral", "positive")
 DIGEST = "0" * 64
@@ -116,6 +119,41 @@ def write_csv(path: Path, rows: int) -> Shard:
 
 def part(spec: ReplicaSpec, shard: Shard) -> Path:
     return Path(spec.output.path(part_name(shard, DIGEST)))
+
+
+_COUNT_THREADS = """
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pipeline.replica
+from tests.unit.test_replica import spec_of, write_csv
+
+pipeline.replica.ray = SimpleNamespace(get=lambda asked: asked)
+folder = Path(sys.argv[1])
+spec = spec_of(folder, write_csv(folder / "a.csv", rows=1))
+replica = pipeline.replica.Replica(spec)
+before = len([*Path("/proc/self/task").iterdir()])
+spec.model.tokenizer(["good film"] * 100)
+print(len([*Path("/proc/self/task").iterdir()]) - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="no /proc to count threads in")
+def test_its_tokenizer_takes_as_many_threads_as_it_was_given_and_not_one_for_each_core(
+    tmp_path: Path,
+) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "RAYON_NUM_THREADS"}
+    counted = subprocess.run(
+        [sys.executable, "-c", _COUNT_THREADS, tmp_path],
+        # What Rayon itself takes for the number of cores: twenty, whatever runs the test.
+        env=environment | {"RAYON_RS_NUM_CPUS": "20"},
+        cwd=REPOSITORY,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert int(counted.stdout) == 1
 
 
 class TestPart:

@@ -7,6 +7,7 @@ import errno
 import os
 import pickle
 import uuid
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -52,6 +53,18 @@ def test_above_a_link_is_above_what_it_leads_to(tmp_path: Path) -> None:
     (tmp_path / "disk" / "folder").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "disk" / "folder")
     assert Output(f"{tmp_path}/link/../out").url == str(tmp_path / "disk" / "out")
+
+
+def test_where_a_file_is_costs_no_look_at_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A report asks for each of 16,384 parts."""
+    output = Output(str(tmp_path / "out"))
+
+    def refuse(*args: object, **options: object) -> None:
+        raise AssertionError("a look at the disk")
+
+    monkeypatch.setattr(os, "lstat", refuse)
+    monkeypatch.setattr(os, "stat", refuse)
+    assert output.path("part-0.parquet") == str(tmp_path / "out" / "part-0.parquet")
 
 
 def test_a_home_folder_is_found() -> None:
@@ -225,6 +238,17 @@ def test_dead_letters_of_shards_that_are_neither_planned_nor_committed_go(output
     assert output.parts() == set(PARTS)
 
 
+def test_dead_letters_of_an_earlier_try_are_replaced_also_by_none(output: Output) -> None:
+    letters = "_deebert/dead_letters/part-0.jsonl"
+    output.write_dead_letters("part-0.parquet", [])
+    assert output.read(letters) is None
+    output.write_dead_letters("part-0.parquet", [{"row": 1}])
+    output.write_dead_letters("part-0.parquet", [{"row": 2}])
+    assert output.read(letters) == b'{"row": 2}\n'
+    output.write_dead_letters("part-0.parquet", [])
+    assert output.read(letters) is None
+
+
 class TestADriverWithErrorsOfItsOwn:
     """What stores' drivers raise is not always an OSError."""
 
@@ -245,6 +269,44 @@ class TestADriverWithErrorsOfItsOwn:
             OutputError, match=r"cannot read memory:///?out/_deebert/run.json: Unable to locate"
         ):
             Output("memory://out").read_run()
+
+
+@pytest.mark.parametrize(
+    ("denied", "asked", "said"),
+    [
+        ("ls", Output.parts, "cannot list memory:///?denied/: "),
+        (
+            "ls",
+            lambda output: output.remove_parts({PARTS[0]}),
+            "cannot list memory:///?denied/_deebert/dead_letters: ",
+        ),
+        ("rm", lambda output: output.remove_parts({PARTS[0]}), "cannot remove parts from memory://denied: "),
+        ("rm", lambda output: output.remove(["_SUCCESS"]), "cannot remove memory:///?denied/_SUCCESS: "),
+        ("cp_file", Output.set_aside, "cannot set aside memory:///?denied/part-0.parquet: "),
+        ("cat_file", Output.mark_success, "cannot read memory:///?denied/_SUCCESS: "),
+        (
+            "cat_file",
+            lambda output: output.committed(PARTS[0]),
+            "cannot read memory:///?denied/part-0.parquet: ",
+        ),
+        (
+            "cat_file",
+            lambda output: output.read_shard_records(set()),
+            "cannot read memory:///?denied/_deebert/shards/a.jsonl: ",
+        ),
+    ],
+)
+def test_what_a_store_denies_is_one_sentence(
+    denied: str, asked: Callable[[Output], object], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = begun(Output("memory://denied"))
+
+    def refuse(*args: object, **options: object) -> None:
+        raise PermissionError("Access Denied")
+
+    monkeypatch.setattr(MemoryFileSystem, denied, refuse)
+    with pytest.raises(OutputError, match=f"^{said}Access Denied$"):
+        asked(output)
 
 
 RECORD = ShardRecord(
@@ -310,3 +372,27 @@ def test_records_are_not_written_again_where_no_part_is(
     log_records(output, ["part-0.parquet"])
     monkeypatch.delattr(Output, "write")
     output.read_shard_records({"part-0.parquet"}, redone={"part-1.parquet"})
+
+
+def test_many_totals_are_summed_as_one_after_the_other() -> None:
+    zero = Totals.zero(2)
+    many = [
+        dataclasses.replace(
+            zero,
+            rows=rows,
+            exit_rows=(0, rows, 1),
+            compute=dataclasses.replace(zero.compute, seconds=(0.1 * rows, 0.0)),
+            hardware={"one": rows, f"other {rows % 2}": 1, "none": 0},
+        )
+        for rows in range(5)
+    ]
+    total = zero
+    for each in many:
+        total += each
+    assert zero.plus(many) == total
+    assert (total.rows, total.exit_rows, total.hardware) == (
+        10,
+        (0, 10, 5),
+        {"one": 10, "other 0": 3, "other 1": 2},
+    )
+    assert zero.plus([]) == zero

@@ -23,6 +23,7 @@ from pipeline import source_csv, source_lines
 from pipeline.errors import ReadError
 from pipeline.input_schema import InputSchema, check_columns
 from pipeline.inputs import discover
+from pipeline.opening import is_read_failure
 from pipeline.shards import plan
 from pipeline.source import SourceBatch, read_shard
 from tests.examples import examples
@@ -499,3 +500,36 @@ class TestFailures:
             change()
             with pytest.raises(ReadError, match=r"a\.txt"):
                 list(read_shard(shard, text_columns=["text"], other_columns=[], schema=schema, batch_rows=1))
+
+
+@pytest.mark.parametrize(("broken", "readable"), [("text", [1]), ("other", [0, 1])])
+def test_of_a_compressed_arrow_file_a_shard_decodes_its_own_batches_of_the_columns_it_needs(
+    broken: str, readable: list[int], tmp_path: Path
+) -> None:
+    """What it does not decode may as well be broken."""
+    table = pa.table({name: [f"{name} {row}" for row in range(2000)] for name in (broken, "text", "other")})
+    table = table.append_column("number", pa.array(range(2000)))
+    options = pa.ipc.IpcWriteOptions(compression="zstd")
+    with pa.ipc.new_file(tmp_path / "a.arrow", table.schema, options=options) as writer:
+        writer.write_table(table, max_chunksize=1000)
+    written = (tmp_path / "a.arrow").read_bytes()
+    (tmp_path / "a.arrow").write_bytes(written.replace(b"\x28\xb5\x2f\xfd", b"\0\0\0\0", 1))
+
+    files = discover([str(tmp_path)])
+    schema = check_columns(files, ["text"], [])
+    shards = plan(files, shard_rows=1000)
+    assert len(shards) == 2
+    for index, shard in enumerate(shards):
+        batches = read_shard(shard, text_columns=["text"], other_columns=[], schema=schema, batch_rows=1000)
+        if index in readable:
+            (batch,) = batches
+            assert batch.texts[0].to_pylist() == table["text"].to_pylist()[1000 * index : 1000 * (index + 1)]
+        else:
+            with pytest.raises(ReadError):
+                list(batches)
+
+
+def test_want_of_memory_is_no_fault_of_the_file(tmp_path: Path) -> None:
+    (file,) = discover([str(write(tmp_path / "a.txt", "good"))])
+    assert not is_read_failure(file, pa.ArrowMemoryError("malloc of size 64 failed"))
+    assert is_read_failure(file, pa.ArrowInvalid("not Parquet"))
