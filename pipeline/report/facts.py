@@ -170,10 +170,11 @@ def _account(record: RunRecord, accounting: Accounting) -> Iterator[Fact]:
 
 def _work_facts(record: RunRecord, accounting: Accounting) -> Iterator[Fact]:
     layers = record.model.num_layers
+    counted = "rows" if accounting.windows == accounting.rows else "windows"
     yield Fact(
         name="Layer work saved",
         value=q.percent(accounting.layer_work_saved),
-        basis=f"1 {q.MINUS} mean exit layer / {layers} (DeeBERT, Eq. 2); counts rows, or their windows, not their length",
+        basis=f"1 {q.MINUS} mean exit layer / {layers} (DeeBERT, Eq. 2); counts {counted}, not their length",
     )
     yield Fact(
         name="FLOPs executed",

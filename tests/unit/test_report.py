@@ -624,6 +624,8 @@ class TestWriteReport:
         page = Path(report.path).read_text(encoding="utf-8")
         assert "in windows; neighbours share 1 tokens" in page
         assert "Share of windows per exit layer" in page
+        assert "Share of rows" not in page
+        assert "counts windows, not their length" in page
         assert "windows" not in write_report(str(write_run(tmp_path / "rows")), price_per_hour=None).text
 
     def test_urls_work(self, tmp_path: Path) -> None:
