@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -276,7 +277,9 @@ class _StageTrainer(Trainer):
             sums += torch.stack([loss * inputs[SAMPLES], loss.new_tensor(inputs[SAMPLES])])
         summed([sums])
         metrics = {"eval_loss": float(sums[0] / sums[1])}
-        return EvalLoopOutput(predictions=(), label_ids=None, metrics=metrics, num_samples=int(sums[1]))
+        return EvalLoopOutput(
+            predictions=np.empty(0), label_ids=None, metrics=metrics, num_samples=int(sums[1])
+        )
 
     def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
         """The Trainer's AdamW; groups of their own for what has a learning rate of its own."""
