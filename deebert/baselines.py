@@ -16,7 +16,6 @@ from deebert.errors import BackboneError
 from deebert.modeling import DeeBertForSequenceClassification
 
 StaticStyle = Literal["first", "every-other"]
-STATIC_STYLES: tuple[StaticStyle, ...] = ("first", "every-other")
 
 
 def kept_layers(num_layers: int, depth: int, style: StaticStyle) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from jobs.flags import comma_list, flag, parse_job
 from jobs.terminal import native_messages_aside, quiet_libraries
 from pipeline.config import PRECISION_HELP, PRECISIONS, Thresholds, thresholds
 from pipeline.errors import UsageError
-from pipeline.fields import number, positive, random_seed
+from pipeline.fields import each, number, positive, random_seed
 
 if TYPE_CHECKING:
     from deebert.checkpoint import Checkpoint
@@ -25,12 +25,8 @@ SUITES = ("engine", "pipeline", "scaling", "training")
 FORMAT_VERSION = 1
 
 
-def _whole_numbers(text: str) -> tuple[int, ...]:
-    return tuple(positive(part) for part in comma_list(text))
-
-
 def _layers(text: str) -> tuple[float, ...]:
-    values = tuple(number(part) for part in comma_list(text))
+    values = each(number)(text)
     if not all(1 < value < 12 for value in values):
         raise ValueError("give mean exit layers between 1 and 12")
     return values
@@ -83,7 +79,7 @@ class BenchJob:
     micro_batch_tokens: tuple[int, ...] = flag(
         "most tokens in a micro-batch; several are compared; left out, what classify chooses",
         default=(),
-        parse=_whole_numbers,
+        parse=each(positive),
         metavar="N,N",
     )
     batch_size: int = flag("samples in a padded batch of the rivals", default=32, parse=positive)
@@ -108,12 +104,12 @@ class BenchJob:
     )
     repetitions: int = flag("timed rounds, after one that warms up", default=5, parse=positive)
     shards: tuple[int, ...] = flag(
-        "numbers of shards of the scaling suite", default=(10, 100, 1_000, 10_000), parse=_whole_numbers
+        "numbers of shards of the scaling suite", default=(10, 100, 1_000, 10_000), parse=each(positive)
     )
     memory_rows: tuple[int, ...] = flag(
         "numbers of rows at which the scaling suite looks at memory",
         default=(100_000, 1_000_000),
-        parse=_whole_numbers,
+        parse=each(positive),
         metavar="N,N",
     )
     seed: int = flag("of random weights and texts", default=42, parse=random_seed)

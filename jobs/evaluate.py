@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobs.flags import comma_list, flag, parse_job
+from jobs.flags import flag, parse_job
 from jobs.subject_flags import SubjectFlags
 from jobs.terminal import quiet_libraries
 from pipeline.errors import UsageError
-from pipeline.fields import number, positive, random_seed, share, whole
+from pipeline.fields import each, number, positive, random_seed, share, whole
 
 if TYPE_CHECKING:
     from jobs.evaluation import Evaluation
@@ -23,30 +23,17 @@ CERTAINTY_THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 """That are tried where none are given."""
 
 
-def numbers(text: str) -> tuple[float, ...]:
-    """``0.1,0.2`` -> (0.1, 0.2)."""
-    return tuple(number(part) for part in comma_list(text))
-
-
-def _certainties(text: str) -> tuple[float, ...]:
-    return tuple(share(part) for part in comma_list(text))
-
-
-def _depths(text: str) -> tuple[int, ...]:
-    return tuple(positive(part) for part in comma_list(text))
-
-
 @dataclass(frozen=True, kw_only=True)
 class EvaluateJob(SubjectFlags):
     """What `deebert evaluate` takes."""
 
     thresholds: tuple[float, ...] = flag(
-        "entropy thresholds to try, nats", default=ENTROPY_THRESHOLDS, parse=numbers
+        "entropy thresholds to try, nats", default=ENTROPY_THRESHOLDS, parse=each(number)
     )
     certainty_thresholds: tuple[float, ...] = flag(
         "of a model that learns to exit: certainty thresholds to try",
         default=CERTAINTY_THRESHOLDS,
-        parse=_certainties,
+        parse=each(share),
     )
     store_agreement: bool = flag(
         "with --precision int8 and at least 598 texts: note in the model's folder the share of labels that are "
@@ -61,7 +48,7 @@ class EvaluateJob(SubjectFlags):
     static_depths: tuple[int, ...] = flag(
         "baselines: train the backbone cut to so many layers",
         default=(),
-        parse=_depths,
+        parse=each(positive),
         metavar="K,K",
     )
     static_style: str = flag(

@@ -27,7 +27,7 @@ from jobs.recipe_variants import BASE, VARIANTS, Between, Static, Trained
 from jobs.rival_policies import POLICIES
 from jobs.train import TrainJob, train
 from pipeline.errors import UsageError
-from pipeline.fields import number, positive, positive_number, random_seed, share
+from pipeline.fields import each, number, positive, positive_number, random_seed, share
 
 if TYPE_CHECKING:
     from deebert.checkpoint import Checkpoint
@@ -43,19 +43,11 @@ _PLACES = ("backbone", "data", "evaluation_data", "glue_dir", "output")
 _FREE = ("variants", "seeds", "speed_ups", "policies", "checkpoint_steps", "output")
 
 
-def _floats(text: str) -> tuple[float, ...]:
-    return tuple(positive_number(part) for part in comma_list(text))
-
-
-def _ints(text: str) -> tuple[int, ...]:
-    return tuple(random_seed(part) for part in comma_list(text))
-
-
 @dataclass(frozen=True, kw_only=True)
 class RecipesJob:
     """What `python -m jobs.recipes` takes."""
 
-    backbone: str = flag("folder or hub id of a BERT or RoBERTa encoder")
+    backbone: str = flag("folder or hub id of the encoder")
     data: str | None = flag("labelled texts to train on", default=None)
     evaluation_data: str | None = flag("labelled texts to judge by", default=None)
     glue_dir: str | None = flag("or GLUE's TSV folders for both, with --task", default=None, metavar="DIR")
@@ -73,9 +65,9 @@ class RecipesJob:
         parse=comma_list,
         metavar="A,B",
     )
-    seeds: tuple[int, ...] = flag("one training each", default=(42,), parse=_ints, metavar="I,I")
+    seeds: tuple[int, ...] = flag("one training each", default=(42,), parse=each(random_seed), metavar="I,I")
     speed_ups: tuple[float, ...] = flag(
-        "layer speed-ups to compare at", default=(2.0, 3.0, 4.0), parse=_floats
+        "layer speed-ups to compare at", default=(2.0, 3.0, 4.0), parse=each(positive_number)
     )
     policies: tuple[str, ...] = flag(
         "exit policies of other papers to judge the same models by",

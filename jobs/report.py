@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 import fsspec
 
-from jobs.evaluate import CERTAINTY_THRESHOLDS, ENTROPY_THRESHOLDS, numbers
+from jobs.evaluate import CERTAINTY_THRESHOLDS, ENTROPY_THRESHOLDS
 from jobs.flags import flag, parse_job
 from jobs.terminal import showing
 from pipeline.errors import UsageError
-from pipeline.fields import number, positive_number
+from pipeline.fields import each, number, positive_number
 
 if TYPE_CHECKING:
     from pipeline.records import RunRecord
@@ -66,12 +66,12 @@ class ReportJob:
         metavar="T.parquet",
     )
     thresholds: tuple[float, ...] = flag(
-        "of --what-if: entropy thresholds, nats", default=ENTROPY_THRESHOLDS, parse=numbers
+        "of --what-if: entropy thresholds, nats", default=ENTROPY_THRESHOLDS, parse=each(number)
     )
     certainty_thresholds: tuple[float, ...] = flag(
         "of --what-if, where the model learns to exit: certainty thresholds",
         default=CERTAINTY_THRESHOLDS,
-        parse=numbers,
+        parse=each(number),
     )
     page: str | None = flag(
         f"of several outputs: the page that sums them (left out: {SUMMARY_PAGE}); that of one is in its folder",

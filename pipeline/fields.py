@@ -54,6 +54,11 @@ def comma_list(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
+def each(parse: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
+    """Of a comma list, whose parts `parse` takes: ``0.1,0.2`` -> (0.1, 0.2)."""
+    return lambda text: tuple(parse(part) for part in comma_list(text))
+
+
 def integer(text: str) -> int:
     """A whole number."""
     try:
