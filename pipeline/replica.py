@@ -50,9 +50,10 @@ from pipeline.raw_rows import excerpt
 from pipeline.records import Identity, ShardRecord, Totals
 from pipeline.schema import Answers, footer, part_table
 from pipeline.shard import Shard, part_name
+from pipeline.shard_records import committed
 from pipeline.shard_work import RowsInLanes, ShardWork
 from pipeline.sink import Output
-from pipeline.source import BadRow, ParquetReaders, SourceBatch, read_shard
+from pipeline.source import BadRow, Readers, SourceBatch, read_shard
 from pipeline.tokenization import TextTokenizer
 from pipeline.turns import Turns
 from pipeline.watchdog import Watchdog
@@ -130,7 +131,7 @@ class Replica:
         precision = resolve_precision(spec.identity.precision, has_gpu=spec.device == "cuda")
         encoder = PackedEncoder(model.fused, device=spec.device, dtype=DTYPES[precision])
         self._spec = spec
-        self._turns, self._readers = Turns(), ParquetReaders(most_kept=spec.shards_in_flight)
+        self._turns, self._readers = Turns(), Readers(most_kept=spec.shards_in_flight)
         self._watchdog = Watchdog(spec.hang_seconds)
         self._labels, self._problem = model.labels, encoder.problem
         self._hardware = device_name(spec.device)
@@ -158,7 +159,7 @@ class Replica:
         name, board = part_name(shard, self._spec.identity.digest), self._spec.board
         history: History = _answer(board.history.remote(name))
         try:
-            if (history.deaths or history.has_ended) and (record := self._spec.output.committed(name)):
+            if (history.deaths or history.has_ended) and (record := committed(self._spec.output, name)):
                 return record  # the commit was made, the word of it was lost
         except (OutputError, UsageError) as error:
             return _failure(shard, name, str(error))

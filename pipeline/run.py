@@ -34,10 +34,10 @@ from pipeline.errors import OutputError, RunFailedError
 from pipeline.lock import locked
 from pipeline.planning import RunPlan, can_go_on, check_output, make_plan
 from pipeline.pool import cause, outcomes
-from pipeline.record_log import RecordLog
 from pipeline.records import Attempt, RunRecord, RunStatus, ShardRecord, Totals
 from pipeline.replica import ReplicaSpec, ServedModel, ShardFailure, too_many_bad_rows
 from pipeline.shard import Shard
+from pipeline.shard_records import RecordLog, read_shard_records
 from pipeline.sink import SUCCESS, Output
 from pipeline.tokenization import TextTokenizer
 from pipeline.watching import showing_progress
@@ -165,7 +165,7 @@ class _Attempt:
         self._output.sweep()
         self._output.remove([SUCCESS])
         # Parts of inputs that are no longer named count too: the folder is one table.
-        known = self._output.read_shard_records(self._output.parts(), redone=remaining.keys())
+        known = read_shard_records(self._output, self._output.parts(), redone=remaining.keys())
         self._known = known.keys()
         self._output.keep_dead_letters(known.keys() | remaining.keys())
         self._totals = self._totals.plus(r.totals for r in known.values())

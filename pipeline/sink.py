@@ -37,8 +37,7 @@ from fsspec.implementations.local import LocalFileSystem
 from pipeline import sabotage
 from pipeline.errors import OutputError, OutputFullError, PipelineError, UsageError
 from pipeline.inputs import file_system, is_local, knows
-from pipeline.records import READABLE_VERSIONS, RunRecord, ShardRecord
-from pipeline.schema import RECORD_KEY
+from pipeline.records import READABLE_VERSIONS, RunRecord
 
 META = "_deebert"
 SUCCESS = "_SUCCESS"
@@ -50,7 +49,7 @@ _RUN = f"{META}/run.json"
 SHARD_RECORDS = f"{META}/shards"
 _DEAD = f"{META}/dead_letters"
 _ASIDE = f"{META}/aside"
-_MAX_CONNECTIONS = 16
+MAX_CONNECTIONS = 16
 
 
 @dataclass(frozen=True)
@@ -143,7 +142,7 @@ class Output:
         Raises:
             OutputError: it cannot be written, for want of room or otherwise.
         """
-        with _explaining("write", self.path(name)):
+        with explaining("write", self.path(name)):
             if not self.is_local:
                 self._fs.pipe_file(self._at(name), bytes(data))
                 return
@@ -179,7 +178,7 @@ class Output:
             OutputError: it cannot be written, for want of room or otherwise.
         """
         path = Path(self._at(name))
-        with _explaining("write", str(path)):
+        with explaining("write", str(path)):
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("ab") as file:
                 file.write(line)
@@ -190,13 +189,22 @@ class Output:
         Raises:
             OutputError: there may be one, but it cannot be read.
         """
-        with _explaining("read", self.path(name)), suppress(FileNotFoundError, NotADirectoryError):
+        with explaining("read", self.path(name)), suppress(FileNotFoundError, NotADirectoryError):
             return bytes(self._fs.cat_file(self._at(name), **span))
         return None
 
-    def _exists(self, name: str) -> bool:
-        # One request: `exists` also looks for a folder of that name. And no removal of what may not be there, which
-        # leaves a mark in a bucket that keeps versions.
+    def open(self, name: str) -> Any:
+        """A file, to read parts of it; raises what the store raises."""
+        return self._fs.open(self._at(name), "rb")
+
+    def exists(self, name: str) -> bool:
+        """Whether there is a file that is not empty.
+
+        Raises:
+            OutputError: there may be one, but it cannot be read.
+        """
+        # One request: the store's own `exists` also looks for a folder of that name. And no removal of what may not be
+        # there, which leaves a mark in a bucket that keeps versions.
         return self.read(name, start=0, end=1) is not None
 
     def commit_part(self, name: str, table: pa.Table, metadata: dict[bytes, bytes]) -> None:
@@ -212,7 +220,7 @@ class Output:
         name = _letters_of(part)
         if lines:
             self.write(name, lines)
-        elif self._exists(name):
+        elif self.exists(name):
             self.remove([name])
 
     def parts(self) -> set[str]:
@@ -221,11 +229,16 @@ class Output:
         Raises:
             OutputError: the folder cannot be listed.
         """
-        return {n for n in self._names("") if n.startswith("part-") and n.endswith(".parquet")}
+        return {n for n in self.names("") if n.startswith("part-") and n.endswith(".parquet")}
 
-    def _names(self, folder: str) -> list[str]:
+    def names(self, folder: str) -> list[str]:
+        """Names of what lies in a folder that may exist.
+
+        Raises:
+            OutputError: it cannot be listed.
+        """
         found: list[Any] = []
-        with _explaining("list", self.path(folder)), suppress(FileNotFoundError):
+        with explaining("list", self.path(folder)), suppress(FileNotFoundError):
             found = self._fs.ls(self._at(folder), detail=False)
         return [str(f).rstrip("/").rsplit("/", 1)[-1] for f in found]
 
@@ -236,24 +249,24 @@ class Output:
             OutputError: one of them cannot be removed.
         """
         for name in names:
-            with _explaining("remove", self.path(name)):
+            with explaining("remove", self.path(name)):
                 if self._fs.exists(self._at(name)):
                     self._fs.rm(self._at(name), recursive=True)
 
     def remove_parts(self, parts: Collection[str]) -> None:
         """Remove parts that exist, and first their dead letters: without its part nobody would look for one."""
-        letters = {_letters_of(part) for part in parts} & {f"{_DEAD}/{name}" for name in self._names(_DEAD)}
+        letters = {_letters_of(part) for part in parts} & {f"{_DEAD}/{name}" for name in self.names(_DEAD)}
         for names in (letters, parts):
-            with _explaining("remove parts from", self.url):
+            with explaining("remove parts from", self.url):
                 if names:
                     self._fs.rm([self._at(name) for name in sorted(names)])
 
     def keep_dead_letters(self, parts: Collection[str]) -> None:
         """Remove the dead letters of all but these parts: of shards that failed and are planned no more."""
         kept = {_letters_of(part) for part in parts}
-        others = {f"{_DEAD}/{name}" for name in self._names(_DEAD) if name.startswith("part-")} - kept
+        others = {f"{_DEAD}/{name}" for name in self.names(_DEAD) if name.startswith("part-")} - kept
         if others:
-            with _explaining("remove dead letters from", self.url):
+            with explaining("remove dead letters from", self.url):
                 self._fs.rm([self._at(name) for name in sorted(others)])
 
     def set_aside(self) -> None:
@@ -264,8 +277,8 @@ class Output:
         """
         self.remove([SUCCESS])
         kept = {LOCK, CATALOG, _ASIDE, _TMP}
-        records = [name for entry in self._names(META) if (name := f"{META}/{entry}") not in kept]
-        with ThreadPoolExecutor(_MAX_CONNECTIONS) as pool:
+        records = [name for entry in self.names(META) if (name := f"{META}/{entry}") not in kept]
+        with ThreadPoolExecutor(MAX_CONNECTIONS) as pool:
             for _ in pool.map(self._move_aside, sorted(self.parts())):
                 pass
         for name in sorted(records, key=lambda name: (name == _RUN, name)):
@@ -278,7 +291,7 @@ class Output:
     def _move_aside(self, name: str) -> None:
         new_name = f"{_ASIDE}/{name}"
         source, target = self._at(name), self._at(new_name)
-        with _explaining("set aside", self.path(name)):
+        with explaining("set aside", self.path(name)):
             if self.is_local:
                 Path(target).parent.mkdir(parents=True, exist_ok=True)
                 self.remove([new_name])
@@ -325,52 +338,13 @@ class Output:
         if self.read(SUCCESS) is None:
             self.write(SUCCESS, b"")
 
-    def read_shard_records(self, parts: set[str], *, redone: Collection[str] = ()) -> dict[str, ShardRecord]:
-        """The records of `parts`, by part name.
-
-        From the attempts' files; a part whose record was lost with its driver gives it from its footer. Records of
-        parts that are gone and will be `redone` are removed: another record in the new part would not be looked for.
-
-        Raises:
-            UsageError: one of them is not a part that `classify` wrote, or no longer.
-            OutputError: an attempt's file can be neither read nor replaced.
-        """
-        records: dict[str, ShardRecord] = {}
-        logs = [f"{SHARD_RECORDS}/{name}" for name in sorted(self._names(SHARD_RECORDS))]
-        with ThreadPoolExecutor(_MAX_CONNECTIONS) as pool:
-            contents = (content or b"" for content in pool.map(self.read, logs))
-            for log, content in zip(logs, contents, strict=True):
-                # A killed driver may leave half a last line; the part's footer has the record whole.
-                lines = (line for line in content.splitlines() if line.endswith(b"}"))
-                found = [record for line in lines if (record := _record(line)) is not None]
-                records |= {record.part: record for record in found if record.part in parts}
-                valid = [record for record in found if record.part not in redone]
-                if len(valid) < len(found):
-                    self.write(log, b"".join(json_line(record.to_dict()) for record in valid))
-            unknown = sorted(parts - records.keys())
-            return records | dict(zip(unknown, pool.map(self._record_from_footer, unknown), strict=True))
-
-    def committed(self, part: str) -> ShardRecord | None:
-        """The record of a part, None where it does not exist."""
-        return self._record_from_footer(part) if self._exists(part) else None
-
-    def _record_from_footer(self, part: str) -> ShardRecord:
-        with _explaining("read", self.path(part)), self._fs.open(self._at(part), "rb") as file:
-            try:
-                return ShardRecord.from_dict(json.loads(pq.read_metadata(file).metadata[RECORD_KEY]))
-            except (KeyError, TypeError, ValueError) as error:
-                raise UsageError(
-                    f"the part {self.path(part)!r} is damaged, or `classify` did not write it "
-                    f"({type(error).__name__}: {error}): delete it and run the same command again"
-                ) from error
-
 
 def _letters_of(part: str) -> str:
     return f"{_DEAD}/{Path(part).stem}.jsonl"
 
 
 @contextmanager
-def _explaining(action: str, path: str) -> Iterator[None]:
+def explaining(action: str, path: str) -> Iterator[None]:
     """Turn a failure to do something with a file or folder of an output into one sentence."""
     try:
         yield
@@ -386,13 +360,6 @@ def _explaining(action: str, path: str) -> Iterator[None]:
 
 def _reason(error: BaseException | None) -> str:
     return str(getattr(error, "strerror", None) or error)
-
-
-def _record(line: bytes) -> ShardRecord | None:
-    try:
-        return ShardRecord.from_dict(json.loads(line))
-    except ValueError:
-        return None
 
 
 def json_line(value: dict[str, Any]) -> bytes:

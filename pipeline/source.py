@@ -61,6 +61,18 @@ class SourceBatch:
             start = stop
 
 
+class Readers:
+    """What the shards of one file leave each other in one process; several threads may read.
+
+    Args:
+        most_kept: see `ParquetReaders`.
+    """
+
+    def __init__(self, *, most_kept: int = 1) -> None:
+        self.parquet = ParquetReaders(most_kept=most_kept)
+        self.batch_rows = lru_cache(maxsize=64)(arrow_batch_rows)
+
+
 def read_shard(
     shard: Shard,
     *,
@@ -68,18 +80,18 @@ def read_shard(
     other_columns: Sequence[str],
     schema: InputSchema,
     batch_rows: int,
-    readers: ParquetReaders | None = None,
+    readers: Readers | None = None,
 ) -> Iterator[SourceBatch]:
     """Read a shard in batches of at most `batch_rows` good rows, in the order of the file.
 
-    `readers`, where given, spare pieces of one Parquet row group from decoding what lies before them again.
+    `readers`, where given, spare the shards of one file from decoding or counting what lies before them again.
 
     Raises ReadError when the file cannot be read, or is no longer the one that was planned.
     """
     kept = pa.schema([schema.kept.field(name) for name in dict.fromkeys(other_columns)])
     texts = [pa.field(name, pa.string()) for name in dict.fromkeys(text_columns)]
     needed = pa.schema([*texts, *(field for field in kept if field.name not in text_columns)])
-    raws = _read(shard, needed, text_columns, batch_rows, readers or ParquetReaders())
+    raws = _read(shard, needed, text_columns, batch_rows, readers or Readers())
     yield from _reading(
         shard,
         (
@@ -105,13 +117,13 @@ def _reading(shard: Shard, parts: Iterator[SourceBatch]) -> Iterator[SourceBatch
 
 
 def _read(
-    shard: Shard, needed: Any, text_columns: Sequence[str], batch_rows: int, readers: ParquetReaders
+    shard: Shard, needed: Any, text_columns: Sequence[str], batch_rows: int, readers: Readers
 ) -> Iterator[RawRows]:
     match shard.source.format:
         case "parquet":
-            return read_parquet(shard, needed.names, batch_rows, readers)
+            return read_parquet(shard, needed.names, batch_rows, readers.parquet)
         case "arrow":
-            return _read_arrow(shard, needed.names)
+            return _read_arrow(shard, needed.names, readers)
         case "csv":
             return read_csv(shard.source, needed)
         case "jsonl":
@@ -120,13 +132,9 @@ def _read(
             return read_text(shard, needed)
 
 
-# Whose files are several shards: one after the other, each would count the rows before it again.
-_batch_rows = lru_cache(maxsize=64)(arrow_batch_rows)
-
-
-def _read_arrow(shard: Shard, names: list[str]) -> Iterator[RawRows]:
+def _read_arrow(shard: Shard, names: list[str], readers: Readers) -> Iterator[RawRows]:
     """From the record batch on that holds the shard's first row, which takes no counting where that is row 0."""
-    starts = np.cumsum([0, *_batch_rows(shard.source)]) if shard.first_row else np.zeros(1, np.int64)
+    starts = np.cumsum([0, *readers.batch_rows(shard.source)]) if shard.first_row else np.zeros(1, np.int64)
     first = int(np.searchsorted(starts, shard.first_row, side="right")) - 1
     yield from _number(
         shard, arrow_batches(shard.source, columns=names, first=first), int(starts[first]), names

@@ -24,6 +24,7 @@ from pipeline.report.html import render_page
 from pipeline.report.outlook import WhatIf, look_ahead
 from pipeline.report.summary import Summary, summarise
 from pipeline.report.table import render_text
+from pipeline.shard_records import read_shard_records
 from pipeline.sink import META, Output
 
 __all__ = [
@@ -148,6 +149,6 @@ def read_record(output: str) -> RunRecord:
 
 def _up_to_date(record: RunRecord, folder: Output, parts: set[str]) -> RunRecord:
     """The record of a run that goes on, or was killed, with the totals of `parts`: its own are older."""
-    shards = folder.read_shard_records(parts).values()
+    shards = read_shard_records(folder, parts).values()
     totals = Totals.zero(record.model.num_layers).plus(shard.totals for shard in shards)
     return replace(record, totals=totals)

@@ -17,10 +17,10 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from pipeline.errors import OutputError, OutputFullError, UsageError
-from pipeline.record_log import RecordLog
 from pipeline.records import ShardRecord, Totals
 from pipeline.report.evidence import verify_parts
 from pipeline.schema import RECORD_KEY
+from pipeline.shard_records import RecordLog, committed, read_shard_records
 from pipeline.sink import CATALOG, Output, json_line
 
 
@@ -128,7 +128,7 @@ def test_a_part_that_is_none_is_named(kind: str, tmp_path: Path) -> None:
         pq.write_table(pa.table({"a": [1]}), part)
     output = Output(str(tmp_path))
     with pytest.raises(UsageError, match=rf"the part '{part}' is damaged, or `classify` did not write it \("):
-        output.read_shard_records(output.parts())
+        read_shard_records(output, output.parts())
 
 
 @pytest.fixture(params=["file", "object store"])
@@ -286,12 +286,12 @@ class TestADriverWithErrorsOfItsOwn:
         ("cat_file", Output.mark_success, "cannot read memory:///?denied/_SUCCESS: "),
         (
             "cat_file",
-            lambda output: output.committed(PARTS[0]),
+            lambda output: committed(output, PARTS[0]),
             "cannot read memory:///?denied/part-0.parquet: ",
         ),
         (
             "cat_file",
-            lambda output: output.read_shard_records(set()),
+            lambda output: read_shard_records(output, set()),
             "cannot read memory:///?denied/_deebert/shards/a.jsonl: ",
         ),
     ],
@@ -335,7 +335,7 @@ def test_records_that_could_not_be_written_come_with_the_next(monkeypatch: pytes
     names = [f"part-{i}.parquet" for i in range(100)]
     log_records(output, names)
     assert fails == []
-    assert output.read_shard_records(set(names)).keys() == set(names)
+    assert read_shard_records(output, set(names)).keys() == set(names)
 
 
 def test_a_store_gets_an_object_for_every_64_records() -> None:
@@ -344,25 +344,25 @@ def test_a_store_gets_an_object_for_every_64_records() -> None:
     log_records(output, names)
     objects = MemoryFileSystem().ls(output.path("_deebert/shards"), detail=False)
     assert [MemoryFileSystem().cat_file(name).count(b"\n") for name in sorted(objects)] == [64, 1]
-    assert output.read_shard_records(set(names)).keys() == set(names)
+    assert read_shard_records(output, set(names)).keys() == set(names)
 
 
 def test_records_of_parts_that_are_gone_do_not_count(output: Output) -> None:
     log_records(output, ["part-0.parquet", "part-1.parquet"])
-    assert output.read_shard_records({"part-1.parquet"}).keys() == {"part-1.parquet"}
+    assert read_shard_records(output, {"part-1.parquet"}).keys() == {"part-1.parquet"}
 
 
 def test_the_record_of_a_part_that_is_made_again_is_the_new_one_s(output: Output) -> None:
     """Its driver may be killed before it has said so: what an earlier one said is not what is there."""
     log_records(output, ["part-0.parquet", "part-1.parquet"])
-    assert output.read_shard_records({"part-1.parquet"}, redone={"part-0.parquet"}).keys() == {
+    assert read_shard_records(output, {"part-1.parquet"}, redone={"part-0.parquet"}).keys() == {
         "part-1.parquet"
     }
 
     redone = dataclasses.replace(RECORD, part="part-0.parquet", first_row=7)
     metadata = {RECORD_KEY: json_line(redone.to_dict())}
     output.commit_part("part-0.parquet", pa.table({"label": ["good"]}), metadata)
-    records = output.read_shard_records({"part-0.parquet", "part-1.parquet"})
+    records = read_shard_records(output, {"part-0.parquet", "part-1.parquet"})
     assert [records[f"part-{i}.parquet"].first_row for i in (0, 1)] == [7, 0]
 
 
@@ -371,7 +371,7 @@ def test_records_are_not_written_again_where_no_part_is(
 ) -> None:
     log_records(output, ["part-0.parquet"])
     monkeypatch.delattr(Output, "write")
-    output.read_shard_records({"part-0.parquet"}, redone={"part-1.parquet"})
+    read_shard_records(output, {"part-0.parquet"}, redone={"part-1.parquet"})
 
 
 def test_many_totals_are_summed_as_one_after_the_other() -> None:
