@@ -49,10 +49,8 @@ def showing_progress(board: Any, run: RunPlan, before: Totals) -> Iterator[None]
         while not ended.wait(_POLL_SECONDS):
             try:
                 update(progress)
-            except (
-                RayError
-            ):  # the board is late or restarts, or the cluster goes down: the main thread says so
-                continue
+            except RayError:
+                continue  # the board is late or restarts, or the cluster goes down: the main thread says so
 
     is_terminal = sys.stderr.isatty()
     with Progress(total_rows=run.estimated_rows, stream=sys.stderr, is_terminal=is_terminal) as progress:
