@@ -192,7 +192,7 @@ class _Study:
                 seconds = time.monotonic() - started
             else:
                 train(self._train_job(name, variant, seed))
-                seconds = _training_seconds(self._model(name, seed))
+                seconds = training_seconds(self._model(name, seed))
             total = seconds + before
             made = self._scored(self._model(name, seed))
         return replace(made, seconds=seconds, total_seconds=total)
@@ -358,7 +358,7 @@ def check_study(folder: Path, settings: Mapping[str, Any], *, flag: str) -> None
             )
 
 
-def _training_seconds(folder: Path) -> float:
+def training_seconds(folder: Path) -> float:
     """Over all attempts: a training that was killed took no less for it."""
     from deebert.training import LOG_NAME, read_log
 

@@ -27,7 +27,7 @@ from deebert.config import POOLINGS
 from jobs.benchmarks import machine
 from jobs.evaluate import EvaluateJob, evaluate, show
 from jobs.flags import comma_list, flag, parse_job
-from jobs.recipes import check_study
+from jobs.recipes import check_study, training_seconds
 from jobs.terminal import quiet_libraries
 from jobs.train import TrainJob, train
 from pipeline.errors import UsageError
@@ -130,7 +130,6 @@ def _replicate(
     )
     settings = _shareable(asdict(training), job)
     check_study(work, {name: value for name, value in settings.items() if name != "output"}, flag="--work")
-    started = time.monotonic()
     if (work / "model" / "config.json").exists():
         log.info("%s is there already", work / "model")
     else:
@@ -142,7 +141,7 @@ def _replicate(
     document = {
         "training": settings,
         "evaluation": _shareable(asdict(evaluation), job),
-        "training_seconds": trained - started,
+        "training_seconds": training_seconds(work / "model"),
         "evaluation_seconds": time.monotonic() - trained,
         "machine": machine.describe(),
     }

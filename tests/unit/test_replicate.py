@@ -76,6 +76,7 @@ def test_one_command_trains_evaluates_and_writes(
     assert document["training"]["backbone"] == "ASSETS/e5-small"
     assert str(tmp_path) not in json.dumps(document)
     assert document["evaluation"]["max_train_rows"] == 16
+    assert document["training_seconds"] > 0
 
 
 def test_a_second_run_trains_nothing(
@@ -85,6 +86,8 @@ def test_a_second_run_trains_nothing(
     assert run(assets_in_small, tmp_path, *words) == 0
     written = sorted((tmp_path / "results").glob("*/thresholds.csv"))
     before = [path.read_bytes() for path in written]
+    documents = sorted((tmp_path / "results").glob("*/run.json"))
+    seconds = [json.loads(path.read_text())["training_seconds"] for path in documents]
     (overview,) = (tmp_path / "results").glob("*-replication.csv")
     with overview.open(newline="") as file:
         statics = {row["off-ramps read"]: row["static"] for row in csv.DictReader(file)}
@@ -99,6 +102,7 @@ def test_a_second_run_trains_nothing(
 
     assert run(assets_in_small, tmp_path, *words) == 0
     assert [path.read_bytes() for path in written] == before
+    assert [json.loads(path.read_text())["training_seconds"] for path in documents] == seconds
 
 
 def test_a_killed_training_goes_on_where_it_stopped(
