@@ -31,7 +31,7 @@ from jobs.recipes import check_study, training_seconds
 from jobs.terminal import quiet_libraries
 from jobs.train import TrainJob, train
 from pipeline.errors import UsageError
-from pipeline.fields import positive
+from pipeline.fields import positive, whole
 from pipeline.report.evaluated import EvaluatedPoint, EvaluatedSet, to_csv, to_markdown
 from pipeline.report.ledger import Table
 
@@ -79,7 +79,9 @@ class ReplicateJob:
         parse=lambda text: tuple(positive(part) for part in comma_list(text)),
     )
     rows: int | None = flag("train on a random sample of this many rows", default=None, parse=positive)
-    timing_rows: int = flag("samples to measure time on, one at a time", default=100, parse=positive)
+    timing_rows: int = flag(
+        "samples to measure time on, one at a time; 0 measures nothing", default=100, parse=whole
+    )
     engine_rows: int = flag("and through the engine", default=1000, parse=positive)
     work: str = flag("folder for models and traces, used again where they are there", default=".replicate")
     output: str = flag("folder for the results", default="jobs/bench_results")
