@@ -1,10 +1,10 @@
-# make setup | check | test | test-kills | demo | replicate | bench | clean. Every target does its own set-up.
+# make setup | check | test | test-runs | demo | replicate | bench | clean. Every target does its own set-up.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: setup check format test test-kills test-faults test-bad-input test-thorough fuzz soak demo replicate bench bench-gpu clean
+.PHONY: setup check format test test-runs test-faults test-bad-input test-thorough fuzz soak demo replicate bench bench-gpu clean
 
 setup: $(VENV)/.ready
 
@@ -27,11 +27,11 @@ format: setup
 # One at a time for each of two cores, a file's tests together: each start of Ray is eight processes by itself.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --durations 15
 test: setup
-	$(PYTEST) --ignore tests/faults
+	$(PYTEST) --ignore tests/faults --ignore tests/integration/runs
 
-# Whole runs that are killed, starved and fed with what is broken: as long again.
-test-kills: setup
-	$(PYTEST) tests/faults
+# Whole runs with processes of their own: watched, submitted, killed, starved and fed with what is broken. Longer still.
+test-runs: setup
+	$(PYTEST) tests/integration/runs tests/faults
 
 # 45 seeds of 5 random kills, of which about 200 find something to kill (an hour); FAULTS.jsonl gets a line per seed.
 test-faults: setup

@@ -1,6 +1,6 @@
 """Kills drawn at random, at every point of a run: nothing lost, nothing doubled, nothing corrupt, nothing hung.
 
-`make test-faults` runs 45 seeds, about 200 kills; `make test-kills` takes the first.
+`make test-faults` runs 45 seeds, about 200 kills; `make test-runs` takes the first.
 """
 
 from __future__ import annotations

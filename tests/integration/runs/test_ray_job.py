@@ -18,8 +18,8 @@ import yaml
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from tests.clusters import Head, wait_for
+from tests.conftest import REPOSITORY
 
-ROOT = Path(__file__).resolve().parents[2]
 JOB_SECONDS = 300.0
 
 
@@ -76,7 +76,7 @@ def submit(client: JobSubmissionClient, command: list[str]) -> str:
     def is_taken() -> bool:
         try:
             job = client.submit_job(
-                entrypoint=shlex.join(command), runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}}
+                entrypoint=shlex.join(command), runtime_env={"env_vars": {"PYTHONPATH": str(REPOSITORY)}}
             )
         except RuntimeError as error:
             if "No available agent" not in str(error):
