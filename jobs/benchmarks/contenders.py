@@ -17,7 +17,7 @@ from deebert.cost import ModelShape
 from deebert.encoder import PackedEncoder
 from deebert.exit_policy import ExitPolicy
 from deebert.packing import PackedTokens
-from jobs.benchmarks.side_by_side import side_by_side
+from jobs.benchmarks.side_by_side import SideBySide
 from pipeline.engine import Engine, EngineConfig, EngineStats, Exits
 from pipeline.engine.batch import SampleBatch
 from pipeline.engine.budget import under_way
@@ -124,12 +124,11 @@ class Shared:
 
     parts: Sequence[Callable[[], Outcome]]
     """Part i answers every k-th sample from the i-th on."""
-    threads: int
-    """Of each."""
+    together: SideBySide
 
     def __call__(self) -> Outcome:
         """Run every sample once."""
-        done = side_by_side(self.parts, threads=self.threads)
+        done = self.together(self.parts)
         layers = [one.exit_layers for one in done if one.exit_layers is not None]
         return Outcome(
             predictions=_interleaved([one.predictions for one in done]),

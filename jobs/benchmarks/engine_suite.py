@@ -24,6 +24,7 @@ from jobs.benchmarks import rivals, roofline
 from jobs.benchmarks.contenders import Outcome, Packed, Shared, every_kth
 from jobs.benchmarks.profiles import ScriptedExits, Shares, nobody_leaves, shares_with_mean
 from jobs.benchmarks.settings import BenchSettings
+from jobs.benchmarks.side_by_side import SideBySide
 from jobs.benchmarks.timing import Spread, Timed, paired_ratios, take_turns
 from jobs.benchmarks.workload import Workload
 
@@ -50,15 +51,18 @@ class Entry:
 def run(workload: Workload, settings: BenchSettings) -> dict[str, Any]:
     """Time every contender; JSON-ready."""
     skipped = dict(_left_out(workload, settings))
-    with tempfile.TemporaryDirectory() as folder:
-        entries = {**_rivals(workload, settings, Path(folder), skipped), **_ours(workload, settings)}
+    replicas = SideBySide(settings.replicas, threads=settings.threads_each)
+    with replicas, tempfile.TemporaryDirectory() as folder:
+        entries = {
+            **_rivals(workload, settings, replicas, Path(folder), skipped),
+            **_ours(workload, settings, replicas),
+        }
         products = roofline.products(
             workload.shape,
             settings.micro_batch_tokens[0],
             device=settings.torch_device,
             dtype=settings.dtype,
-            replicas=settings.replicas,
-            threads=settings.threads_each,
+            together=replicas,
         )
         timed: dict[str, Timed[Any]] = take_turns(
             {**{name: entry.run for name, entry in entries.items()}, **products},
@@ -79,7 +83,7 @@ def run(workload: Workload, settings: BenchSettings) -> dict[str, Any]:
 
 
 def _rivals(
-    workload: Workload, settings: BenchSettings, folder: Path, skipped: dict[str, str]
+    workload: Workload, settings: BenchSettings, together: SideBySide, folder: Path, skipped: dict[str, str]
 ) -> dict[str, Entry]:
     makers: dict[str, Callable[[], dict[str, Sequence[rivals.Classifier]]]] = {
         "transformers": lambda: {
@@ -103,7 +107,7 @@ def _rivals(
             for order in ("input order", "length-sorted"):
                 entries[f"{library} {precision}, {order}"] = Entry(
                     kind=RIVAL,
-                    run=_padded(workload, settings, replicas, sort=order == "length-sorted"),
+                    run=_padded(workload, settings, replicas, together, sort=order == "length-sorted"),
                     precision=precision,
                 )
     return entries
@@ -145,7 +149,12 @@ def _exported(workload: Workload, folder: Path) -> Path:
 
 
 def _padded(
-    workload: Workload, settings: BenchSettings, replicas: Sequence[rivals.Classifier], *, sort: bool
+    workload: Workload,
+    settings: BenchSettings,
+    replicas: Sequence[rivals.Classifier],
+    together: SideBySide,
+    *,
+    sort: bool,
 ) -> Shared:
     return Shared(
         parts=[
@@ -159,11 +168,11 @@ def _padded(
             )
             for i, classify in enumerate(replicas)
         ],
-        threads=settings.threads_each,
+        together=together,
     )
 
 
-def _ours(workload: Workload, settings: BenchSettings) -> dict[str, Entry]:
+def _ours(workload: Workload, settings: BenchSettings, together: SideBySide) -> dict[str, Entry]:
     encoder = PackedEncoder.of(workload.checkpoint.model, device=settings.torch_device, dtype=settings.dtype)
     entries = {}
     for budget in settings.micro_batch_tokens:
@@ -181,7 +190,7 @@ def _ours(workload: Workload, settings: BenchSettings) -> dict[str, Entry]:
                         )
                         for i in range(settings.replicas)
                     ],
-                    threads=settings.threads_each,
+                    together=together,
                 ),
                 precision=settings.precision,
                 micro_batch_tokens=budget,

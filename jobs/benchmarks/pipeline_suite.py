@@ -14,16 +14,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from deebert.encoder import PackedEncoder
 from deebert.exit_policy import FULL_DEPTH
 from jobs.benchmarks import ray_jobs
-from jobs.benchmarks.contenders import Packed
+from jobs.benchmarks.contenders import Packed, every_kth
 from jobs.benchmarks.ray_jobs import ClassifyJob, RayDataJob
 from jobs.benchmarks.settings import BenchSettings
-from jobs.benchmarks.side_by_side import side_by_side
+from jobs.benchmarks.side_by_side import SideBySide
 from jobs.benchmarks.timing import Spread, Timed, take_turns
 from jobs.benchmarks.workload import Workload
 from pipeline.cluster import Placement, RaySession, place
@@ -42,9 +41,10 @@ def run(workload: Workload, settings: BenchSettings) -> dict[str, Any]:
     placement = place(
         there_is, on_gpus=settings.device == "cuda", replicas=None, threads=None, weight_bytes=0
     )
-    with tempfile.TemporaryDirectory() as folder:
+    engines = SideBySide(placement.replicas.most, threads=placement.threads)
+    with engines, tempfile.TemporaryDirectory() as folder:
         contenders: dict[str, Callable[[], int]] = {
-            ENGINE: EnginesAlone(workload=workload, settings=settings, placement=placement),
+            ENGINE: EnginesAlone(workload=workload, settings=settings, together=engines),
             **_classify_jobs(workload, settings, placement, Path(folder)),
             **_ray_data_jobs(workload, settings, placement, there_is.cores, Path(folder)),
         }
@@ -68,22 +68,18 @@ class EnginesAlone:
 
     workload: Workload
     settings: BenchSettings
-    placement: Placement
+    together: SideBySide
     _engines: list[Packed] = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_engines", [self._engine(i) for i in range(self._count)])
+        object.__setattr__(self, "_engines", [self._engine(i) for i in range(self.together.replicas)])
 
     def __call__(self) -> int:
         """Run every sample once; returns how many there were."""
-        done = side_by_side(self._engines, threads=self.placement.threads)
+        done = self.together(self._engines)
         if self.settings.torch_device.type == "cuda":
             torch.cuda.empty_cache()  # the jobs that come next are other processes, and ask what is free
         return sum(len(outcome.predictions) for outcome in done)
-
-    @property
-    def _count(self) -> int:
-        return self.placement.replicas.most
 
     def _engine(self, number: int) -> Packed:
         tokens, settings = self.workload.tokens, self.settings
@@ -93,7 +89,7 @@ class EnginesAlone:
                 device=own_device(settings.torch_device, number),
                 dtype=settings.dtype,
             ),
-            tokens=tokens.take(np.arange(number, len(tokens), self._count)),
+            tokens=every_kth(tokens, number, self.together.replicas),
             micro_batch_tokens=max(settings.micro_batch_tokens[0], tokens.max_seqlen),
             make_policy=lambda: FULL_DEPTH,
         )

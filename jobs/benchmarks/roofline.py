@@ -18,7 +18,7 @@ from torch import Tensor
 
 from deebert.cost import ModelShape
 from deebert.fused import quantized_product
-from jobs.benchmarks.side_by_side import side_by_side
+from jobs.benchmarks.side_by_side import SideBySide
 from jobs.benchmarks.timing import wait_for
 
 # Long enough for a clock, and a square product that no cache holds.
@@ -35,14 +35,12 @@ class Products:
     """Of each product once."""
     times: int
 
-    replicas: int
-    """How many threads do so at the same time."""
-    threads: int
-    """Of torch's, for each."""
+    together: SideBySide
+    """Who does so at the same time."""
 
     def __call__(self) -> float:
         """Run all; returns the FLOPs done."""
-        return sum(side_by_side([self._multiply] * self.replicas, threads=self.threads))
+        return sum(self.together([self._multiply] * self.together.replicas))
 
     def _multiply(self) -> float:
         for _ in range(self.times):
@@ -57,8 +55,7 @@ def products(
     *,
     device: torch.device,
     dtype: torch.dtype,
-    replicas: int = 1,
-    threads: int = 1,
+    together: SideBySide,
 ) -> dict[str, Products]:
     """What to time, by name: ``layer`` and ``large``, and the same ``prepacked`` where that exists.
 
@@ -67,8 +64,7 @@ def products(
         tokens: rows of the left matrices, a micro-batch.
         device: where.
         dtype: of both sides.
-        replicas: how many threads multiply at the same time.
-        threads: of torch's, for each of them.
+        together: who multiplies at the same time.
     """
     h, i, n = shape.hidden_size, shape.intermediate_size, _LARGE[device.type]
     sizes = {
@@ -79,7 +75,7 @@ def products(
     if dtype == torch.int8:
         kinds, dtype = {"": _quantized}, torch.float32
     return {
-        name + suffix: replace(_repeated(each, kind, device, dtype), replicas=replicas, threads=threads)
+        name + suffix: replace(_repeated(each, kind, device, dtype), together=together)
         for name, each in sizes.items()
         for suffix, kind in kinds.items()
     }
@@ -99,7 +95,7 @@ def _repeated(
         )
         for rows, inner, outer in sizes
     ]
-    once = Products(multiply=multiply, flops=flops, times=1, replicas=1, threads=1)
+    once = Products(multiply=multiply, flops=flops, times=1, together=SideBySide(1, threads=1))
     return replace(once, times=max(1, math.ceil(_SECONDS_PER_RUN / _seconds(once, device))))
 
 

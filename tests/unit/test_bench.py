@@ -21,11 +21,10 @@ from jobs.benchmarks import results, rivals, roofline
 from jobs.benchmarks.contenders import Outcome, Packed, Shared, every_kth
 from jobs.benchmarks.pipeline_suite import EnginesAlone, own_device, rate_after_start
 from jobs.benchmarks.profiles import ScriptedExits, nobody_leaves, shares_with_mean
+from jobs.benchmarks.side_by_side import SideBySide
 from jobs.benchmarks.timing import Spread, paired_ratios, take_turns
 from jobs.benchmarks.workload import SHAPES, draw_lengths, prepare, random_checkpoint
 from jobs.cli import main
-from pipeline.cluster import Placement
-from pipeline.config import Replicas
 from pipeline.engine import Exits
 from pipeline.engine.batch import SampleBatch
 from pipeline.engine.runner import Runner, Step
@@ -141,7 +140,8 @@ class TestContenders:
     def test_side_by_side_is_the_same_work(self, packed: Callable[..., Packed], k: int) -> None:
         alone = packed()
         parts = [dataclasses.replace(alone, tokens=every_kth(alone.tokens, i, k)) for i in range(k)]
-        together, outcome = Shared(parts=parts, threads=1)(), alone()
+        with SideBySide(k, threads=1) as replicas:
+            together, outcome = Shared(parts=parts, together=replicas)(), alone()
 
         assert np.array_equal(together.predictions, outcome.predictions)
         assert np.array_equal(together.exit_layers, outcome.exit_layers)  # type: ignore[arg-type]
@@ -297,10 +297,10 @@ class TestPipelineSuite:
     def test_engines_alone_answer_every_text_once(self) -> None:
         job = _quick(BenchJob(quick=True, samples=31, precision="float32", device="cpu"))
         work = _workload(job)
-        placement = Placement(replicas=Replicas(2, 2), device="cpu", threads=1, num_cpus=1.0)
-        alone = EnginesAlone(workload=work, settings=_settings(job, work.checkpoint), placement=placement)
+        with SideBySide(2, threads=1) as replicas:
+            alone = EnginesAlone(workload=work, settings=_settings(job, work.checkpoint), together=replicas)
 
-        assert alone() == 31
+            assert alone() == 31
 
     def test_engines_alone_have_a_gpu_each(self) -> None:
         assert [str(own_device(torch.device("cuda"), i)) for i in (0, 1)] == ["cuda:0", "cuda:1"]
@@ -316,7 +316,8 @@ class TestPipelineSuite:
 
 def test_products_count_their_flops() -> None:
     shape = ModelShape(num_layers=2, hidden_size=32, intermediate_size=64, num_labels=2)
-    products = roofline.products(shape, 16, device=torch.device("cpu"), dtype=torch.float32)
+    alone = SideBySide(1, threads=1)
+    products = roofline.products(shape, 16, device=torch.device("cpu"), dtype=torch.float32, together=alone)
 
     # A layer's products are its FLOPs less those of attention.
     assert products["layer"].flops == shape.layer_flops(16, 0)
