@@ -30,11 +30,12 @@ def varlen_attention(qkv: Tensor, layout: SequenceLayout) -> Tensor:
     """Scaled dot-product self-attention inside each packed sequence.
 
     Args:
-        qkv: (total_tokens, 3, num_heads, head_size), any float dtype.
+        qkv: (total_tokens, 3, num_heads, head_size), any float dtype; on CPUs some rows more may follow
+            (`rows_of_few_shapes`).
         layout: where the sequences lie.
 
     Returns:
-        (total_tokens, num_heads, head_size), in the dtype of `qkv`.
+        As many rows as `qkv` has, (num_heads, head_size) each, in its dtype; of those beyond the sequences', finite.
     """
     if qkv.is_cuda:
         return _in_parts(_cuda_varlen if _has_varlen_kernel(qkv) else _sdpa_by_run, qkv, layout)
@@ -90,6 +91,7 @@ def _sdpa_by_run(qkv: Tensor, layout: SequenceLayout) -> Tensor:
         q, k, v = qkv[rows].view(count, length, 3, heads, size).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(q, k, v)
         out[rows].view(count, length, heads, size).copy_(attended.transpose(1, 2))
+    out[token:].zero_()
     return out
 
 
@@ -118,7 +120,7 @@ def _products_by_run(qkv: Tensor, padded: PaddedLayout) -> Tensor | None:
             if not (least > _LEAST_SUM and largest < _LARGEST_SUM):
                 return None
             torch.div(weighted, sums, out=out[here].view(-1, length, heads, size))
-    return out.view(len(rows), -1).index_select(0, padded.target).view(tokens, heads, size)
+    return out.view(len(rows), -1).index_select(0, padded.target[:tokens]).view(tokens, heads, size)
 
 
 def _powers_of_two(count: int, *, most: int) -> Iterator[int]:

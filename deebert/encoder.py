@@ -15,9 +15,9 @@ from torch import Tensor
 
 from deebert.attention import varlen_attention
 from deebert.exit_policy import OffRampAnswer
-from deebert.fused import FusedModel, beside_int8
+from deebert.fused import FusedModel, Linear, beside_int8
 from deebert.memory import keep_freed_memory
-from deebert.packing import PackedTokens, SequenceLayout
+from deebert.packing import PackedTokens, SequenceLayout, rows_of_few_shapes
 from deebert.pooling import attended_tokens, mean_of_tokens
 from deebert.transfer import to_device
 
@@ -49,6 +49,8 @@ class PackedEncoder:
         self.problem = model.problem
         self.has_token_types = model.has_token_types
         self._model = model.to(self.device, dtype)
+        products = self._model.layers[0].qkv if self._model.layers else None
+        self._has_kernels_by_shape = isinstance(products, Linear) and products.is_prepacked
         self._attends_in = beside_int8() if dtype == torch.int8 else dtype
 
     @classmethod
@@ -96,8 +98,20 @@ class PackedEncoder:
         return states if e.projection is None else e.projection(states)
 
     @torch.inference_mode()
+    def layers(self, first: int, last: int, states: Tensor, layout: SequenceLayout) -> Tensor:
+        """Run transformer layers `first` to `last` (0-based, both included): (total_tokens, H) -> (total_tokens, H)."""
+        if self._has_kernels_by_shape:
+            states = F.pad(states, (0, 0, 0, rows_of_few_shapes(len(states)) - len(states)))
+        for index in range(first, last + 1):
+            states = self.layer(index, states, layout)
+        return states[: layout.total_tokens]
+
+    @torch.inference_mode()
     def layer(self, index: int, states: Tensor, layout: SequenceLayout) -> Tensor:
-        """Run transformer layer `index` (0-based): (total_tokens, H) -> (total_tokens, H)."""
+        """Run transformer layer `index` (0-based): (total_tokens, H) -> (total_tokens, H).
+
+        Rows beyond `total_tokens` may follow, no more than `rows_of_few_shapes` has; they come out as no sequence's.
+        """
         w = self._model.layers[index]
         tokens, hidden = states.shape
         qkv = w.qkv(states).to(self._attends_in)

@@ -118,8 +118,7 @@ class Runner:
                 batch = self._embed(batch)
         last, layout, (states,) = self.segments[first], batch.layout, batch.token_rows
         with Span(self.device) as layers:
-            for index in range(max(first, 0), last + 1):
-                states = self._encoder.layer(index, states, layout)
+            states = self._encoder.layers(max(first, 0), last, states, layout)
             answer = self._encoder.answer(last, states, layout, with_certainty=self._policy.reads_certainty)
             is_last = last + 1 == self._encoder.num_layers
             leaves = None if is_last else to_host(self._policy.fires(last + 1, answer))

@@ -14,6 +14,7 @@ from deebert.backbones import FAMILIES
 from deebert.config import POOLINGS, DeeBertConfig
 from deebert.encoder import PackedEncoder
 from deebert.evaluation import trace
+from deebert.fused import Linear
 from deebert.modeling import DeeBertForSequenceClassification
 from deebert.packing import PackedTokens
 from pipeline.tokenization import TextTokenizer
@@ -200,6 +201,31 @@ def test_bfloat16_stays_near_float32_and_answers_in_float32(
     assert reduced.dtype == torch.float32
     agreement = (exact.argmax(-1) == reduced.argmax(-1)).float().mean()
     assert agreement > 0.95
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_in_one_go_are_the_layers_one_by_one(
+    tiny_model: ModelFactory, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = PackedEncoder.of(tiny_model("bert", "mean"), dtype=dtype)
+    multiply, rows = Linear.__call__, set[int]()
+
+    def count_rows(linear: Linear, x: Tensor) -> Tensor:
+        rows.add(len(x))
+        return multiply(linear, x)
+
+    for count in (130, 131, 132):
+        tokens = PackedTokens.pack(random_ids([60, 60, count - 120]))
+        states = one_by_one = encoder.embed(tokens)
+        for layer in range(1, 4):
+            one_by_one = encoder.layer(layer, one_by_one, tokens.layout)
+        with monkeypatch.context() as patch:
+            patch.setattr(Linear, "__call__", count_rows)
+            states = encoder.layers(1, 3, states, tokens.layout)
+
+        assert torch.equal(states, one_by_one)
+    # Where oneDNN builds a kernel for each number of rows, there are few.
+    assert rows == ({132} if encoder._has_kernels_by_shape else {130, 131, 132})
 
 
 def real_sentences(assets: Path, count: int) -> list[str]:

@@ -19,7 +19,7 @@ from deebert.attention import (
     _sdpa_by_run,
     varlen_attention,
 )
-from deebert.packing import SequenceLayout
+from deebert.packing import SequenceLayout, rows_of_few_shapes
 
 
 def plain_attention(qkv: Tensor) -> Tensor:
@@ -128,6 +128,19 @@ class TestBfloat16OnCpus:
         # Values are of order 1; bfloat16 keeps 8 bits, and scores, sums and quotients are each rounded to it.
         torch.testing.assert_close(attended.float(), exact, atol=0.03, rtol=0)
         assert (attended.float() - exact).pow(2).mean().sqrt() < 0.005
+
+    @pytest.mark.parametrize("size", [1.0, 1e4], ids=["fast", "slower way"])
+    def test_rows_that_follow_change_nothing_and_stay_finite(self, size: float) -> None:
+        layout = SequenceLayout.of([70, 60])
+        assert rows_of_few_shapes(130) == 132
+        qkv = random_qkv(132).bfloat16()
+        qkv[5] *= size
+        qkv[130:] = math.nan
+
+        attended = varlen_attention(qkv, layout)
+
+        assert torch.equal(attended[:130], varlen_attention(qkv[:130], layout))
+        assert attended.isfinite().all()
 
     def test_more_scores_than_are_held_at_a_time(self, monkeypatch: pytest.MonkeyPatch) -> None:
         layout = SequenceLayout.of([5, 6, 7, 8, 8, 8, 30])

@@ -70,6 +70,11 @@ class ScriptedEncoder:
         self._note(0, states, packed.layout)
         return states
 
+    def layers(self, first: int, last: int, states: Tensor, layout: SequenceLayout) -> Tensor:
+        for index in range(first, last + 1):
+            states = self.layer(index, states, layout)
+        return states
+
     def layer(self, index: int, states: Tensor, layout: SequenceLayout) -> Tensor:
         assert states[:, 1].tolist() == [index] * layout.total_tokens  # each layer once, in turn
         self._note(index + 1, states, layout)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deebert.packing import PackedTokens, SequenceLayout, _count_here, _count_there
+from deebert.packing import PackedTokens, SequenceLayout, _count_here, _count_there, rows_of_few_shapes
 
 THREE = PackedTokens.pack([[1, 2], [3], [4, 5, 6]], token_type_ids=[[0, 1], [0], [0, 0, 1]])
 
@@ -139,3 +139,16 @@ def test_to_keeps_everything() -> None:
 
     assert sequences(moved) == sequences(THREE)
     assert types(moved) == types(THREE)
+
+
+@given(rows=st.integers(0, 1 << 18))
+def test_rows_of_few_shapes_are_hardly_more(rows: int) -> None:
+    rounded = rows_of_few_shapes(rows)
+
+    assert rows <= rounded <= rows + min(rows // 32, 63)
+    assert rows_of_few_shapes(rounded) == rounded
+
+
+def test_rows_of_few_shapes_are_few() -> None:
+    assert len({rows_of_few_shapes(rows) for rows in range(4_097)}) <= 320
+    assert len({rows_of_few_shapes(rows) for rows in range(3_840, 4_097)}) == 5
