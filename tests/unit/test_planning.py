@@ -142,6 +142,12 @@ class Clock:
         return self.now
 
 
+def without_rows(folder: Path) -> str:
+    """A file that its footer says is empty: no shard, and nothing to start Ray for."""
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), folder / "empty.parquet")
+    return str(folder / "empty.parquet")
+
+
 def test_the_time_of_planning_is_the_attempt_s(config, tmp_path, monkeypatch):
     """It reads every byte of JSON lines, which of a large corpus takes long."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
@@ -153,8 +159,7 @@ def test_the_time_of_planning_is_the_attempt_s(config, tmp_path, monkeypatch):
 
     monkeypatch.setattr("pipeline.run.time", clock)
     monkeypatch.setattr("pipeline.run.make_plan", plan_slowly)
-    (tmp_path / "empty.csv").write_text("text\n")  # nothing to start Ray for
-    (attempt,) = classify(replace(config, input=str(tmp_path / "empty.csv"))).record.attempts
+    (attempt,) = classify(replace(config, input=without_rows(tmp_path))).record.attempts
     assert attempt.wall_seconds == 7
 
 
@@ -162,8 +167,7 @@ def test_a_part_that_another_run_s_replica_commits_meanwhile_is_no_success(confi
     """A node that was cut off knows nothing of --overwrite: its rows would be there twice."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     output = Output(config.output)
-    (tmp_path / "empty.csv").write_text("text\n")
-    empty = replace(config, input=str(tmp_path / "empty.csv"))
+    empty = replace(config, input=without_rows(tmp_path))
 
     def commit_late(point: str) -> None:
         if point == "run-finishing":
