@@ -6,6 +6,7 @@ regroup sequences as it likes. No padding anywhere. Knows nothing of thresholds,
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deebert import native
 from deebert.attention import varlen_attention
 from deebert.exit_policy import OffRampAnswer
 from deebert.fused import FusedModel, Linear, beside_int8
@@ -23,6 +25,8 @@ from deebert.transfer import to_device
 
 if TYPE_CHECKING:
     from deebert.modeling import DeeBertForSequenceClassification
+
+log = logging.getLogger(__name__)
 
 
 class PackedEncoder:
@@ -52,6 +56,11 @@ class PackedEncoder:
         products = self._model.layers[0].qkv if self._model.layers else None
         self._has_kernels_by_shape = isinstance(products, Linear) and products.is_prepacked
         self._attends_in = beside_int8() if dtype == torch.int8 else dtype
+        if self.device.type == "cpu" and self._attends_in == torch.bfloat16 and native.is_missing():
+            log.warning(
+                "the kernels for this CPU were not compiled, and bfloat16 is slower without: "
+                "install a C compiler (gcc), then this package again"
+            )
 
     @classmethod
     def of(
@@ -117,9 +126,9 @@ class PackedEncoder:
         qkv = w.qkv(states).to(self._attends_in)
         qkv = qkv.view(tokens, 3, self._model.num_heads, hidden // self._model.num_heads)
         attended = varlen_attention(qkv, layout).view(tokens, hidden).to(states.dtype)
-        states = w.attention_norm(w.attention_output(attended).add_(states))
-        inner = self._model.activation(w.intermediate(states))
-        return w.output_norm(w.output(inner).add_(states))
+        states = w.attention_norm.of_sum_(w.attention_output(attended), states)
+        inner = self._model.activate_(w.intermediate(states))
+        return w.output_norm.of_sum_(w.output(inner), states)
 
     @torch.inference_mode()
     def pooled(self, states: Tensor, layout: SequenceLayout, query: Tensor | None = None) -> Tensor:

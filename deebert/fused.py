@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deebert import native
 from deebert.precision import cpu_multiplies_bfloat16
 
 if TYPE_CHECKING:
@@ -139,6 +140,12 @@ class Norm:
         """(..., H) -> (..., H)."""
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
+    def of_sum_(self, x: Tensor, residual: Tensor) -> Tensor:
+        """(T, H), (T, H) -> (T, H); `x` is no longer what it was."""
+        if native.normalizes(x):
+            return native.add_norm_(x, residual, self.weight, self.bias, self.eps)
+        return self(x.add_(residual))
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Layer:
@@ -213,6 +220,12 @@ class FusedModel:
     off_ramps: Mapping[int, OffRamp]
     """By their 1-based layer, 0 for the embeddings; the final classifier is the last layer's."""
     exit_head: ExitHead | None
+
+    def activate_(self, x: Tensor) -> Tensor:
+        """`activation` of `x`, which is no longer what it was."""
+        if self.activation is F.gelu and native.activates(x):
+            return native.gelu_(x)
+        return self.activation(x)
 
     @property
     def intermediate_size(self) -> int:

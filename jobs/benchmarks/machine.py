@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from deebert import native
 from deebert.version import __version__
 from pipeline.hardware import cpu_info, cpu_name
 
@@ -29,6 +30,7 @@ def describe() -> dict[str, Any]:
         "cores": available_cores(),
         "isa": [flag for flag in _DECISIVE_FLAGS if flag in flags],
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "native_kernels": native.is_available(),
         "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
         "cuda": torch.version.cuda,
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],

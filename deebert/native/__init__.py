@@ -1,0 +1,125 @@
+"""What a layer does between its products, in C: bfloat16, on one thread of a CPU that has instructions for it.
+
+Each function does what torch's operations do, to within bfloat16's rounding, and faster: made for short sequences and
+many heads, one pass over memory each. Whoever calls one asks before whether it takes such a tensor; where the C was not
+compiled (see `kernels.c`), it takes none, and all works without. Knows nothing of layers or weights.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import math
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from deebert.packing import SequenceLayout
+
+_WIDTH_OF, _HEAD_OF = 16, 32
+
+
+def is_available() -> bool:
+    """Whether the kernels were compiled, and this CPU has the instructions."""
+    return _library() is not None
+
+
+def is_missing() -> bool:
+    """Whether this CPU has the instructions, and the kernels were not compiled."""
+    return torch.cpu._is_avx512_bf16_supported() and not is_available()
+
+
+def attends(qkv: Tensor) -> bool:
+    """Whether `attention` takes such a tensor."""
+    return qkv.shape[-1] % _HEAD_OF == 0 and _takes(qkv)
+
+
+def attention(qkv: Tensor, layout: SequenceLayout) -> Tensor:
+    """Scaled dot-product self-attention inside each packed sequence.
+
+    Args:
+        qkv: (T, 3, heads, size) bfloat16, `size` a multiple of 32, T no less than the layout's tokens.
+        layout: where the sequences lie.
+
+    Returns:
+        (T, heads, size) bfloat16; rows beyond the sequences' are 0.
+    """
+    rows, _, heads, size = qkv.shape
+    qkv, out = qkv.contiguous(), qkv.new_empty(rows, heads, size)
+    out[layout.total_tokens :] = 0
+    library = _compiled()
+    scratch = torch.empty(
+        library.deebert_attention_scratch(layout.max_seqlen, size), dtype=torch.uint8, device="cpu"
+    )
+    scale = math.log2(math.e) / math.sqrt(size)
+    library.deebert_attention(
+        qkv.data_ptr(),
+        layout.offsets.ctypes.data,
+        len(layout),
+        heads,
+        size,
+        scale,
+        scratch.data_ptr(),
+        out.data_ptr(),
+    )
+    return out
+
+
+def activates(x: Tensor) -> bool:
+    """Whether `gelu_` takes such a tensor."""
+    return _takes(x) and x.is_contiguous()
+
+
+def gelu_(x: Tensor) -> Tensor:
+    """GELU by the error function, in place: any shape, bfloat16."""
+    _compiled().deebert_gelu(x.data_ptr(), x.numel())
+    return x
+
+
+def normalizes(x: Tensor) -> bool:
+    """Whether `add_norm_` takes such a tensor."""
+    return x.shape[-1] % _WIDTH_OF == 0 and _takes(x) and x.is_contiguous()
+
+
+def add_norm_(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Layer normalization of `x` + `residual`, in place of `x`: (T, H) bfloat16 each, `weight` and `bias` (H,)."""
+    rows, width = x.shape
+    residual = residual.contiguous()
+    _compiled().deebert_add_norm(
+        x.data_ptr(), residual.data_ptr(), rows, width, weight.data_ptr(), bias.data_ptr(), eps
+    )
+    return x
+
+
+def _takes(x: Tensor) -> bool:
+    # Where torch has several threads its own operations share the work among them, and these would not.
+    here = x.device.type == "cpu" and x.dtype == torch.bfloat16
+    return here and torch.get_num_threads() == 1 and is_available()
+
+
+def _compiled() -> ctypes.CDLL:
+    library = _library()
+    assert library is not None  # asked before
+    return library
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    """The C, with the types of its functions; a call lets other Python threads run. None where it cannot run."""
+    found = importlib.util.find_spec("deebert.native.kernels")
+    if found is None or found.origin is None:
+        return None
+    library = ctypes.CDLL(found.origin)
+    if not library.deebert_runs_here():
+        return None
+    address, count, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+    library.deebert_attention_scratch.argtypes = [count, count]
+    library.deebert_attention_scratch.restype = count
+    library.deebert_attention.argtypes = [address, address, count, count, count, real, address, address]
+    library.deebert_attention.restype = None
+    library.deebert_gelu.argtypes = [address, count]
+    library.deebert_gelu.restype = None
+    library.deebert_add_norm.argtypes = [address, address, count, count, address, address, real]
+    library.deebert_add_norm.restype = None
+    return library

@@ -1,0 +1,330 @@
+"""The kernels in C against float64: every number that they may meet, and nothing beyond what they are given."""
+
+from __future__ import annotations
+
+import math
+import pickle
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import AutoConfig
+
+from deebert import native
+from deebert.attention import _sdpa_by_run, varlen_attention
+from deebert.config import DeeBertConfig
+from deebert.encoder import PackedEncoder
+from deebert.fusing import fuse
+from deebert.modeling import DeeBertForSequenceClassification
+from deebert.packing import PackedTokens, SequenceLayout
+from tests.conftest import randomize
+
+needs_kernels = pytest.mark.skipif(
+    not native.is_available(), reason="the kernels are not built or this CPU lacks AVX-512 with bfloat16"
+)
+# bfloat16 keeps 8 bits: rounding to the nearest errs by one part in 2⁸ at most.
+HALF_STEP = 2.0**-8
+
+
+def random(*shape: int, seed: int = 0, size: float = 1.0) -> Tensor:
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * size).bfloat16()
+
+
+def exact_attention(qkv: Tensor, lengths: list[int]) -> Tensor:
+    """In float64, written out."""
+    parts = []
+    for part in qkv.double().split(lengths):
+        q, k, v = part.permute(1, 2, 0, 3)  # 3 × (heads, length, size)
+        weights = torch.softmax(q @ k.transpose(1, 2) / math.sqrt(q.shape[-1]), dim=-1)
+        parts.append((weights @ v).transpose(0, 1))
+    return torch.cat(parts)
+
+
+@pytest.mark.skipif(
+    shutil.which("cc") is None or not torch.cpu._is_avx512_bf16_supported(),
+    reason="there is no C compiler, or nothing to compile for",
+)
+def test_setup_compiles_the_kernels() -> None:
+    assert native.is_available()
+
+
+@needs_kernels
+class TestAttention:
+    @given(
+        lengths=st.lists(st.integers(1, 70), min_size=1, max_size=6),
+        heads=st.integers(1, 3),
+        size=st.sampled_from([32, 64, 96]),
+        seed=st.integers(0, 2**31),
+        spread=st.sampled_from([0.1, 1.0, 4.0]),
+    )
+    def test_is_within_rounding_of_float64(
+        self, lengths: list[int], heads: int, size: int, seed: int, spread: float
+    ) -> None:
+        qkv = random(sum(lengths), 3, heads, size, seed=seed, size=spread)
+
+        attended = native.attention(qkv, SequenceLayout.of(lengths))
+
+        exact = exact_attention(qkv, lengths)
+        # Weights are rounded once and so is the answer; both err in proportion to the largest value at most.
+        error = (attended.double() - exact).abs().max()
+        assert error <= 2 * HALF_STEP * qkv[:, 2].abs().max() + 1e-6
+
+    @pytest.mark.parametrize("length", [1, 15, 16, 17, 31, 32, 33, 300, 512])
+    def test_any_length(self, length: int) -> None:
+        qkv = random(length, 3, 2, 64)
+
+        attended = native.attention(qkv, SequenceLayout.of([length]))
+
+        torch.testing.assert_close(attended.double(), exact_attention(qkv, [length]), atol=0.01, rtol=0)
+
+    def test_errs_no_more_than_torch(self) -> None:
+        lengths = [25, 7, 60, 120]
+        qkv, layout = random(sum(lengths), 3, 12, 32, size=1.5), SequenceLayout.of(lengths)
+        exact = exact_attention(qkv, lengths)
+
+        ours, theirs = (
+            (a.double() - exact).square().mean().sqrt()
+            for a in (native.attention(qkv, layout), _sdpa_by_run(qkv, layout))
+        )
+
+        assert ours <= 1.02 * theirs
+
+    @pytest.mark.parametrize("spread", [1e3, 1e6])
+    def test_the_largest_score_takes_all_where_scores_are_huge(self, spread: float) -> None:
+        qkv, lengths = random(40, 3, 2, 32), [30, 10]
+        qkv[:, 0] *= spread
+
+        attended = native.attention(qkv, SequenceLayout.of(lengths))
+
+        torch.testing.assert_close(attended.double(), exact_attention(qkv, lengths), atol=0.02, rtol=0)
+
+    def test_a_sequence_is_answered_as_if_alone(self) -> None:
+        lengths = [9, 33, 1, 64]
+        qkv = random(sum(lengths), 3, 2, 32)
+
+        together = native.attention(qkv, SequenceLayout.of(lengths))
+
+        alone = [
+            native.attention(part, SequenceLayout.of([len(part)])) for part in qkv.clone().split(lengths)
+        ]
+        assert torch.equal(together, torch.cat(alone))
+
+    def test_reads_nothing_beyond_the_sequences(self) -> None:
+        room = torch.full((60, 3, 2, 32), math.nan, dtype=torch.bfloat16)
+        room[10:50] = random(40, 3, 2, 32)
+        layout = SequenceLayout.of([17, 23])
+
+        attended = native.attention(room[10:50], layout)
+
+        assert torch.equal(attended, native.attention(room[10:50].clone(), layout))
+        assert attended.isfinite().all()
+
+    @pytest.mark.parametrize("size", [32, 64])
+    @pytest.mark.parametrize("length", [1, 16, 23, 40])
+    def test_writes_nothing_beyond_what_it_is_given(self, length: int, size: int) -> None:
+        library, heads, guard = native._compiled(), 2, 64
+        qkv, offsets = random(length, 3, heads, size), SequenceLayout.of([length]).offsets
+        out = torch.full((length * heads * size + 2 * guard,), 7.0, dtype=torch.bfloat16)
+        scratch = torch.full(
+            (library.deebert_attention_scratch(length, size) + 2 * guard,), 7, dtype=torch.uint8
+        )
+
+        library.deebert_attention(
+            qkv.data_ptr(),
+            offsets.ctypes.data,
+            1,
+            heads,
+            size,
+            math.log2(math.e) / math.sqrt(size),
+            scratch[guard:].data_ptr(),
+            out[guard:].data_ptr(),
+        )
+
+        for room in (out, scratch):
+            assert room[:guard].eq(7).all()
+            assert room[-guard:].eq(7).all()
+        there = out[guard:-guard].view(length, heads, size)
+        assert torch.equal(there, native.attention(qkv, SequenceLayout.of([length])))
+
+    def test_rows_that_follow_come_out_as_zero(self) -> None:
+        qkv, layout = random(44, 3, 2, 32), SequenceLayout.of([20, 20])
+        qkv[40:] = math.nan
+
+        attended = native.attention(qkv, layout)
+
+        assert attended[40:].eq(0).all()
+        assert torch.equal(attended[:40], native.attention(qkv[:40], layout))
+
+    def test_no_sequences_give_no_rows(self) -> None:
+        assert native.attention(random(0, 3, 2, 32), SequenceLayout.of([])).shape == (0, 2, 32)
+
+    def test_threads_do_not_disturb_each_other(self) -> None:
+        lengths = [30, 5, 61] * 8
+        inputs = [random(sum(lengths), 3, 4, 32, seed=seed) for seed in range(4)]
+        layout = SequenceLayout.of(lengths)
+        expected = [native.attention(qkv, layout) for qkv in inputs]
+
+        with ThreadPoolExecutor(4) as pool:
+            done = list(pool.map(lambda i: native.attention(inputs[i % 4], layout), range(64)))
+
+        assert all(torch.equal(answer, expected[i % 4]) for i, answer in enumerate(done))
+
+    def test_varlen_attention_takes_it(self) -> None:
+        qkv, layout = random(50, 3, 2, 32), SequenceLayout.of([30, 20])
+
+        assert torch.equal(varlen_attention(qkv, layout), native.attention(qkv, layout))
+
+
+@needs_kernels
+class TestGelu:
+    def test_every_bfloat16(self) -> None:
+        numbers = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+        finite = numbers[numbers.isfinite()]
+
+        found = native.gelu_(finite.clone()).double()
+
+        exact = F.gelu(finite.double())
+        error = (found - exact).abs()
+        # Φ is off by 8e-8 and some float32 rounding beside, times x; then comes the rounding to bfloat16, which takes
+        # what is below its smallest normal number for 0.
+        assert (error <= exact.abs() * HALF_STEP + finite.double().abs() * 2e-7 + 2.0**-126).all()
+        assert (found[finite.double() < -20] == 0).all()
+
+    def test_what_is_no_number_stays_none(self) -> None:
+        assert native.gelu_(torch.full((20,), math.nan, dtype=torch.bfloat16)).isnan().all()
+
+    @pytest.mark.parametrize("count", [*range(1, 18), 31, 32, 33])
+    def test_any_number_of_them_and_no_more(self, count: int) -> None:
+        x = random(count + 32)
+        before, one_by_one = x.clone(), torch.cat([native.gelu_(x[i : i + 1].clone()) for i in range(len(x))])
+
+        native.gelu_(x[16 : 16 + count])
+
+        assert torch.equal(x[16 : 16 + count], one_by_one[16 : 16 + count])
+        assert torch.equal(x[:16], before[:16])
+        assert torch.equal(x[16 + count :], before[16 + count :])
+
+
+@needs_kernels
+class TestAddNorm:
+    @pytest.mark.parametrize("width", [16, 32, 384, 1_024])
+    @pytest.mark.parametrize("rows", [0, 1, 5])
+    def test_is_within_rounding_of_float64(self, rows: int, width: int) -> None:
+        x, residual = random(rows, width), random(rows, width, seed=1, size=3.0)
+        weight, bias, kept = random(width, seed=2), random(width, seed=3), residual.clone()
+        summed = x.double() + residual.double()
+
+        found = native.add_norm_(x, residual, weight, bias, 1e-12)
+
+        exact = F.layer_norm(summed, (width,), weight.double(), bias.double(), 1e-12)
+        assert found.data_ptr() == x.data_ptr()
+        assert torch.equal(residual, kept)
+        torch.testing.assert_close(found.double(), exact, atol=1e-5, rtol=HALF_STEP)
+
+    def test_a_row_of_equal_numbers_is_its_bias(self) -> None:
+        x, residual, bias = torch.ones(3, 32).bfloat16(), torch.ones(3, 32).bfloat16(), random(32)
+
+        found = native.add_norm_(x, residual, random(32, seed=1), bias, 1e-12)
+
+        assert torch.equal(found, bias.expand(3, 32))
+
+    def test_a_large_mean_costs_no_digits(self) -> None:
+        # The mean of squares less the square of the mean would be all rounding here.
+        x, residual = random(4, 64), torch.full((4, 64), 4_096.0).bfloat16()
+        weight, bias = torch.ones(64).bfloat16(), torch.zeros(64).bfloat16()
+        exact = F.layer_norm(x.double() + 4_096, (64,), eps=1e-12)
+
+        found = native.add_norm_(x, residual, weight, bias, 1e-12)
+
+        torch.testing.assert_close(found.double(), exact, atol=5e-3, rtol=HALF_STEP)
+
+
+@needs_kernels
+def test_they_take_what_they_were_made_for() -> None:
+    takes = (native.attends, native.activates, native.normalizes)
+    good = random(8, 3, 2, 32)
+
+    assert [take(good) for take in takes] == [True] * 3
+    assert [take(good.float()) for take in takes] == [False] * 3
+    assert [take(random(8, 3, 2, 24)) for take in takes] == [False, True, False]
+    assert [take(good.transpose(0, 1)) for take in takes] == [True, False, False]  # attention takes a copy
+    torch.set_num_threads(2)  # torch's own operations divide their work
+    try:
+        assert [take(good) for take in takes] == [False] * 3
+    finally:
+        torch.set_num_threads(1)
+
+
+class TestEncoder:
+    LENGTHS = (3, 17, 17, 40, 64)
+
+    @pytest.fixture
+    def model(self) -> DeeBertForSequenceClassification:
+        """Tiny, but with heads as wide as the kernel wants them."""
+        backbone = AutoConfig.for_model(
+            "bert",
+            vocab_size=20,
+            hidden_size=64,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            intermediate_size=96,
+            max_position_embeddings=64,
+        )
+        model = DeeBertForSequenceClassification(DeeBertConfig(backbone_config=backbone))
+        randomize(model, seed=0)
+        return model.eval()
+
+    def states(self, encoder: PackedEncoder) -> Tensor:
+        """After the last layer, whose norm makes them of order 1."""
+        tokens = PackedTokens.pack([[(7 * i + n) % 20 for i in range(n)] for n in self.LENGTHS])
+        return encoder.layers(0, encoder.num_layers - 1, encoder.embed(tokens), tokens.layout).float()
+
+    @pytest.mark.skipif(
+        not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU does not multiply bfloat16"
+    )
+    def test_needs_no_kernels(
+        self,
+        model: DeeBertForSequenceClassification,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        exact, short = (
+            self.states(PackedEncoder.of(model)),
+            PackedEncoder.of(model, dtype=torch.bfloat16),
+        )
+        with_them = self.states(short)
+
+        monkeypatch.setattr(native, "_library", lambda: None)
+
+        PackedEncoder.of(model, dtype=torch.bfloat16)
+        missing = "the kernels for this CPU were not compiled" in caplog.text
+        assert missing == torch.cpu._is_avx512_bf16_supported()
+        ours, torchs = ((s - exact).square().mean().sqrt() for s in (with_them, self.states(short)))
+        assert torchs < 0.1
+        assert ours <= 1.1 * torchs
+
+    @needs_kernels
+    def test_uses_them_where_its_weights_were_sent_to(
+        self, model: DeeBertForSequenceClassification, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        sent = pickle.loads(pickle.dumps(fuse(model)))
+        used: list[str] = []
+        for name in ("attention", "gelu_", "add_norm_"):
+            monkeypatch.setattr(native, name, _noting(getattr(native, name), name, used))
+
+        self.states(PackedEncoder(sent, dtype=torch.bfloat16))
+
+        assert used == ["attention", "add_norm_", "gelu_", "add_norm_"] * len(sent.layers)
+
+
+def _noting(function, name: str, used: list[str]):  # type: ignore[no-untyped-def]
+    def noted(*args: object) -> Tensor:
+        used.append(name)
+        return function(*args)  # type: ignore[no-any-return]
+
+    return noted
