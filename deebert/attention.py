@@ -3,7 +3,7 @@
 Sequences never see each other. CUDA in half precision uses PyTorch's variable-length kernel where that runs; CPUs that
 multiply bfloat16 run a kernel of our own (`deebert.native`), or, where that cannot, plain batched products over
 sequences of about equal length; everything else runs `scaled_dot_product_attention` once for every run of neighbours of
-equal length. That is why the engine keeps micro-batches sorted by length. Knows nothing of layers or weights.
+equal length. That is why the engine sorts micro-batches by length there. Knows nothing of layers or weights.
 """
 
 from __future__ import annotations
@@ -42,13 +42,20 @@ def varlen_attention(qkv: Tensor, layout: SequenceLayout) -> Tensor:
     """
     if qkv.is_cuda:
         return _in_parts(_cuda_varlen if _has_varlen_kernel(qkv) else _sdpa_by_run, qkv, layout)
-    if native.attends(qkv) and not (_has_amx() and layout.max_seqlen > _LONGEST_WITHOUT_AMX):
+    if native.attends(qkv) and (layout.max_seqlen <= _LONGEST_WITHOUT_AMX or not _has_amx()):
         return native.attention(qkv, layout)
     if qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16 and _onednn_multiplies_bfloat16():
         attended = _products_by_run(qkv, layout.padded)
         if attended is not None:
             return attended
     return _sdpa_by_run(qkv, layout)
+
+
+def attends_by_run(qkv: Tensor) -> bool:
+    """Whether attention over such a tensor is faster where neighbours are of equal length."""
+    if qkv.is_cuda:
+        return not _has_varlen_kernel(qkv)
+    return not native.attends(qkv) or _has_amx()
 
 
 def _has_varlen_kernel(qkv: Tensor) -> bool:

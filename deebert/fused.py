@@ -142,7 +142,7 @@ class Norm:
 
     def of_sum_(self, x: Tensor, residual: Tensor) -> Tensor:
         """(T, H), (T, H) -> (T, H); `x` is no longer what it was."""
-        if native.normalizes(x):
+        if native.takes_rows(x):
             return native.add_norm_(x, residual, self.weight, self.bias, self.eps)
         return self(x.add_(residual))
 

@@ -47,7 +47,8 @@ def attention(qkv: Tensor, layout: SequenceLayout) -> Tensor:
     """
     rows, _, heads, size = qkv.shape
     qkv, out = qkv.contiguous(), qkv.new_empty(rows, heads, size)
-    out[layout.total_tokens :] = 0
+    if rows > layout.total_tokens:
+        out[layout.total_tokens :] = 0
     library = _compiled()
     scratch = torch.empty(
         library.deebert_attention_scratch(layout.max_seqlen, size), dtype=torch.uint8, device="cpu"
@@ -77,8 +78,8 @@ def gelu_(x: Tensor) -> Tensor:
     return x
 
 
-def normalizes(x: Tensor) -> bool:
-    """Whether `add_norm_` takes such a tensor."""
+def takes_rows(x: Tensor) -> bool:
+    """Whether `add_norm_` and `mean` take such a tensor."""
     return x.shape[-1] % _WIDTH_OF == 0 and _takes(x) and x.is_contiguous()
 
 
@@ -90,6 +91,16 @@ def add_norm_(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: fl
         x.data_ptr(), residual.data_ptr(), rows, width, weight.data_ptr(), bias.data_ptr(), eps
     )
     return x
+
+
+def mean(states: Tensor, layout: SequenceLayout) -> Tensor:
+    """Mean of each sequence's rows: (total_tokens, H) -> (N, H), bfloat16, `H` a multiple of 16."""
+    width = states.shape[1]
+    out = states.new_empty(len(layout), width)
+    _compiled().deebert_mean(
+        states.data_ptr(), layout.offsets.ctypes.data, len(layout), width, out.data_ptr()
+    )
+    return out
 
 
 def _takes(x: Tensor) -> bool:
@@ -122,4 +133,6 @@ def _library() -> ctypes.CDLL | None:
     library.deebert_gelu.restype = None
     library.deebert_add_norm.argtypes = [address, address, count, count, address, address, real]
     library.deebert_add_norm.restype = None
+    library.deebert_mean.argtypes = [address, address, count, count, address]
+    library.deebert_mean.restype = None
     return library

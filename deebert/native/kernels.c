@@ -276,6 +276,22 @@ FOR_THIS_CPU void deebert_add_norm(bf16 *x, const bf16 *residual, int64_t rows, 
     }
 }
 
+/* The mean of each sequence's rows. states: (tokens, width), width a multiple of 16; offsets: as above; out: (sequences,
+ * width). */
+FOR_THIS_CPU void deebert_mean(const bf16 *states, const int64_t *offsets, int64_t sequences, int64_t width, bf16 *out) {
+    for (int64_t n = 0; n < sequences; n++, out += width) {
+        __m512 share = constant(1.0f / (offsets[n + 1] - offsets[n]));
+        for (int64_t i = 0; i < width; i += 4 * LANES) {
+            int64_t vectors = width - i < 4 * LANES ? (width - i) / LANES : 4;
+            __m512 sums[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
+            for (int64_t t = offsets[n]; t < offsets[n + 1]; t++)
+                for (int64_t v = 0; v < vectors; v++)
+                    sums[v] = _mm512_add_ps(sums[v], load(states + t * width + i + v * LANES));
+            for (int64_t v = 0; v < vectors; v++) store(out + i + v * LANES, _mm512_mul_ps(sums[v], share));
+        }
+    }
+}
+
 #else
 
 int deebert_runs_here(void) { return 0; }

@@ -7,6 +7,7 @@ import pickle
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,9 +20,11 @@ from deebert import native
 from deebert.attention import _sdpa_by_run, varlen_attention
 from deebert.config import DeeBertConfig
 from deebert.encoder import PackedEncoder
+from deebert.exit_policy import FULL_DEPTH
 from deebert.fusing import fuse
 from deebert.modeling import DeeBertForSequenceClassification
 from deebert.packing import PackedTokens, SequenceLayout
+from pipeline.engine.engine import Engine, EngineConfig
 from tests.conftest import randomize
 
 needs_kernels = pytest.mark.skipif(
@@ -245,8 +248,33 @@ class TestAddNorm:
 
 
 @needs_kernels
+class TestMean:
+    @given(
+        lengths=st.lists(st.integers(1, 70), min_size=1, max_size=6),
+        width=st.sampled_from([16, 32, 48, 64, 80, 384]),
+        seed=st.integers(0, 2**31),
+    )
+    def test_is_within_rounding_of_float64(self, lengths: list[int], width: int, seed: int) -> None:
+        states = random(sum(lengths), width, seed=seed)
+
+        found = native.mean(states, SequenceLayout.of(lengths))
+
+        exact = torch.stack([part.mean(0) for part in states.double().split(lengths)])
+        torch.testing.assert_close(found.double(), exact, atol=1e-6, rtol=HALF_STEP)
+
+    def test_stays_within_its_sequences(self) -> None:
+        room = torch.full((30, 80), math.nan, dtype=torch.bfloat16)
+        room[5:25] = random(20, 80)
+
+        assert native.mean(room[5:25], SequenceLayout.of([7, 13])).isfinite().all()
+
+    def test_no_sequences_have_no_means(self) -> None:
+        assert native.mean(random(0, 32), SequenceLayout.of([])).shape == (0, 32)
+
+
+@needs_kernels
 def test_they_take_what_they_were_made_for() -> None:
-    takes = (native.attends, native.activates, native.normalizes)
+    takes = (native.attends, native.activates, native.takes_rows)
     good = random(8, 3, 2, 32)
 
     assert [take(good) for take in takes] == [True] * 3
@@ -307,6 +335,47 @@ class TestEncoder:
         ours, torchs = ((s - exact).square().mean().sqrt() for s in (with_them, self.states(short)))
         assert torchs < 0.1
         assert ours <= 1.1 * torchs
+
+    @needs_kernels
+    @pytest.mark.parametrize(
+        ("dtype", "pooling", "sorted_"),
+        [
+            (torch.bfloat16, "mean", False),
+            (torch.bfloat16, "attention", True),  # which pools runs of equal length
+            (torch.float32, "mean", True),
+        ],
+    )
+    def test_needs_no_order(
+        self, model: DeeBertForSequenceClassification, dtype: torch.dtype, pooling: str, sorted_: bool
+    ) -> None:
+        config = DeeBertConfig(backbone_config=model.config.backbone_config, off_ramp_pooling=pooling)
+        encoder = PackedEncoder.of(DeeBertForSequenceClassification(config), dtype=dtype)
+
+        assert encoder.prefers_sorted is (sorted_ or torch.cpu._is_amx_tile_supported())
+
+    @needs_kernels
+    def test_samples_out_of_order_get_their_own_answers(
+        self, model: DeeBertForSequenceClassification
+    ) -> None:
+        lengths = (9, 3, 30, 64, 1, 17, 30, 5) * 4
+        tokens = PackedTokens.pack([[(7 * i + n) % 20 for i in range(n)] for n in lengths])
+        engine = Engine(
+            PackedEncoder.of(model, dtype=torch.bfloat16), FULL_DEPTH, EngineConfig(micro_batch_tokens=100)
+        )
+
+        engine.submit(np.arange(len(lengths)), tokens)
+        answers = {
+            int(i): row
+            for exits in engine.drain()
+            for i, row in zip(exits.sample_ids, exits.logits, strict=True)
+        }
+
+        exact = PackedEncoder.of(model)
+        for i in range(len(lengths)):
+            one = tokens.sequence(i)
+            states = exact.layers(0, exact.num_layers - 1, exact.embed(one), one.layout)
+            logits = exact.off_ramp(exact.num_layers - 1, states, one.layout)[0]
+            np.testing.assert_allclose(answers[i], logits, atol=0.5)
 
     @needs_kernels
     def test_uses_them_where_its_weights_were_sent_to(
