@@ -3,7 +3,7 @@
 Sequences never see each other. CUDA in half precision uses PyTorch's variable-length kernel where that runs; CPUs that
 multiply bfloat16 run a kernel of our own (`deebert.native`), or, where that cannot, plain batched products over
 sequences of about equal length; everything else runs `scaled_dot_product_attention` once for every run of neighbours of
-equal length. That is why the engine sorts micro-batches by length there. Knows nothing of layers or weights.
+equal length. That is why the engine keeps micro-batches sorted by length. Knows nothing of layers or weights.
 """
 
 from __future__ import annotations
@@ -49,13 +49,6 @@ def varlen_attention(qkv: Tensor, layout: SequenceLayout) -> Tensor:
         if attended is not None:
             return attended
     return _sdpa_by_run(qkv, layout)
-
-
-def attends_by_run(qkv: Tensor) -> bool:
-    """Whether attention over such a tensor is faster where neighbours are of equal length."""
-    if qkv.is_cuda:
-        return not _has_varlen_kernel(qkv)
-    return not native.attends(qkv) or _has_amx()
 
 
 def _has_varlen_kernel(qkv: Tensor) -> bool:

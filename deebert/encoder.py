@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deebert import native
-from deebert.attention import attends_by_run, varlen_attention
+from deebert.attention import varlen_attention
 from deebert.exit_policy import OffRampAnswer
 from deebert.fused import FusedModel, Linear, beside_int8
 from deebert.memory import keep_freed_memory
@@ -86,14 +86,6 @@ class PackedEncoder:
         """Tokens that there are positions for."""
         positions, padding = len(self._model.embeddings.position), self._model.embeddings.padding_id
         return positions if padding is None else positions - padding - 1
-
-    @property
-    def prefers_sorted(self) -> bool:
-        """Whether layers or off-ramps are faster where neighbours are of equal length."""
-        size = self.hidden_size // self._model.num_heads
-        shape = (0, 3, self._model.num_heads, size)
-        pools_by_run = self.pooling == "attention" and self.device.type == "cpu"
-        return pools_by_run or attends_by_run(torch.empty(shape, dtype=self._attends_in, device=self.device))
 
     @property
     def learns_to_exit(self) -> bool:

@@ -71,8 +71,7 @@ class Engine:
         self._most_under_way = config.under_way or under_way(encoder.device)
         self.micro_batch_tokens = config.micro_batch_tokens or self._suitable_tokens(encoder)
         """Most tokens in one micro-batch, as configured or chosen."""
-        sorts, segments = encoder.prefers_sorted, self._runner.segments
-        self._buffers = {first: LayerBuffer(self.micro_batch_tokens, sorts=sorts) for first in segments}
+        self._buffers = {first: LayerBuffer(self.micro_batch_tokens) for first in self._runner.segments}
         self._admission = self._buffers[self._runner.admission]
         self._under_way: deque[Step] = deque()
         self._stats = StatsCounter(encoder.num_layers)

@@ -22,8 +22,8 @@ class LayerBuffer:
     one micro-batch more, for the oldest chunk is kept whole until the last of it is taken.
     """
 
-    def __init__(self, micro_batch_tokens: int, *, sorts: bool = True) -> None:
-        self._micro_batch_tokens, self._sorts = micro_batch_tokens, sorts
+    def __init__(self, micro_batch_tokens: int) -> None:
+        self._micro_batch_tokens = micro_batch_tokens
         self._chunks: deque[SampleBatch] = deque()
         self._taken = 0  # samples of the first chunk that have left already
         self.tokens = 0
@@ -70,7 +70,7 @@ class LayerBuffer:
         return self._micro_batch_tokens
 
     def take(self) -> SampleBatch:
-        """Remove the oldest samples that fit into one micro-batch, at least one; sorted by length, where asked to.
+        """Remove the oldest samples that fit into one micro-batch, at least one; returned sorted by length.
 
         Where there is no memory to put them together, they stay.
         """
@@ -87,9 +87,7 @@ class LayerBuffer:
                 start = stop
                 break
             start, emptied = 0, emptied + 1
-        batch = SampleBatch.concat(parts)
-        if self._sorts:
-            batch = batch.sorted_by_length()
+        batch = SampleBatch.concat(parts).sorted_by_length()
         for _ in range(emptied):
             self._chunks.popleft()
         self._taken = start

@@ -57,7 +57,6 @@ class ScriptedEncoder:
     num_labels = NUM_LABELS
     problem = SINGLE_LABEL
     device = torch.device("cpu")
-    prefers_sorted = True
 
     def __init__(self, num_layers: int, off_ramp_layers: tuple[int, ...]) -> None:
         self.num_layers = num_layers
@@ -117,8 +116,6 @@ class Case:
     micro_batch_tokens: int
     under_way: int
     """Micro-batches started before the oldest is waited for."""
-    sorts: bool
-    """Whether the encoder is faster where neighbours are of equal length."""
     lengths: tuple[int, ...]
     leaves_from: tuple[int, ...]
     pieces: tuple[int, ...]
@@ -190,7 +187,6 @@ class Run:
 
 def run(case: Case) -> Run:
     encoder = ScriptedEncoder(case.num_layers, case.off_ramp_layers)
-    encoder.prefers_sorted = case.sorts
     done = Run(engine=Engine(encoder, case.policy, case.config), encoder=encoder)  # type: ignore[arg-type]
     for samples, (count, drain) in case.submissions():
         done.engine.submit(np.array(samples, dtype=np.int64), case.tokens(samples))
@@ -216,7 +212,6 @@ def cases(draw: st.DrawFn) -> Case:
         layer_0=draw(st.sampled_from([0.5, 0.5, None])),
         micro_batch_tokens=budget,
         under_way=draw(st.sampled_from([1, 1, 2, 3])),
-        sorts=draw(st.booleans()),
         lengths=tuple(draw(st.lists(st.integers(1, budget), **each))),
         leaves_from=tuple(draw(st.lists(st.integers(0, num_layers + 1), **each))),
         pieces=tuple(pieces),
@@ -677,7 +672,6 @@ class SmallEncoder(ScriptedEncoder):
 @given(cases(), st.integers(1, 24))
 def test_micro_batches_that_do_not_fit_are_halved_for_good(case: Case, capacity: int) -> None:
     encoder = SmallEncoder(case.num_layers, case.off_ramp_layers)
-    encoder.prefers_sorted = case.sorts
     encoder.capacity = max(capacity, *case.lengths, 1)
     engine = Engine(encoder, case.policy, case.config)  # type: ignore[arg-type]
     engine.submit(np.array(case.order, dtype=np.int64), case.tokens(case.order))

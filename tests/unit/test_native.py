@@ -337,23 +337,6 @@ class TestEncoder:
         assert ours <= 1.1 * torchs
 
     @needs_kernels
-    @pytest.mark.parametrize(
-        ("dtype", "pooling", "sorted_"),
-        [
-            (torch.bfloat16, "mean", False),
-            (torch.bfloat16, "attention", True),  # which pools runs of equal length
-            (torch.float32, "mean", True),
-        ],
-    )
-    def test_needs_no_order(
-        self, model: DeeBertForSequenceClassification, dtype: torch.dtype, pooling: str, sorted_: bool
-    ) -> None:
-        config = DeeBertConfig(backbone_config=model.config.backbone_config, off_ramp_pooling=pooling)
-        encoder = PackedEncoder.of(DeeBertForSequenceClassification(config), dtype=dtype)
-
-        assert encoder.prefers_sorted is (sorted_ or torch.cpu._is_amx_tile_supported())
-
-    @needs_kernels
     def test_samples_out_of_order_get_their_own_answers(
         self, model: DeeBertForSequenceClassification
     ) -> None:

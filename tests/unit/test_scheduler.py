@@ -80,13 +80,6 @@ class TestLayerBuffer:
         waiting.put(samples(tokens))
         assert waiting.is_full is full
 
-    @pytest.mark.parametrize(("sorts", "order"), [(True, [1, 2, 0]), (False, [0, 1, 2])])
-    def test_sorts_where_asked_to(self, sorts: bool, order: list[int]) -> None:
-        waiting = LayerBuffer(MICRO_BATCH_TOKENS, sorts=sorts)
-        waiting.put(samples(4, 2, 3, 6))
-
-        assert waiting.take().sample_ids.tolist() == order
-
     def test_a_bound_that_has_shrunk_never_rises(self) -> None:
         waiting = buffer(*[4] * 3)
 
