@@ -34,6 +34,23 @@ def rows_of_few_shapes(rows: int) -> int:
     return -(-rows // together) * together
 
 
+def new_rows(like: Tensor, rows: int) -> Tensor:
+    """So many rows as those of `like`, not filled, with room behind them for `rows_of_few_shapes`."""
+    return like.new_empty(rows_of_few_shapes(rows), *like.shape[1:])[:rows]
+
+
+def with_rows_behind(states: Tensor) -> Tensor:
+    """`states`, (T, H), and behind them as many rows of anything as `rows_of_few_shapes` asks for.
+
+    Where something lies behind them in memory it is that, to be read and not written; else they are copied.
+    """
+    rows, width = rows_of_few_shapes(len(states)), states.shape[1]
+    numbers = states.untyped_storage().nbytes() // states.itemsize - states.storage_offset()
+    if states.is_contiguous() and numbers >= rows * width:
+        return states.as_strided((rows, width), (width, 1))
+    return F.pad(states, (0, 0, 0, rows - len(states)))
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SequenceLayout:
     """Where each of N packed sequences lies among `total_tokens` rows."""

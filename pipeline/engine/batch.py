@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deebert.packing import IntArray, PackedTokens, SequenceLayout
+from deebert.packing import IntArray, PackedTokens, SequenceLayout, new_rows
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -59,7 +59,9 @@ class SampleBatch:
         return SampleBatch(
             sample_ids=self.sample_ids[samples],
             layout=SequenceLayout.of(self.layout.lengths[samples], self._device),
-            token_rows=tuple(t.index_select(0, index) for t in self.token_rows),
+            token_rows=tuple(
+                torch.index_select(t, 0, index, out=new_rows(t, len(index))) for t in self.token_rows
+            ),
         )
 
     def sorted_by_length(self) -> SampleBatch:
@@ -77,7 +79,10 @@ class SampleBatch:
         return SampleBatch(
             sample_ids=np.concatenate([b.sample_ids for b in batches]),
             layout=SequenceLayout.of(np.concatenate([b.layout.lengths for b in batches]), batches[0]._device),
-            token_rows=tuple(torch.cat(rows) for rows in zip(*(b.token_rows for b in batches), strict=True)),
+            token_rows=tuple(
+                torch.cat(rows, out=new_rows(rows[0], sum(map(len, rows))))
+                for rows in zip(*(b.token_rows for b in batches), strict=True)
+            ),
         )
 
     @property

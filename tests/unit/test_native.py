@@ -336,6 +336,22 @@ class TestEncoder:
         assert torchs < 0.1
         assert ours <= 1.1 * torchs
 
+    @pytest.mark.skipif(
+        not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU does not multiply bfloat16"
+    )
+    def test_what_lies_behind_the_states_is_read_and_not_written(
+        self, model: DeeBertForSequenceClassification
+    ) -> None:
+        encoder, layout = PackedEncoder.of(model, dtype=torch.bfloat16), SequenceLayout.of([70, 60])
+        chunk = random(200, 64)
+        chunk[150:] = math.nan
+        kept, alone = chunk.clone(), chunk[20:150].clone()
+
+        found = encoder.layers(0, 1, chunk[20:150], layout)
+
+        torch.testing.assert_close(chunk, kept, atol=0, rtol=0, equal_nan=True)
+        assert torch.equal(found, encoder.layers(0, 1, alone, layout))
+
     @needs_kernels
     def test_samples_out_of_order_get_their_own_answers(
         self, model: DeeBertForSequenceClassification

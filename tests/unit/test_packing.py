@@ -8,7 +8,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deebert.packing import PackedTokens, SequenceLayout, _count_here, _count_there, rows_of_few_shapes
+from deebert.packing import (
+    PackedTokens,
+    SequenceLayout,
+    _count_here,
+    _count_there,
+    new_rows,
+    rows_of_few_shapes,
+    with_rows_behind,
+)
 
 THREE = PackedTokens.pack([[1, 2], [3], [4, 5, 6]], token_type_ids=[[0, 1], [0], [0, 0, 1]])
 
@@ -152,3 +160,38 @@ def test_rows_of_few_shapes_are_hardly_more(rows: int) -> None:
 def test_rows_of_few_shapes_are_few() -> None:
     assert len({rows_of_few_shapes(rows) for rows in range(4_097)}) <= 320
     assert len({rows_of_few_shapes(rows) for rows in range(3_840, 4_097)}) == 5
+
+
+class TestRowsBehind:
+    def test_new_rows_have_room_for_them(self) -> None:
+        states = new_rows(torch.empty(0, 4), 130)
+
+        extended = with_rows_behind(states)
+
+        assert (len(states), len(extended)) == (130, 132)
+        assert extended.data_ptr() == states.data_ptr()
+
+    def test_a_slice_has_its_neighbours(self) -> None:
+        everything = torch.arange(600.0).view(150, 4)
+
+        extended = with_rows_behind(everything[3:133])
+
+        assert torch.equal(extended, everything[3:135])
+        assert extended.data_ptr() == everything[3:].data_ptr()
+
+    @pytest.mark.parametrize(
+        "states",
+        [torch.rand(130, 4), torch.rand(150, 4)[20:], torch.rand(4, 150).t()[3:133]],
+        ids=["none behind", "none behind a slice", "columns"],
+    )
+    def test_where_there_are_none_it_is_a_copy(self, states: torch.Tensor) -> None:
+        extended = with_rows_behind(states)
+
+        assert extended.shape == (132, 4)
+        assert torch.equal(extended[:130], states)
+        assert extended.data_ptr() != states.data_ptr()
+
+    def test_nothing_is_copied_where_none_are_asked_for(self) -> None:
+        states = torch.rand(128, 4)
+
+        assert with_rows_behind(states).data_ptr() == states.data_ptr()
