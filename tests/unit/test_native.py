@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import pickle
 import shutil
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -27,6 +29,7 @@ from deebert.packing import PackedTokens, SequenceLayout
 from pipeline.engine.engine import Engine, EngineConfig
 from tests.conftest import randomize
 
+COMPILER = (os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc").split()[0]
 needs_kernels = pytest.mark.skipif(
     not native.is_available(), reason="the kernels are not built or this CPU lacks AVX-512 with bfloat16"
 )
@@ -49,7 +52,7 @@ def exact_attention(qkv: Tensor, lengths: list[int]) -> Tensor:
 
 
 @pytest.mark.skipif(
-    shutil.which("cc") is None or not torch.cpu._is_avx512_bf16_supported(),
+    shutil.which(COMPILER) is None or not torch.cpu._is_avx512_bf16_supported(),
     reason="there is no C compiler, or nothing to compile for",
 )
 def test_setup_compiles_the_kernels() -> None:
