@@ -187,6 +187,13 @@ class TrainJob:
     warmup: float | None = flag(
         "all stages: share of the steps in which the learning rate rises (0)", default=None, parse=number
     )
+    adam_epsilon: float | None = flag("all stages: AdamW's epsilon (1e-8)", default=None, parse=number)
+    max_grad_norm: float | None = flag(
+        "all stages: gradients are cut to it (1.0)", default=None, parse=number
+    )
+    exit_head_learning_rate: float | None = flag(
+        "of --learn-to-exit's head (5e-3)", default=None, parse=number
+    )
     accumulation_steps: int | None = flag(
         "pieces that a batch is computed in: less memory, the same step (1)", default=None, parse=integer
     )

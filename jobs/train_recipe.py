@@ -74,10 +74,9 @@ def _through_backbone(job: TrainJob, stage: BackboneStage) -> BackboneStage:
             epochs=job.epochs,
             batch_size=job.batch_size,
             learning_rate=job.learning_rate,
-            weight_decay=job.weight_decay,
-            warmup_share=job.warmup,
             accumulation_steps=job.accumulation_steps,
         ),
+        **_of_every_stage(job),
     )
 
 
@@ -107,10 +106,19 @@ def _stage_2(job: TrainJob, stage: OffRampStage | None) -> OffRampStage | None:
             epochs=job.off_ramp_epochs,
             batch_size=job.off_ramp_batch_size,
             learning_rate=job.off_ramp_learning_rate,
-            weight_decay=job.weight_decay,
-            warmup_share=job.warmup,
             accumulation_steps=job.accumulation_steps if mode == "exact" else None,
         ),
+        **_of_every_stage(job),
+    )
+
+
+def _of_every_stage(job: TrainJob) -> dict[str, Any]:
+    return _given(
+        weight_decay=job.weight_decay,
+        warmup_share=job.warmup,
+        adam_epsilon=job.adam_epsilon,
+        max_grad_norm=job.max_grad_norm,
+        exit_head_learning_rate=job.exit_head_learning_rate,
     )
 
 

@@ -248,6 +248,30 @@ class TestTasks:
         with pytest.raises(UsageError, match="unknown GLUE task 'cola': choose one of sst-2, mrpc, qnli"):
             find_task("cola")
 
+    def test_a_hub_id_is_loaded_by_its_configuration_and_splits(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        labels = datasets.ClassLabel(names=["entailment", "neutral", "contradiction"])
+        kinds = {"premise": datasets.Value("string"), "hypothesis": datasets.Value("string"), "label": labels}
+        asked: list[tuple[str, str | None, str]] = []
+
+        def hub(name: str, configuration: str | None = None, *, split: str) -> datasets.Dataset:
+            asked.append((name, configuration, split))
+            rows = {"premise": ["a"], "hypothesis": [split], "label": [2]}
+            return datasets.Dataset.from_dict(rows, features=datasets.Features(kinds))
+
+        monkeypatch.setattr(datasets, "load_dataset", hub)  # no test talks to a hub
+        source = LabelledSource(data="nyu-mll/glue:mnli", columns=PLAIN)
+
+        sets = {"train": source.training_texts(), **source.evaluation_texts()}
+
+        splits = {"train": "train", "matched": "validation_matched", "mismatched": "validation_mismatched"}
+        assert asked == [("nyu-mll/glue", "mnli", split) for split in splits.values()]
+        assert {name: texts.pairs for name, texts in sets.items()} == {n: (s,) for n, s in splits.items()}
+        assert {name: named(texts) for name, texts in sets.items()} == {
+            key: ["contradiction"] for key in splits
+        }
+
     @pytest.mark.parametrize(
         ("source", "task"),
         [

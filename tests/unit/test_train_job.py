@@ -6,7 +6,7 @@ import copy
 import json
 import re
 import shutil
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -115,6 +115,9 @@ class TestRecipeOfFlags:
             learning_rate=1e-4,
             weight_decay=0.01,
             warmup=0.1,
+            adam_epsilon=1e-6,
+            max_grad_norm=2.0,
+            exit_head_learning_rate=1e-2,
             accumulation_steps=2,
             off_ramp_epochs=5,
             off_ramp_batch_size=64,
@@ -126,18 +129,24 @@ class TestRecipeOfFlags:
             evaluate_every=10,
         )
 
+        alike: dict[str, Any] = {
+            "weight_decay": 0.01,
+            "warmup_share": 0.1,
+            "adam_epsilon": 1e-6,
+            "max_grad_norm": 2.0,
+            "exit_head_learning_rate": 1e-2,
+        }
+        numbers = {f.name for f in fields(BackboneStage) if f.type in ("float", "int")}
+        assert numbers == {"epochs", "batch_size", "learning_rate", "accumulation_steps", *alike}
         assert recipe == Recipe(
             stage_1=BackboneStage(
                 epochs=1.5,
                 batch_size=16,
                 learning_rate=1e-4,
-                weight_decay=0.01,
-                warmup_share=0.1,
                 accumulation_steps=2,
+                **alike,
             ),
-            stage_2=OffRampStage(
-                epochs=5, batch_size=64, learning_rate=1e-3, weight_decay=0.01, warmup_share=0.1
-            ),
+            stage_2=OffRampStage(epochs=5, batch_size=64, learning_rate=1e-3, **alike),
             seed=7,
             checkpoint_steps=50,
             early_stopping=EarlyStopping(held_out=0.2, patience=2, every_steps=10),
