@@ -120,6 +120,8 @@ VARIANTS: Mapping[str, Variant] = MappingProxyType(
             f"continued-{name}": Between(start=BASE, towards="continued", shares=shares)
             for name, shares in _BETWEEN.items()
         },
+        "continued-100-0-refreshed": Trained(flags=_REFRESH, start="continued-100-0"),
+        "continued-100-0-both-refreshed": Trained(flags=_REFRESH, start="continued-100-0-both"),
         **_other_poolings(),
     }
 )

@@ -95,23 +95,17 @@ KERNEL void lay_out_keys(const bf16 *keys, int64_t row, int64_t length, int64_t 
 
 /* Values (length rows of `size`) as (half the length, size) pairs: a token's number beside the next token's. */
 KERNEL void lay_out_values(const bf16 *values, int64_t row, int64_t length, int64_t size, pair *to) {
-    static const uint16_t order[2][32] = {
-        {0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47},
-        {16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55, 24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63},
-    };
-    __m512i low = _mm512_loadu_si512(order[0]), high = _mm512_loadu_si512(order[1]);
-    for (int64_t j = 0; j < length; j += 2, to += size)
-        for (int64_t d = 0; d < size; d += 2 * LANES) {
-            __m512i one = _mm512_loadu_si512(values + j * row + d), next = _mm512_setzero_si512();
-            if (j + 1 < length) next = _mm512_loadu_si512(values + (j + 1) * row + d);
-            _mm512_storeu_si512(to + d, _mm512_permutex2var_epi16(one, low, next));
-            _mm512_storeu_si512(to + d + LANES, _mm512_permutex2var_epi16(one, high, next));
+    for (int64_t j = 0; j < length; j += 2, to += size, values += 2 * row)
+        for (int64_t d = 0; d < size; d += LANES) {
+            __m512i one = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(values + d)));
+            __m512 next = j + 1 < length ? load(values + row + d) : _mm512_setzero_ps();
+            _mm512_storeu_si512(to + d, _mm512_or_si512(one, _mm512_castps_si512(next)));
         }
 }
 
 /* sums[r][v] = Σ over pairs of x[r] · y, for R rows of x and V vectors of y's columns. */
-KERNEL void multiply(const int R, const int V, const bf16 *x, int64_t row, const pair *y, int64_t columns, int64_t pairs,
-                     __m512 sums[MOST_QUERIES][MOST_VECTORS]) {
+KERNEL void multiply(const int R, const int V, const bf16 *x, int64_t row, const pair *y, int64_t columns,
+                     int64_t pairs, __m512 sums[MOST_QUERIES][MOST_VECTORS]) {
     for (int r = 0; r < R; r++)
         for (int v = 0; v < V; v++) sums[r][v] = _mm512_setzero_ps();
     for (int64_t p = 0; p < pairs; p++) {
@@ -228,7 +222,7 @@ FOR_THIS_CPU void deebert_attention(const bf16 *qkv, const int64_t *offsets, int
     }
 }
 
-/* x Φ(x), the normal distribution up to x: its tail beyond |x| by Abramowitz and Stegun 7.1.26 (off by 8e-8 at most). */
+/* x Φ(x), of the normal distribution: its tail beyond |x| by Abramowitz and Stegun 7.1.26 (off by 8e-8 at most). */
 KERNEL __m512 gelu_of(__m512 x) {
     __m512 size = _mm512_abs_ps(x);
     __m512 t = _mm512_div_ps(constant(1.0f), _mm512_fmadd_ps(size, constant(0.3275911f * 0.70710678f), constant(1.0f)));
@@ -261,7 +255,8 @@ FOR_THIS_CPU void deebert_add_norm(bf16 *x, const bf16 *residual, int64_t rows, 
                                    const bf16 *bias, float eps) {
     for (int64_t r = 0; r < rows; r++, x += width, residual += width) {
         __m512 sum = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
-        for (int64_t i = 0; i < width; i += LANES) sum = _mm512_add_ps(sum, _mm512_add_ps(load(x + i), load(residual + i)));
+        for (int64_t i = 0; i < width; i += LANES)
+            sum = _mm512_add_ps(sum, _mm512_add_ps(load(x + i), load(residual + i)));
         __m512 mean = constant(_mm512_reduce_add_ps(sum) / width);
         for (int64_t i = 0; i < width; i += LANES) {
             __m512 y = _mm512_sub_ps(_mm512_add_ps(load(x + i), load(residual + i)), mean);
@@ -276,9 +271,9 @@ FOR_THIS_CPU void deebert_add_norm(bf16 *x, const bf16 *residual, int64_t rows, 
     }
 }
 
-/* The mean of each sequence's rows. states: (tokens, width), width a multiple of 16; offsets: as above; out: (sequences,
- * width). */
-FOR_THIS_CPU void deebert_mean(const bf16 *states, const int64_t *offsets, int64_t sequences, int64_t width, bf16 *out) {
+/* The mean of each sequence's rows: (tokens, width) -> (sequences, width); width is a multiple of 16. */
+FOR_THIS_CPU void deebert_mean(const bf16 *states, const int64_t *offsets, int64_t sequences, int64_t width,
+                               bf16 *out) {
     for (int64_t n = 0; n < sequences; n++, out += width) {
         __m512 share = constant(1.0f / (offsets[n + 1] - offsets[n]));
         for (int64_t i = 0; i < width; i += 4 * LANES) {
