@@ -52,8 +52,7 @@ def _outcomes(
         min_size=placement.replicas.least,
         max_size=placement.replicas.most,
         max_concurrent_calls_per_actor=placement.shards_in_flight,
-        # Twice what runs: the pool grows only when replicas have more than they can work on.
-        max_tasks_in_flight_per_actor=2 * placement.shards_in_flight,
+        max_tasks_in_flight_per_actor=most_in_hand(placement, len(shards)),
         enable_true_multi_threading=True,
     )
     # Ray retries the shards of a replica that died for ever: the replicas themselves know when to stop.
@@ -67,6 +66,20 @@ def _outcomes(
     )
     for row in outcomes.iter_rows():
         yield pickle.loads(row["outcome"])
+
+
+def most_in_hand(placement: Placement, shards: int) -> int:
+    """Shards that a replica may be given at a time, those that wait for a thread of it among them.
+
+    What one was given no other takes over while it lives. The first to be ready must leave the others enough to begin
+    with, and nobody should have shards waiting at the end while others are done.
+    """
+    replicas = placement.replicas
+    if replicas.least < replicas.most:
+        return (
+            2 * placement.shards_in_flight
+        )  # a pool grows only when replicas have more than they can work on
+    return max(1, min(placement.shards_in_flight, shards // replicas.least))
 
 
 def cause(error: BaseException) -> str:

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import ray.data
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pipeline import cluster, pool
 from pipeline.cluster import Placement, RaySession, Resources, place
@@ -224,3 +226,16 @@ def test_the_callers_ray_data_is_as_it_was() -> None:
     with pool._quiet_ray_data():
         assert (context.enable_progress_bars, log.level) == (False, logging.ERROR)
     assert (context.enable_progress_bars, log.level) == before
+
+
+@given(replicas=st.integers(1, 64), shards=st.integers(1, 10_000))
+def test_whoever_is_ready_first_leaves_shards_for_the_others(replicas: int, shards: int) -> None:
+    placement = placed(cores=64, memory_gib=1024, replicas=Replicas(replicas, replicas), shards=shards)
+    workers, in_hand = placement.replicas.least, pool.most_in_hand(placement, shards)
+    assert (workers - 1) * in_hand < shards
+    assert in_hand == placement.shards_in_flight or workers * (in_hand + 1) > shards
+
+
+def test_replicas_of_a_growing_pool_have_more_than_they_can_work_on() -> None:
+    placement = placed(replicas=Replicas(1, 4), shards=100)
+    assert pool.most_in_hand(placement, 100) > 1.75 * placement.shards_in_flight  # from which Ray adds one
