@@ -17,7 +17,7 @@ from torch import Tensor
 from deebert import native
 from deebert.attention import varlen_attention
 from deebert.exit_policy import OffRampAnswer
-from deebert.fused import FusedModel, Linear, beside_int8
+from deebert.fused import FusedModel, Linear, state_dtype
 from deebert.memory import keep_freed_memory
 from deebert.packing import PackedTokens, SequenceLayout, with_rows_behind
 from deebert.pooling import attended_tokens, mean_of_tokens
@@ -54,9 +54,8 @@ class PackedEncoder:
         self.has_token_types = model.has_token_types
         self._model = model.to(self.device, dtype)
         products = self._model.layers[0].qkv if self._model.layers else None
-        self._has_kernels_by_shape = isinstance(products, Linear) and products.is_prepacked
-        self._attends_in = beside_int8() if dtype == torch.int8 else dtype
-        if self.device.type == "cpu" and self._attends_in == torch.bfloat16 and native.is_missing():
+        self._has_kernels_by_shape = not isinstance(products, Linear) or products.is_prepacked
+        if self.device.type == "cpu" and state_dtype(dtype) == torch.bfloat16 and native.is_missing():
             log.warning(
                 "the kernels for this CPU were not compiled, and bfloat16 is slower without: "
                 "install a C compiler (gcc), then this package again"
@@ -123,9 +122,8 @@ class PackedEncoder:
         """
         w = self._model.layers[index]
         tokens, hidden = states.shape
-        qkv = w.qkv(states).to(self._attends_in)
-        qkv = qkv.view(tokens, 3, self._model.num_heads, hidden // self._model.num_heads)
-        attended = varlen_attention(qkv, layout).view(tokens, hidden).to(states.dtype)
+        qkv = w.qkv(states).view(tokens, 3, self._model.num_heads, hidden // self._model.num_heads)
+        attended = varlen_attention(qkv, layout).view(tokens, hidden)
         states = w.attention_norm.of_sum_(w.attention_output(attended), states)
         inner = self._model.activate_(w.intermediate(states))
         return w.output_norm.of_sum_(w.output(inner), states)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # The number of rows that oneDNN lays weights out for; any number runs.
 _TYPICAL_TOKENS = 2048
 _SAMPLES_TOGETHER = 32
-_TOKENS_TOGETHER = 128
+_TOKENS_TOGETHER = 1024
 # Of a weight to the root mean square of its output's; in BERTs the second product of the feed-forward block has such.
 _OUTLIER_RATIO = 16.0
 _MOST_OUTLIERS = 32
@@ -68,18 +68,34 @@ class QuantizedLinear:
     bias: Tensor  # (out,) float32
     smoothing: Tensor | None  # (in,) float32: what x is multiplied by first
     outliers: Tensor  # (A,) int64: which input channels
-    outlier_weight: Tensor  # (A, out) float32
+    outlier_weight: Tensor  # (A, out) float32, of x as it is
 
     def __call__(self, x: Tensor) -> Tensor:
-        """(T, in) float32 -> (T, out) float32."""
-        (tokens, width), x = x.shape, x if self.smoothing is None else x * self.smoothing
+        """(T, in) float32 or bfloat16 -> (T, out), the same."""
+        if not native.quantizes(x, len(self.bias)):
+            return self._of_float32(x.float()).to(x.dtype)
+        bytes_, scale, minimum = native.quantize(x, self.smoothing)
+        out = x.new_empty(len(x), len(self.bias))
+        # In parts whose products, float32, are still in a cache when they are scaled.
+        for first in range(0, len(x), _TOKENS_TOGETHER):
+            rows = slice(first, first + _TOKENS_TOGETHER)
+            product = quantized_product(bytes_[rows], self.weight, self.scale, self.zero_point)
+            if len(self.outliers):
+                apart = x[rows].index_select(1, self.outliers).float()
+                product.addmm_(apart.div_(scale[rows, None]), self.outlier_weight)
+            native.rescale(product, scale[rows], minimum[rows], self.weight_sum, self.bias, out[rows])
+        return out
+
+    def _of_float32(self, x: Tensor) -> Tensor:
+        smooth = x if self.smoothing is None else x * self.smoothing
         # One pass: the quantized row, then its scale and its minimum as two float32. Made for embeddings, it is the
         # only kernel of torch's that quantizes row by row at the speed of memory.
-        rows = torch.ops.quantized.embedding_bag_byte_prepack(x)
+        rows = torch.ops.quantized.embedding_bag_byte_prepack(smooth)
+        width = x.shape[1]
         scale, minimum = rows[:, width:].contiguous().view(torch.float32).split(1, dim=1)
-        # Few shapes, as in `OffRamp`.
-        quantized = F.pad(rows[:, :width], (0, 0, 0, -tokens % _TOKENS_TOGETHER)).contiguous()
-        out: Tensor = quantized_product(quantized, self.weight, self.scale, self.zero_point)[:tokens]
+        # It takes what is no number for one: such a row must have no answer.
+        scale = torch.addcmul(scale, smooth.sum(1, keepdim=True), scale.new_zeros(1))
+        out = quantized_product(rows[:, :width].contiguous(), self.weight, self.scale, self.zero_point)
         out = torch.addcmul(self.bias, out, scale, out=out).addcmul_(minimum, self.weight_sum)
         if len(self.outliers):
             out.addmm_(x.index_select(1, self.outliers), self.outlier_weight)
@@ -114,7 +130,7 @@ class QuantizedLinear:
             bias=linear.bias,
             smoothing=smoothing,
             outliers=outliers,
-            outlier_weight=weight[:, outliers].t().contiguous(),
+            outlier_weight=linear.weight[:, outliers].t().contiguous(),
         )
 
 
@@ -237,21 +253,16 @@ class FusedModel:
 
         Args:
             device: where to.
-            dtype: of the layers' products. Beside `torch.int8` all else, states too, is float32 or, where nothing is
-                lost by it, `beside_int8`.
+            dtype: of the layers' products; all else is in `state_dtype` of it.
         """
+        others = _Cast(device, state_dtype(dtype))
         if dtype != torch.int8:
-            model: FusedModel = _Cast(device, dtype).part(self)
+            model: FusedModel = others.part(self)
             return model
-        exact, short = _Cast(device, torch.float32), _Cast(device, beside_int8())
+        beside: FusedModel = others.part(replace(self, layers=()))
+        first = self.embeddings.norm if self.embeddings.projection is None else None
         return replace(
-            self,
-            embeddings=exact.part(self.embeddings),
-            layers=_quantized(
-                exact.part(self.layers), self.embeddings.norm if self.embeddings.projection is None else None
-            ),
-            off_ramps=short.part(self.off_ramps),
-            exit_head=exact.part(self.exit_head),
+            beside, layers=_quantized(_Cast(device, torch.float32).part(self.layers), first, others)
         )
 
 
@@ -281,16 +292,17 @@ class _Cast:
         return self._done[id(value)]
 
 
-def _quantized(layers: Sequence[Layer], first: Norm | None) -> tuple[Layer, ...]:
-    """Layers whose products are int8; `first` normalizes what the first one reads."""
+def _quantized(layers: Sequence[Layer], first: Norm | None, others: _Cast) -> tuple[Layer, ...]:
+    """Layers whose products are int8, of float32; `first` normalizes what the first one reads."""
     norms = (first, *(layer.output_norm for layer in layers))
     return tuple(
-        replace(
-            layer,
+        Layer(
             qkv=QuantizedLinear.of(_float(layer.qkv), after=before),
             attention_output=QuantizedLinear.of(_float(layer.attention_output)),
+            attention_norm=others.part(layer.attention_norm),
             intermediate=QuantizedLinear.of(_float(layer.intermediate), after=layer.attention_norm),
             output=QuantizedLinear.of(_float(layer.output)),
+            output_norm=others.part(layer.output_norm),
         )
         for layer, before in zip(layers, norms, strict=False)
     )
@@ -301,15 +313,15 @@ def _float(product: Product) -> Linear:
     return product
 
 
-def beside_int8() -> torch.dtype:
-    """What attention and off-ramps compute in where the layers' products are int8: bfloat16 on CPUs that have it."""
-    has_it = cpu_multiplies_bfloat16() and _onednn_multiplies(torch.device("cpu"), torch.bfloat16)
-    return torch.bfloat16 if has_it else torch.float32
-
-
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What tokens' states are in where the layers' products are in `dtype`."""
-    return torch.float32 if dtype == torch.int8 else dtype
+    """What tokens' states are in, and all that is not a layer's product, where those are in `dtype`.
+
+    Beside int8 that is bfloat16 on CPUs that have it, else float32.
+    """
+    if dtype != torch.int8:
+        return dtype
+    has_bfloat16 = cpu_multiplies_bfloat16() and _onednn_multiplies(torch.device("cpu"), torch.bfloat16)
+    return torch.bfloat16 if has_bfloat16 else torch.float32
 
 
 def _prepacked(linear: Linear) -> Linear:

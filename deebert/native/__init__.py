@@ -93,6 +93,63 @@ def add_norm_(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: fl
     return x
 
 
+def quantizes(x: Tensor, outputs: int) -> bool:
+    """Whether `quantize` takes such a tensor, and `rescale` a product with so many outputs."""
+    return takes_rows(x) and outputs % _WIDTH_OF == 0
+
+
+def quantize(x: Tensor, by: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Each row in bytes that span its range: x · by ≈ scale · byte + minimum.
+
+    Args:
+        x: (T, W) bfloat16.
+        by: (W,) float32, or None for 1.
+
+    Returns:
+        (T, W) uint8, (T,) float32 scales, (T,) float32 minima. The scale of a row that has a number which is none, or
+        infinite, is not a number; that of a row of equal numbers is 1.
+    """
+    rows, width = x.shape
+    out = x.new_empty(rows, width, dtype=torch.uint8)
+    scales, minima = x.new_empty(2, rows, dtype=torch.float32)
+    _compiled().deebert_quantize(
+        x.data_ptr(),
+        rows,
+        width,
+        None if by is None else by.data_ptr(),
+        out.data_ptr(),
+        scales.data_ptr(),
+        minima.data_ptr(),
+    )
+    return out, scales, minima
+
+
+def rescale(
+    product: Tensor, scale: Tensor, minimum: Tensor, weight_sum: Tensor, bias: Tensor, out: Tensor
+) -> None:
+    """What the products of quantized rows stand for: product · scale + minimum · weight_sum + bias.
+
+    Args:
+        product: (T, W) float32.
+        scale: (T,) float32, as of `quantize`.
+        minimum: (T,) float32, as of `quantize`.
+        weight_sum: (W,) float32, over the inputs.
+        bias: (W,) float32.
+        out: (T, W) bfloat16, contiguous: the answer.
+    """
+    rows, width = product.shape
+    _compiled().deebert_rescale(
+        product.data_ptr(),
+        rows,
+        width,
+        scale.data_ptr(),
+        minimum.data_ptr(),
+        weight_sum.data_ptr(),
+        bias.data_ptr(),
+        out.data_ptr(),
+    )
+
+
 def mean(states: Tensor, layout: SequenceLayout) -> Tensor:
     """Mean of each sequence's rows: (total_tokens, H) -> (N, H), bfloat16, `H` a multiple of 16."""
     width = states.shape[1]
@@ -135,4 +192,8 @@ def _library() -> ctypes.CDLL | None:
     library.deebert_add_norm.restype = None
     library.deebert_mean.argtypes = [address, address, count, count, address]
     library.deebert_mean.restype = None
+    library.deebert_quantize.argtypes = [address, count, count, address, address, address, address]
+    library.deebert_quantize.restype = None
+    library.deebert_rescale.argtypes = [address, count, count, *[address] * 5]
+    library.deebert_rescale.restype = None
     return library

@@ -287,6 +287,50 @@ FOR_THIS_CPU void deebert_mean(const bf16 *states, const int64_t *offsets, int64
     }
 }
 
+KERNEL __m512 load_times(const bf16 *x, const float *by, int64_t i) {
+    return by ? _mm512_mul_ps(load(x + i), _mm512_loadu_ps(by + i)) : load(x + i);
+}
+
+/* Each row as bytes: x · by ≈ scale · byte + minimum. What is no number, or infinite, makes its row's scale no number.
+ * The scale of a row of equal numbers is 1.
+ *
+ * by: (width), or none for 1; width is a multiple of 16.
+ */
+FOR_THIS_CPU void deebert_quantize(const bf16 *x, int64_t rows, int64_t width, const float *by, uint8_t *bytes,
+                                   float *scales, float *minima) {
+    for (int64_t r = 0; r < rows; r++, x += width, bytes += width) {
+        __m512 least = constant(__builtin_inff()), most = constant(-__builtin_inff()), flaw = _mm512_setzero_ps();
+        for (int64_t i = 0; i < width; i += LANES) {
+            __m512 y = load_times(x, by, i);
+            least = _mm512_min_ps(least, y), most = _mm512_max_ps(most, y);
+            flaw = _mm512_fmadd_ps(y, _mm512_setzero_ps(), flaw);
+        }
+        float minimum = _mm512_reduce_min_ps(least), range = _mm512_reduce_max_ps(most) - minimum;
+        __m512 first = constant(minimum), steps = constant(range > 0 ? 255 / range : 0);
+        for (int64_t i = 0; i < width; i += LANES) {
+            __m512 y = load_times(x, by, i);
+            __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_sub_ps(y, first), steps));
+            _mm_storeu_si128((__m128i *)(bytes + i), _mm512_cvtusepi32_epi8(whole));
+        }
+        scales[r] = (range > 0 ? range / 255 : 1) + _mm512_reduce_add_ps(flaw);
+        minima[r] = minimum;
+    }
+}
+
+/* What bytes' products stand for: product · scale + minimum · weight_sum + bias, of each row's scale and minimum.
+ * width is a multiple of 16.
+ */
+FOR_THIS_CPU void deebert_rescale(const float *product, int64_t rows, int64_t width, const float *scales,
+                                  const float *minima, const float *weight_sum, const float *bias, bf16 *out) {
+    for (int64_t r = 0; r < rows; r++, product += width, out += width) {
+        __m512 scale = constant(scales[r]), minimum = constant(minima[r]);
+        for (int64_t i = 0; i < width; i += LANES) {
+            __m512 y = _mm512_fmadd_ps(minimum, _mm512_loadu_ps(weight_sum + i), _mm512_loadu_ps(bias + i));
+            store(out + i, _mm512_fmadd_ps(_mm512_loadu_ps(product + i), scale, y));
+        }
+    }
+}
+
 #else
 
 int deebert_runs_here(void) { return 0; }

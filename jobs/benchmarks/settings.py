@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from deebert.exit_policy import StoredPolicy
-from deebert.fused import beside_int8
+from deebert.fused import state_dtype
 from deebert.precision import DTYPES, Precision
 
 
@@ -51,7 +51,7 @@ class BenchSettings:
         """What transformers, and training, compute in beside us: ours, or what we compute in beside int8."""
         if self.precision != "int8":
             return self.precision
-        return next(name for name, dtype in DTYPES.items() if dtype == beside_int8())
+        return next(name for name, dtype in DTYPES.items() if dtype == state_dtype(torch.int8))
 
     @property
     def threads_each(self) -> int:

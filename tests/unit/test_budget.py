@@ -8,6 +8,7 @@ import torch
 
 from deebert.encoder import PackedEncoder
 from deebert.exit_policy import EntropyThreshold
+from deebert.fused import state_dtype
 from deebert.memory import LARGEST_KEPT_BYTES
 from deebert.packing import PackedTokens
 from pipeline.engine import Engine
@@ -67,14 +68,15 @@ def test_a_layer_takes_a_gpu_a_trillion_operations() -> None:
     assert chosen(798, 1000) == 32_768
 
 
-def test_int8_s_states_are_as_wide_as_float32_s() -> None:
+def test_int8_s_states_are_as_wide_as_what_lies_between_its_products() -> None:
     sizes = {"hidden_size": 768, "intermediate_size": 3072, "segments": 3}
     found = [
         micro_batch_tokens(torch.device("cpu"), dtype, **sizes)
-        for dtype in (torch.int8, torch.float32, torch.bfloat16)
+        for dtype in (torch.int8, state_dtype(torch.int8), torch.float32, torch.bfloat16)
     ]
 
-    assert found == [2048, 2048, 4096]
+    assert found[0] == found[1]
+    assert found[2:] == [2048, 4096]
 
 
 def test_a_gpu_has_another_micro_batch_under_way_while_one_is_waited_for() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 import subprocess
 import sys
@@ -85,7 +86,7 @@ needs_vnni = pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="this
 
 def off_by(quantized: QuantizedLinear, linear: Linear, x: torch.Tensor) -> float:
     """Root mean square of the error, of that of the exact outputs."""
-    exact = linear(x)
+    exact = linear(x.float())
     return ((quantized(x) - exact).square().mean() / exact.square().mean()).sqrt().item()
 
 
@@ -98,51 +99,74 @@ def random_linear(inputs: int = 64, outputs: int = 48) -> Linear:
 
 
 @needs_vnni
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16]
+)  # the second by the kernels, where they run
 class TestQuantizedLinear:
-    def test_rounds_both_sides_to_a_step_in_256(self) -> None:
-        linear = random_linear()
+    @pytest.mark.parametrize("outputs", [48, 50])
+    def test_rounds_both_sides_to_a_step_in_256(self, outputs: int, dtype: torch.dtype) -> None:
+        linear = random_linear(outputs=outputs)
 
-        assert off_by(QuantizedLinear.of(linear), linear, torch.randn(200, 64)) < 0.015
+        assert off_by(QuantizedLinear.of(linear), linear, torch.randn(200, 64).to(dtype)) < 0.015
 
-    def test_rows_do_not_depend_on_each_other(self) -> None:
-        x, quantized = torch.randn(33, 64), QuantizedLinear.of(random_linear())
+    def test_rows_do_not_depend_on_each_other(self, dtype: torch.dtype) -> None:
+        x, quantized = torch.randn(2_100, 64).to(dtype), QuantizedLinear.of(random_linear())
         x[7] *= 1000
 
         together = quantized(x)
 
-        for row in (0, 7, 32):
+        assert together.dtype == dtype
+        for row in (0, 7, 32, 1_023, 1_024, 2_099):
             assert torch.equal(quantized(x[row : row + 1])[0], together[row])
 
-    def test_a_row_of_one_value_is_exact(self) -> None:
+    def test_a_row_of_one_value_is_exact(self, dtype: torch.dtype) -> None:
         linear = random_linear()
         x = torch.full((2, 64), 0.75)
 
         torch.testing.assert_close(
-            QuantizedLinear.of(linear)(x), linear(x), atol=0.15, rtol=0
+            QuantizedLinear.of(linear)(x.to(dtype)).float(), linear(x), atol=0.15, rtol=0
         )  # weights alone are rounded
 
-    def test_outputs_without_weights_are_their_bias(self) -> None:
+    @pytest.mark.parametrize("flaw", [math.nan, math.inf, -math.inf])
+    def test_what_is_no_number_spoils_its_row_and_no_other(self, flaw: float, dtype: torch.dtype) -> None:
+        x = torch.randn(3, 64).to(dtype)
+        x[1, 40] = flaw
+
+        out = QuantizedLinear.of(random_linear())(x)
+
+        assert not out[1].isfinite().any()
+        assert out[[0, 2]].isfinite().all()
+
+    def test_outputs_without_weights_are_their_bias(self, dtype: torch.dtype) -> None:
         linear = random_linear()
         linear.weight[3] = 0.0
 
-        out = QuantizedLinear.of(linear)(torch.randn(5, 64))
+        out = QuantizedLinear.of(linear)(torch.randn(5, 64).to(dtype))
 
-        assert torch.equal(out[:, 3], linear.bias[3].expand(5))
+        assert torch.equal(out[:, 3], linear.bias[3].to(dtype).expand(5))
 
-    def test_outliers_do_not_spoil_the_other_inputs(self) -> None:
+    def test_outliers_do_not_spoil_the_other_inputs(self, dtype: torch.dtype) -> None:
         linear = random_linear(inputs=512)
         linear.weight[:, 100] *= 40
         x = torch.randn(200, 512)
         x[:, 100] /= 40
 
         assert QuantizedLinear.of(linear).outliers.tolist() == [100]
-        assert off_by(QuantizedLinear.of(linear), linear, x) < 0.015
+        assert off_by(QuantizedLinear.of(linear), linear, x.to(dtype)) < 0.015
 
-    def test_inputs_of_a_large_range_do_not_spoil_the_others(self) -> None:
+    def test_outliers_count_in_rows_of_equal_numbers(self, dtype: torch.dtype) -> None:
+        linear, x = random_linear(inputs=512), torch.full((2, 512), 0.5)
+        linear.weight[:, 100] *= 40
+
+        out = QuantizedLinear.of(linear)(x.to(dtype)).float()
+
+        torch.testing.assert_close(out, linear(x), atol=0.5, rtol=0)
+
+    def test_inputs_of_a_large_range_do_not_spoil_the_others(self, dtype: torch.dtype) -> None:
         linear, norm = random_linear(), Norm(weight=torch.ones(64), bias=torch.zeros(64), eps=1e-12)
         norm.weight[5] = 30.0
         linear.weight[:, 5] /= 30
-        x = norm(torch.randn(200, 64))
+        x = norm(torch.randn(200, 64)).to(dtype)
 
         assert off_by(QuantizedLinear.of(linear), linear, x) > 0.02
         assert off_by(QuantizedLinear.of(linear, after=norm), linear, x) < 0.02

@@ -276,6 +276,64 @@ class TestMean:
 
 
 @needs_kernels
+class TestQuantize:
+    @given(
+        rows=st.integers(0, 5),
+        width=st.sampled_from([16, 48, 384]),
+        size=st.floats(1e-3, 1e3),
+        smooths=st.booleans(),
+        seed=st.integers(0, 2**31),
+    )
+    def test_spans_the_range_of_each_row_in_255_steps(
+        self, rows: int, width: int, size: float, smooths: bool, seed: int
+    ) -> None:
+        x, by = random(rows, width, seed=seed, size=size), random(width, seed=seed + 1).float().abs()
+
+        bytes_, scale, minimum = native.quantize(x, by if smooths else None)
+
+        exact = x.double() * by if smooths else x.double()
+        assert (bytes_.dtype, bytes_.shape) == (torch.uint8, x.shape)
+        assert [row.max() for row in bytes_] == [255] * rows
+        assert [row.min() for row in bytes_] == [0] * rows
+        found = bytes_ * scale.double()[:, None] + minimum.double()[:, None]
+        assert ((found - exact).abs() <= 0.5001 * scale.double()[:, None]).all()
+
+    def test_a_row_of_equal_numbers_is_its_minimum(self) -> None:
+        bytes_, scale, minimum = native.quantize(torch.full((2, 32), -3.0).bfloat16(), None)
+
+        assert not bytes_.any()
+        assert (scale.tolist(), minimum.tolist()) == ([1, 1], [-3, -3])
+
+    @pytest.mark.parametrize("flaw", [math.nan, math.inf, -math.inf])
+    @pytest.mark.parametrize("at", [0, 15, 16, 47])
+    def test_a_row_with_a_number_that_is_none_has_no_scale(self, at: int, flaw: float) -> None:
+        x = random(3, 48)
+        x[1, at] = flaw
+
+        _, scale, _ = native.quantize(x, None)
+
+        assert scale.isnan().tolist() == [False, True, False]
+
+    @pytest.mark.parametrize("width", [16, 80, 1_536])
+    @pytest.mark.parametrize("rows", [0, 1, 5])
+    def test_rescaled_is_within_rounding_of_float64(self, rows: int, width: int) -> None:
+        product, scale, minimum = (
+            random(rows, width).float(),
+            random(rows).float(),
+            random(rows, seed=1).float(),
+        )
+        weight_sum, bias = random(width, seed=2).float(), random(width, seed=3).float()
+        room = torch.full((rows + 2, width), math.nan, dtype=torch.bfloat16)
+
+        native.rescale(product, scale, minimum, weight_sum, bias, room[1 : rows + 1])
+
+        exact = product.double() * scale.double()[:, None] + minimum.double()[:, None] * weight_sum + bias
+        torch.testing.assert_close(room[1 : rows + 1].double(), exact, atol=1e-5, rtol=HALF_STEP)
+        assert room[0].isnan().all()
+        assert room[rows + 1].isnan().all()
+
+
+@needs_kernels
 def test_they_take_what_they_were_made_for() -> None:
     takes = (native.attends, native.activates, native.takes_rows)
     good = random(8, 3, 2, 32)
@@ -355,14 +413,28 @@ class TestEncoder:
         torch.testing.assert_close(chunk, kept, atol=0, rtol=0, equal_nan=True)
         assert torch.equal(found, encoder.layers(0, 1, alone, layout))
 
+    @pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="this CPU has no VNNI")
+    def test_int8_needs_no_kernels(
+        self, model: DeeBertForSequenceClassification, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        exact, small = self.states(PackedEncoder.of(model)), PackedEncoder.of(model, dtype=torch.int8)
+        with_them = self.states(small)
+
+        monkeypatch.setattr(native, "_library", lambda: None)
+
+        ours, torchs = ((s - exact).square().mean().sqrt() for s in (with_them, self.states(small)))
+        assert torchs < 0.2
+        assert ours <= 1.1 * torchs
+
     @needs_kernels
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
     def test_samples_out_of_order_get_their_own_answers(
-        self, model: DeeBertForSequenceClassification
+        self, model: DeeBertForSequenceClassification, dtype: torch.dtype
     ) -> None:
         lengths = (9, 3, 30, 64, 1, 17, 30, 5) * 4
         tokens = PackedTokens.pack([[(7 * i + n) % 20 for i in range(n)] for n in lengths])
         engine = Engine(
-            PackedEncoder.of(model, dtype=torch.bfloat16), FULL_DEPTH, EngineConfig(micro_batch_tokens=100)
+            PackedEncoder.of(model, dtype=dtype), FULL_DEPTH, EngineConfig(micro_batch_tokens=100)
         )
 
         engine.submit(np.arange(len(lengths)), tokens)
@@ -372,12 +444,12 @@ class TestEncoder:
             for i, row in zip(exits.sample_ids, exits.logits, strict=True)
         }
 
-        exact = PackedEncoder.of(model)
+        alone = PackedEncoder.of(model, dtype=dtype)
         for i in range(len(lengths)):
             one = tokens.sequence(i)
-            states = exact.layers(0, exact.num_layers - 1, exact.embed(one), one.layout)
-            logits = exact.off_ramp(exact.num_layers - 1, states, one.layout)[0]
-            np.testing.assert_allclose(answers[i], logits, atol=0.5)
+            states = alone.layers(0, alone.num_layers - 1, alone.embed(one), one.layout)
+            logits = alone.off_ramp(alone.num_layers - 1, states, one.layout)[0]
+            np.testing.assert_allclose(answers[i], logits, atol=0.05)
 
     @needs_kernels
     def test_uses_them_where_its_weights_were_sent_to(
@@ -391,6 +463,20 @@ class TestEncoder:
         self.states(PackedEncoder(sent, dtype=torch.bfloat16))
 
         assert used == ["attention", "add_norm_", "gelu_", "add_norm_"] * len(sent.layers)
+
+    @needs_kernels
+    def test_uses_them_between_integers_too(
+        self, model: DeeBertForSequenceClassification, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        used: list[str] = []
+        for name in ("attention", "gelu_", "add_norm_", "quantize", "rescale"):
+            monkeypatch.setattr(native, name, _noting(getattr(native, name), name, used))
+
+        self.states(PackedEncoder.of(model, dtype=torch.int8))
+
+        product = ["quantize", "rescale"]
+        between = [*product, "attention", *product, "add_norm_", *product, "gelu_", *product, "add_norm_"]
+        assert used == between * len(model.backbone.encoder.layer)
 
 
 def _noting(function, name: str, used: list[str]):  # type: ignore[no-untyped-def]

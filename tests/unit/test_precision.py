@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from deebert.errors import PrecisionError
-from deebert.fused import beside_int8
+from deebert.fused import state_dtype
 from deebert.precision import DTYPES, resolve_precision
 from pipeline.config import PRECISIONS
 
@@ -85,7 +85,7 @@ def test_a_gpu_that_emulates_bfloat16_is_named_with_what_it_does_not_emulate(
 def test_beside_int8_nothing_is_emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     without_bfloat16(monkeypatch)
 
-    assert beside_int8() == torch.float32
+    assert state_dtype(torch.int8) == torch.float32
 
 
 def test_the_flag_offers_what_there_is() -> None:
