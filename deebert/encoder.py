@@ -19,7 +19,7 @@ from deebert.attention import varlen_attention
 from deebert.exit_policy import OffRampAnswer
 from deebert.fused import FusedModel, Linear, state_dtype
 from deebert.memory import keep_freed_memory
-from deebert.packing import PackedTokens, SequenceLayout, with_rows_behind
+from deebert.packing import PackedTokens, SequenceLayout, rows_of_few_shapes, with_rows_behind
 from deebert.pooling import attended_tokens, mean_of_tokens
 from deebert.transfer import to_device
 
@@ -109,7 +109,7 @@ class PackedEncoder:
     def layers(self, first: int, last: int, states: Tensor, layout: SequenceLayout) -> Tensor:
         """Run transformer layers `first` to `last` (0-based, both included): (total_tokens, H) -> (total_tokens, H)."""
         if self._has_kernels_by_shape:
-            states = with_rows_behind(states)
+            states = with_rows_behind(states, rows_of_few_shapes(len(states)))
         for index in range(first, last + 1):
             states = self.layer(index, states, layout)
         return states[: layout.total_tokens]

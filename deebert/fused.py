@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deebert import native
+from deebert.packing import samples_of_few_shapes, with_rows_behind
 from deebert.precision import cpu_multiplies_bfloat16
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 # The number of rows that oneDNN lays weights out for; any number runs.
 _TYPICAL_TOKENS = 2048
-_SAMPLES_TOGETHER = 32
 _TOKENS_TOGETHER = 1024
 # Of a weight to the root mean square of its output's; in BERTs the second product of the feed-forward block has such.
 _OUTLIER_RATIO = 16.0
@@ -188,9 +188,16 @@ class OffRamp:
         """(N, W) pooled states -> (N, C) float32 logits."""
         samples, pooled = len(pooled), pooled.to(self.classifier.bias.dtype)
         if self.dense.is_prepacked:
-            # Few shapes: oneDNN builds a kernel for each, which takes longer than to run it.
-            pooled = F.pad(pooled, (0, 0, 0, -samples % _SAMPLES_TOGETHER))
-        return self.classifier(self.activation(self.dense(pooled)))[:samples].float()
+            # oneDNN builds a kernel for each shape, which takes longer than to run it.
+            pooled = with_rows_behind(pooled, samples_of_few_shapes(samples))
+        dense, weight, bias = self.dense(pooled), self.classifier.weight, self.classifier.bias
+        if (
+            self.activation is torch.tanh
+            and not self.classifier.is_prepacked
+            and native.classifies(dense, len(bias))
+        ):
+            return native.classify(dense[:samples], weight, bias)
+        return self.classifier(self.activation(dense))[:samples].float()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -325,7 +332,9 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _prepacked(linear: Linear) -> Linear:
-    """On CPUs oneDNN reorders a weight for each product unless it is done once, here."""
+    """On CPUs oneDNN reorders a weight for each product unless it is done once, here; few classes' stay as they are."""
+    if len(linear.bias) <= native.MOST_CLASSES:
+        return linear
     weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight, _TYPICAL_TOKENS)
     return replace(linear, weight=weight, is_prepacked=True)
 

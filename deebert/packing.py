@@ -23,6 +23,7 @@ IntArray = npt.NDArray[np.int64]
 # Of 1, 4, 8 and 16, the fastest for attention on sentences and level on long texts.
 _PADDED_TO = 8
 _MOST_ROWS_TOGETHER, _SHAPES_AN_OCTAVE = 64, 32
+_SAMPLES_TOGETHER = 32
 
 
 def rows_of_few_shapes(rows: int) -> int:
@@ -39,12 +40,17 @@ def new_rows(like: Tensor, rows: int) -> Tensor:
     return like.new_empty(rows_of_few_shapes(rows), *like.shape[1:])[:rows]
 
 
-def with_rows_behind(states: Tensor) -> Tensor:
-    """`states`, (T, H), and behind them as many rows of anything as `rows_of_few_shapes` asks for.
+def samples_of_few_shapes(samples: int) -> int:
+    """As `rows_of_few_shapes`, of pooled states: those are fewer, and a row costs less than another shape."""
+    return -(-samples // _SAMPLES_TOGETHER) * _SAMPLES_TOGETHER
+
+
+def with_rows_behind(states: Tensor, rows: int) -> Tensor:
+    """`states`, (T, H), and behind them rows of anything, so that there are `rows`.
 
     Where something lies behind them in memory it is that, to be read and not written; else they are copied.
     """
-    rows, width = rows_of_few_shapes(len(states)), states.shape[1]
+    width = states.shape[1]
     numbers = states.untyped_storage().nbytes() // states.itemsize - states.storage_offset()
     if states.is_contiguous() and numbers >= rows * width:
         return states.as_strided((rows, width), (width, 1))

@@ -15,9 +15,11 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from deebert.packing import SequenceLayout
+from deebert.packing import SequenceLayout, samples_of_few_shapes
 
 _WIDTH_OF, _HEAD_OF = 16, 32
+MOST_CLASSES = 16
+"""That `classify` takes: of more, a product is faster."""
 
 
 def is_available() -> bool:
@@ -151,11 +153,36 @@ def rescale(
 
 
 def mean(states: Tensor, layout: SequenceLayout) -> Tensor:
-    """Mean of each sequence's rows: (total_tokens, H) -> (N, H), bfloat16, `H` a multiple of 16."""
-    width = states.shape[1]
-    out = states.new_empty(len(layout), width)
+    """Mean of each sequence's rows: (total_tokens, H) -> (N, H), bfloat16, `H` a multiple of 16.
+
+    There is room behind them for `samples_of_few_shapes`.
+    """
+    samples, width = len(layout), states.shape[1]
+    out = states.new_empty(samples_of_few_shapes(samples), width)[:samples]
     _compiled().deebert_mean(
         states.data_ptr(), layout.offsets.ctypes.data, len(layout), width, out.data_ptr()
+    )
+    return out
+
+
+def classifies(x: Tensor, classes: int) -> bool:
+    """Whether `classify` takes such a tensor, for so many classes."""
+    return takes_rows(x) and classes <= MOST_CLASSES
+
+
+def classify(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """tanh(x) · weightᵀ + bias: (N, W) bfloat16, (C, W) and (C,) -> (N, C) float32."""
+    rows, width = x.shape
+    out, row = x.new_empty(rows, len(bias), dtype=torch.float32), x.new_empty(width, dtype=torch.float32)
+    _compiled().deebert_classify(
+        x.data_ptr(),
+        rows,
+        width,
+        weight.data_ptr(),
+        bias.data_ptr(),
+        len(bias),
+        row.data_ptr(),
+        out.data_ptr(),
     )
     return out
 
@@ -192,6 +219,8 @@ def _library() -> ctypes.CDLL | None:
     library.deebert_add_norm.restype = None
     library.deebert_mean.argtypes = [address, address, count, count, address]
     library.deebert_mean.restype = None
+    library.deebert_classify.argtypes = [address, count, count, address, address, count, address, address]
+    library.deebert_classify.restype = None
     library.deebert_quantize.argtypes = [address, count, count, address, address, address, address]
     library.deebert_quantize.restype = None
     library.deebert_rescale.argtypes = [address, count, count, *[address] * 5]

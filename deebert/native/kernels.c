@@ -287,6 +287,34 @@ FOR_THIS_CPU void deebert_mean(const bf16 *states, const int64_t *offsets, int64
     }
 }
 
+/* tanh, to 2e-6: of what is no number, none. */
+KERNEL __m512 tanh_of(__m512 x) {
+    __m512 size = _mm512_min_ps(constant(20.0f), _mm512_abs_ps(x)); /* of a NaN and a number, what stands second */
+    __m512 small = exp2_of(_mm512_mul_ps(size, constant(-2.8853901f))); /* 2 log2(e) */
+    __m512 one = constant(1.0f), y = _mm512_div_ps(_mm512_sub_ps(one, small), _mm512_add_ps(one, small));
+    __m512 sign = _mm512_and_ps(x, constant(-0.0f));
+    return _mm512_or_ps(y, sign);
+}
+
+/* An off-ramp's last product, of the tanh of its dense layer: (rows, width) -> (rows, classes). width is a multiple of
+ * 16; row: as many float32, to work in.
+ */
+FOR_THIS_CPU void deebert_classify(const bf16 *x, int64_t rows, int64_t width, const bf16 *weight, const bf16 *bias,
+                                   int64_t classes, float *row, float *out) {
+    for (int64_t r = 0; r < rows; r++, x += width, out += classes) {
+        for (int64_t i = 0; i < width; i += LANES) _mm512_storeu_ps(row + i, tanh_of(load(x + i)));
+        for (int64_t c = 0; c < classes; c++) {
+            __m512 sum = _mm512_setzero_ps();
+            for (int64_t i = 0; i < width; i += LANES)
+                sum = _mm512_fmadd_ps(_mm512_loadu_ps(row + i), load(weight + c * width + i), sum);
+            uint32_t first = (uint32_t)bias[c] << 16;
+            float offset;
+            memcpy(&offset, &first, sizeof offset);
+            out[c] = _mm512_reduce_add_ps(sum) + offset;
+        }
+    }
+}
+
 KERNEL __m512 load_times(const bf16 *x, const float *by, int64_t i) {
     return by ? _mm512_mul_ps(load(x + i), _mm512_loadu_ps(by + i)) : load(x + i);
 }

@@ -276,6 +276,43 @@ class TestMean:
 
 
 @needs_kernels
+class TestClassify:
+    @pytest.mark.parametrize("classes", [1, 2, 16])
+    @pytest.mark.parametrize("width", [16, 384])
+    @pytest.mark.parametrize("rows", [0, 1, 7])
+    def test_is_within_float32_of_float64(self, rows: int, width: int, classes: int) -> None:
+        x, weight, bias = (
+            random(rows, width, size=2.0),
+            random(classes, width, seed=1),
+            random(classes, seed=2),
+        )
+
+        found = native.classify(x, weight, bias)
+
+        exact = F.linear(x.double().tanh(), weight.double(), bias.double())
+        assert (found.dtype, found.shape) == (torch.float32, (rows, classes))
+        torch.testing.assert_close(found.double(), exact, atol=2e-6 * width, rtol=1e-6)
+
+    def test_tanh_of_every_bfloat16(self) -> None:
+        every = torch.arange(-(2**15), 2**15, dtype=torch.int32).short().view(torch.bfloat16)
+        every = every[every.isfinite()]
+        rows = torch.zeros(len(every), 16, dtype=torch.bfloat16)
+        rows[:, 5] = every
+
+        found = native.classify(rows, torch.ones(1, 16).bfloat16(), torch.zeros(1).bfloat16())
+
+        torch.testing.assert_close(found[:, 0].double(), every.double().tanh(), atol=2e-6, rtol=0)
+
+    def test_what_is_no_number_has_no_answer(self) -> None:
+        x = random(3, 32)
+        x[1, 20] = math.nan
+
+        found = native.classify(x, random(2, 32, seed=1), random(2, seed=2))
+
+        assert found.isnan().tolist() == [[False] * 2, [True] * 2, [False] * 2]
+
+
+@needs_kernels
 class TestQuantize:
     @given(
         rows=st.integers(0, 5),

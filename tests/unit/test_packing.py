@@ -166,7 +166,7 @@ class TestRowsBehind:
     def test_new_rows_have_room_for_them(self) -> None:
         states = new_rows(torch.empty(0, 4), 130)
 
-        extended = with_rows_behind(states)
+        extended = with_rows_behind(states, 132)
 
         assert (len(states), len(extended)) == (130, 132)
         assert extended.data_ptr() == states.data_ptr()
@@ -174,7 +174,7 @@ class TestRowsBehind:
     def test_a_slice_has_its_neighbours(self) -> None:
         everything = torch.arange(600.0).view(150, 4)
 
-        extended = with_rows_behind(everything[3:133])
+        extended = with_rows_behind(everything[3:133], 132)
 
         assert torch.equal(extended, everything[3:135])
         assert extended.data_ptr() == everything[3:].data_ptr()
@@ -185,7 +185,7 @@ class TestRowsBehind:
         ids=["none behind", "none behind a slice", "columns"],
     )
     def test_where_there_are_none_it_is_a_copy(self, states: torch.Tensor) -> None:
-        extended = with_rows_behind(states)
+        extended = with_rows_behind(states, 132)
 
         assert extended.shape == (132, 4)
         assert torch.equal(extended[:130], states)
@@ -194,4 +194,4 @@ class TestRowsBehind:
     def test_nothing_is_copied_where_none_are_asked_for(self) -> None:
         states = torch.rand(128, 4)
 
-        assert with_rows_behind(states).data_ptr() == states.data_ptr()
+        assert with_rows_behind(states, 128).data_ptr() == states.data_ptr()
