@@ -1,7 +1,7 @@
 """A model's weights as the inference form multiplies them, and how each part does it.
 
 Plain tensors and numbers: these travel between processes, and a process that only runs a model needs nothing
-else, not even the library that trained it. Knows nothing of modules, checkpoints or packing.
+else, not even the library that trained it. Knows nothing of modules, checkpoints or sequences.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 # The number of rows that oneDNN lays weights out for; any number runs.
 _TYPICAL_TOKENS = 2048
+# Whose product, float32, is still in a cache when it is scaled.
 _TOKENS_TOGETHER = 1024
 # Of a weight to the root mean square of its output's; in BERTs the second product of the feed-forward block has such.
 _OUTLIER_RATIO = 16.0
@@ -76,7 +77,6 @@ class QuantizedLinear:
             return self._of_float32(x.float()).to(x.dtype)
         bytes_, scale, minimum = native.quantize(x, self.smoothing)
         out = x.new_empty(len(x), len(self.bias))
-        # In parts whose products, float32, are still in a cache when they are scaled.
         for first in range(0, len(x), _TOKENS_TOGETHER):
             rows = slice(first, first + _TOKENS_TOGETHER)
             product = quantized_product(bytes_[rows], self.weight, self.scale, self.zero_point)
@@ -191,11 +191,7 @@ class OffRamp:
             # oneDNN builds a kernel for each shape, which takes longer than to run it.
             pooled = with_rows_behind(pooled, samples_of_few_shapes(samples))
         dense, weight, bias = self.dense(pooled), self.classifier.weight, self.classifier.bias
-        if (
-            self.activation is torch.tanh
-            and not self.classifier.is_prepacked
-            and native.classifies(dense, len(bias))
-        ):
+        if self.activation is torch.tanh and native.classifies(dense, len(bias)):
             return native.classify(dense[:samples], weight, bias)
         return self.classifier(self.activation(dense))[:samples].float()
 

@@ -25,7 +25,7 @@ DTYPES: Mapping[Precision, torch.dtype] = MappingProxyType(
         "int8": torch.int8,
     }
 )
-"""int8: a model's layers multiply integers; what lies between them is float32 (`deebert.fused`)."""
+"""int8: a model's layers multiply integers; what lies between them is `deebert.fused.state_dtype`."""
 TRAINING_PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16", "float16")
 
 

@@ -1,4 +1,4 @@
-"""What a layer does between its products, in C: bfloat16, on one thread of a CPU that has instructions for it.
+"""What a model does between its products, in C: bfloat16, on one thread of a CPU that has instructions for it.
 
 Each function does what torch's operations do, to within bfloat16's rounding, and faster: made for short sequences and
 many heads, one pass over memory each. Whoever calls one asks before whether it takes such a tensor; where the C was not

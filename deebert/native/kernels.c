@@ -1,7 +1,8 @@
-/* What a layer does between its products, in bfloat16: attention over packed sequences, GELU, and the sum of two blocks
- * normalized. One thread; for CPUs with AVX-512 and bfloat16 (Intel since Cooper Lake, AMD since Zen 4), which is asked
- * at run time (`deebert_runs_here`): the rest of the program is built for any. Sums and exponentials are float32, and
- * each result is rounded once. Knows nothing of tensors: sizes and addresses are checked by whoever calls.
+/* What a model does between its products, in bfloat16: attention over packed sequences, GELU, the sum of two blocks
+ * normalized, a sequence's mean, an off-ramp's answer, and to bytes and back where the products are of bytes. One
+ * thread; for CPUs with AVX-512 and bfloat16 (Intel since Cooper Lake, AMD since Zen 4), which is asked at run time
+ * (`deebert_runs_here`): the rest of the program is built for any. Sums and exponentials are float32, and each result
+ * is rounded once. Knows nothing of tensors: sizes and addresses are checked by whoever calls.
  *
  * A bfloat16 is the upper half of a float32. `vdpbf16ps` multiplies pairs of them and adds both products to a float32:
  * what is summed over must lie in pairs, so keys and values of a sequence are laid out anew once for all its queries.

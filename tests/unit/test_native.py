@@ -494,12 +494,14 @@ class TestEncoder:
     ) -> None:
         sent = pickle.loads(pickle.dumps(fuse(model)))
         used: list[str] = []
-        for name in ("attention", "gelu_", "add_norm_"):
+        for name in ("attention", "gelu_", "add_norm_", "classify"):
             monkeypatch.setattr(native, name, _noting(getattr(native, name), name, used))
+        encoder = PackedEncoder(sent, dtype=torch.bfloat16)
 
-        self.states(PackedEncoder(sent, dtype=torch.bfloat16))
+        self.states(encoder)
+        encoder.off_ramp(0, random(5, 64), SequenceLayout.of([2, 3]))
 
-        assert used == ["attention", "add_norm_", "gelu_", "add_norm_"] * len(sent.layers)
+        assert used == [*["attention", "add_norm_", "gelu_", "add_norm_"] * len(sent.layers), "classify"]
 
     @needs_kernels
     def test_uses_them_between_integers_too(
