@@ -18,6 +18,8 @@ from torch import Tensor
 from deebert.packing import SequenceLayout, samples_of_few_shapes
 
 _WIDTH_OF, _HEAD_OF = 16, 32
+# What takes torch several times as long is faster here on one thread than there on so many; beyond 2 that is reckoned.
+_FEW_THREADS = 4
 MOST_CLASSES = 16
 """That `classify` takes: of more, a product is faster."""
 
@@ -34,7 +36,7 @@ def is_missing() -> bool:
 
 def attends(qkv: Tensor) -> bool:
     """Whether `attention` takes such a tensor."""
-    return qkv.shape[-1] % _HEAD_OF == 0 and _takes(qkv)
+    return qkv.shape[-1] % _HEAD_OF == 0 and _takes(qkv, most_threads=_FEW_THREADS)
 
 
 def attention(qkv: Tensor, layout: SequenceLayout) -> Tensor:
@@ -97,7 +99,8 @@ def add_norm_(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: fl
 
 def quantizes(x: Tensor, outputs: int) -> bool:
     """Whether `quantize` takes such a tensor, and `rescale` a product with so many outputs."""
-    return takes_rows(x) and outputs % _WIDTH_OF == 0
+    fits = x.shape[-1] % _WIDTH_OF == 0 and outputs % _WIDTH_OF == 0 and x.is_contiguous()
+    return fits and _takes(x, most_threads=_FEW_THREADS)
 
 
 def quantize(x: Tensor, by: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -187,10 +190,10 @@ def classify(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return out
 
 
-def _takes(x: Tensor) -> bool:
+def _takes(x: Tensor, *, most_threads: int = 1) -> bool:
     # Where torch has several threads its own operations share the work among them, and these would not.
     here = x.device.type == "cpu" and x.dtype == torch.bfloat16
-    return here and torch.get_num_threads() == 1 and is_available()
+    return here and torch.get_num_threads() <= most_threads and is_available()
 
 
 def _compiled() -> ctypes.CDLL:

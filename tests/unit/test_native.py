@@ -379,9 +379,16 @@ def test_they_take_what_they_were_made_for() -> None:
     assert [take(good.float()) for take in takes] == [False] * 3
     assert [take(random(8, 3, 2, 24)) for take in takes] == [False, True, False]
     assert [take(good.transpose(0, 1)) for take in takes] == [True, False, False]  # attention takes a copy
-    torch.set_num_threads(2)  # torch's own operations divide their work
+    rows = random(8, 32)
+    assert [native.quantizes(rows, outputs) for outputs in (48, 50)] == [True, False]
+    assert not native.quantizes(random(8, 24), 48)
     try:
+        torch.set_num_threads(2)  # torch's own operations divide their work, some among too few
+        assert [take(good) for take in takes] == [True, False, False]
+        assert native.quantizes(rows, 48)
+        torch.set_num_threads(5)
         assert [take(good) for take in takes] == [False] * 3
+        assert not native.quantizes(rows, 48)
     finally:
         torch.set_num_threads(1)
 
