@@ -1,8 +1,9 @@
-"""What a model does between its products, in C: bfloat16, on one thread of a CPU that has instructions for it.
+"""What a model does between its products, in C: bfloat16, on a CPU that has instructions for it.
 
 Each function does what torch's operations do, to within bfloat16's rounding, and faster: made for short sequences and
-many heads, one pass over memory each. Whoever calls one asks before whether it takes such a tensor; where the C was not
-compiled (see `kernels.c`), it takes none, and all works without. Knows nothing of layers or weights.
+many heads, one pass over memory each, on as many threads as torch has. Whoever calls one asks before whether it takes
+such a tensor; where the C was not compiled (see `kernels.h`), it takes none, and all works without. Knows nothing of
+layers or weights.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import ctypes
 import importlib.util
 import math
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,8 +20,6 @@ from torch import Tensor
 from deebert.packing import SequenceLayout, samples_of_few_shapes
 
 _WIDTH_OF, _HEAD_OF = 16, 32
-# What takes torch several times as long is faster here on one thread than there on so many; beyond 2 that is reckoned.
-_FEW_THREADS = 4
 MOST_CLASSES = 16
 """That `classify` takes: of more, a product is faster."""
 
@@ -36,7 +36,7 @@ def is_missing() -> bool:
 
 def attends(qkv: Tensor) -> bool:
     """Whether `attention` takes such a tensor."""
-    return qkv.shape[-1] % _HEAD_OF == 0 and _takes(qkv, most_threads=_FEW_THREADS)
+    return qkv.shape[-1] % _HEAD_OF == 0 and _takes(qkv)
 
 
 def attention(qkv: Tensor, layout: SequenceLayout) -> Tensor:
@@ -53,10 +53,9 @@ def attention(qkv: Tensor, layout: SequenceLayout) -> Tensor:
     qkv, out = qkv.contiguous(), qkv.new_empty(rows, heads, size)
     if rows > layout.total_tokens:
         out[layout.total_tokens :] = 0
-    library = _compiled()
-    scratch = torch.empty(
-        library.deebert_attention_scratch(layout.max_seqlen, size), dtype=torch.uint8, device="cpu"
-    )
+    library, threads = _compiled(), torch.get_num_threads()
+    scratch_bytes = library.deebert_attention_scratch(layout.max_seqlen, size)
+    scratch = torch.empty(threads, scratch_bytes, dtype=torch.uint8, device="cpu")
     scale = math.log2(math.e) / math.sqrt(size)
     library.deebert_attention(
         qkv.data_ptr(),
@@ -66,7 +65,10 @@ def attention(qkv: Tensor, layout: SequenceLayout) -> Tensor:
         size,
         scale,
         scratch.data_ptr(),
+        scratch_bytes,
         out.data_ptr(),
+        _fork(),
+        threads,
     )
     return out
 
@@ -78,7 +80,7 @@ def activates(x: Tensor) -> bool:
 
 def gelu_(x: Tensor) -> Tensor:
     """GELU by the error function, in place: any shape, bfloat16."""
-    _compiled().deebert_gelu(x.data_ptr(), x.numel())
+    _compiled().deebert_gelu(x.data_ptr(), x.numel(), _fork(), torch.get_num_threads())
     return x
 
 
@@ -92,7 +94,15 @@ def add_norm_(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: fl
     rows, width = x.shape
     residual = residual.contiguous()
     _compiled().deebert_add_norm(
-        x.data_ptr(), residual.data_ptr(), rows, width, weight.data_ptr(), bias.data_ptr(), eps
+        x.data_ptr(),
+        residual.data_ptr(),
+        rows,
+        width,
+        weight.data_ptr(),
+        bias.data_ptr(),
+        eps,
+        _fork(),
+        torch.get_num_threads(),
     )
     return x
 
@@ -100,7 +110,7 @@ def add_norm_(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: fl
 def quantizes(x: Tensor, outputs: int) -> bool:
     """Whether `quantize` takes such a tensor, and `rescale` a product with so many outputs."""
     fits = x.shape[-1] % _WIDTH_OF == 0 and outputs % _WIDTH_OF == 0 and x.is_contiguous()
-    return fits and _takes(x, most_threads=_FEW_THREADS)
+    return fits and _takes(x)
 
 
 def quantize(x: Tensor, by: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -125,6 +135,8 @@ def quantize(x: Tensor, by: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         out.data_ptr(),
         scales.data_ptr(),
         minima.data_ptr(),
+        _fork(),
+        torch.get_num_threads(),
     )
     return out, scales, minima
 
@@ -152,6 +164,8 @@ def rescale(
         weight_sum.data_ptr(),
         bias.data_ptr(),
         out.data_ptr(),
+        _fork(),
+        torch.get_num_threads(),
     )
 
 
@@ -163,7 +177,13 @@ def mean(states: Tensor, layout: SequenceLayout) -> Tensor:
     samples, width = len(layout), states.shape[1]
     out = states.new_empty(samples_of_few_shapes(samples), width)[:samples]
     _compiled().deebert_mean(
-        states.data_ptr(), layout.offsets.ctypes.data, len(layout), width, out.data_ptr()
+        states.data_ptr(),
+        layout.offsets.ctypes.data,
+        samples,
+        width,
+        out.data_ptr(),
+        _fork(),
+        torch.get_num_threads(),
     )
     return out
 
@@ -175,8 +195,9 @@ def classifies(x: Tensor, classes: int) -> bool:
 
 def classify(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """tanh(x) · weightᵀ + bias: (N, W) bfloat16, (C, W) and (C,) -> (N, C) float32."""
-    rows, width = x.shape
-    out, row = x.new_empty(rows, len(bias), dtype=torch.float32), x.new_empty(width, dtype=torch.float32)
+    (rows, width), threads = x.shape, torch.get_num_threads()
+    out = x.new_empty(rows, len(bias), dtype=torch.float32)
+    row = x.new_empty(threads, width, dtype=torch.float32)
     _compiled().deebert_classify(
         x.data_ptr(),
         rows,
@@ -186,14 +207,15 @@ def classify(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         len(bias),
         row.data_ptr(),
         out.data_ptr(),
+        _fork(),
+        threads,
     )
     return out
 
 
-def _takes(x: Tensor, *, most_threads: int = 1) -> bool:
-    # Where torch has several threads its own operations share the work among them, and these would not.
+def _takes(x: Tensor) -> bool:
     here = x.device.type == "cpu" and x.dtype == torch.bfloat16
-    return here and torch.get_num_threads() <= most_threads and is_available()
+    return here and is_available() and (torch.get_num_threads() == 1 or _fork() is not None)
 
 
 def _compiled() -> ctypes.CDLL:
@@ -214,18 +236,26 @@ def _library() -> ctypes.CDLL | None:
     address, count, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
     library.deebert_attention_scratch.argtypes = [count, count]
     library.deebert_attention_scratch.restype = count
-    library.deebert_attention.argtypes = [address, address, count, count, count, real, address, address]
-    library.deebert_attention.restype = None
-    library.deebert_gelu.argtypes = [address, count]
-    library.deebert_gelu.restype = None
-    library.deebert_add_norm.argtypes = [address, address, count, count, address, address, real]
-    library.deebert_add_norm.restype = None
-    library.deebert_mean.argtypes = [address, address, count, count, address]
-    library.deebert_mean.restype = None
-    library.deebert_classify.argtypes = [address, count, count, address, address, count, address, address]
-    library.deebert_classify.restype = None
-    library.deebert_quantize.argtypes = [address, count, count, address, address, address, address]
-    library.deebert_quantize.restype = None
-    library.deebert_rescale.argtypes = [address, count, count, *[address] * 5]
-    library.deebert_rescale.restype = None
+    arguments = {
+        "attention": [address, address, count, count, count, real, address, count, address],
+        "gelu": [address, count],
+        "add_norm": [address, address, count, count, address, address, real],
+        "mean": [address, address, count, count, address],
+        "classify": [address, count, count, address, address, count, address, address],
+        "quantize": [address, count, count, address, address, address, address],
+        "rescale": [address, count, count, *[address] * 5],
+    }
+    for name, types in arguments.items():
+        function = getattr(library, f"deebert_{name}")
+        function.argtypes, function.restype = [*types, address, count], None
     return library
+
+
+@cache
+def _fork() -> int | None:
+    """Where torch's OpenMP wakes its threads; None if that is none that can be asked (see `kernels.h`)."""
+    torchs = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"  # loaded: what it depends on is searched
+    try:
+        return ctypes.cast(ctypes.CDLL(str(torchs)).GOMP_parallel, ctypes.c_void_p).value
+    except (OSError, AttributeError):
+        return None

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import pickle
 import shutil
 import sysconfig
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -132,13 +136,13 @@ class TestAttention:
 
     @pytest.mark.parametrize("size", [32, 64])
     @pytest.mark.parametrize("length", [1, 16, 23, 40])
-    def test_writes_nothing_beyond_what_it_is_given(self, length: int, size: int) -> None:
-        library, heads, guard = native._compiled(), 2, 64
+    @pytest.mark.parametrize("threads", [1, 3])
+    def test_writes_nothing_beyond_what_it_is_given(self, length: int, size: int, threads: int) -> None:
+        library, heads, guard = native._compiled(), 20, 64
         qkv, offsets = random(length, 3, heads, size), SequenceLayout.of([length]).offsets
         out = torch.full((length * heads * size + 2 * guard,), 7.0, dtype=torch.bfloat16)
-        scratch = torch.full(
-            (library.deebert_attention_scratch(length, size) + 2 * guard,), 7, dtype=torch.uint8
-        )
+        each = library.deebert_attention_scratch(length, size)
+        scratch = torch.full((threads * each + 2 * guard,), 7, dtype=torch.uint8)
 
         library.deebert_attention(
             qkv.data_ptr(),
@@ -148,7 +152,10 @@ class TestAttention:
             size,
             math.log2(math.e) / math.sqrt(size),
             scratch[guard:].data_ptr(),
+            each,
             out[guard:].data_ptr(),
+            native._fork(),
+            threads,
         )
 
         for room in (out, scratch):
@@ -382,15 +389,118 @@ def test_they_take_what_they_were_made_for() -> None:
     rows = random(8, 32)
     assert [native.quantizes(rows, outputs) for outputs in (48, 50)] == [True, False]
     assert not native.quantizes(random(8, 24), 48)
+
+
+PART = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+FORK = ctypes.CFUNCTYPE(None, PART, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+"""As in `kernels.h`."""
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
     try:
-        torch.set_num_threads(2)  # torch's own operations divide their work, some among too few
-        assert [take(good) for take in takes] == [True, False, False]
-        assert native.quantizes(rows, 48)
-        torch.set_num_threads(5)
-        assert [take(good) for take in takes] == [False] * 3
-        assert not native.quantizes(rows, 48)
+        yield
     finally:
-        torch.set_num_threads(1)
+        torch.set_num_threads(before)
+
+
+@needs_kernels
+class TestThreads:
+    """Of torch's OpenMP, which wakes them for the kernels too."""
+
+    @pytest.fixture(params=[2, 3, 8])
+    def several(self, request: pytest.FixtureRequest) -> int:
+        return int(request.param)
+
+    def equal(self, several: int, compute: Callable[[], Tensor | tuple[Tensor, ...]]) -> None:
+        with threads(1):
+            alone = compute()
+        with threads(several):
+            together = compute()
+        for one, other in zip(as_tuple(alone), as_tuple(together), strict=True):
+            torch.testing.assert_close(one, other, atol=0, rtol=0, equal_nan=True)
+
+    @pytest.mark.parametrize("lengths", [[300], [1], [25] * 160, [1, 2, 200, 3] * 9, []])
+    def test_attention(self, several: int, lengths: list[int]) -> None:
+        qkv, layout = random(sum(lengths) + 5, 3, 4, 32), SequenceLayout.of(lengths)
+
+        self.equal(several, lambda: native.attention(qkv, layout))
+
+    @pytest.mark.parametrize("count", [1, 16_384, 32_767, 200_005])
+    def test_gelu(self, several: int, count: int) -> None:
+        x = random(count, size=3.0)
+
+        self.equal(several, lambda: native.gelu_(x.clone()))
+
+    @pytest.mark.parametrize("rows", [0, 1, 64, 129, 2000])
+    def test_rows(self, several: int, rows: int) -> None:
+        x, residual, weight, bias = (random(n, 48, seed=n) for n in (rows, rows, 1, 2))
+        norm = (weight[0], bias[0], 1e-12)
+        classifier = (random(3, 48, seed=7), random(3, seed=8))
+        product, sums = torch.randn(rows, 48), torch.randn(48)
+
+        def rescaled() -> Tensor:
+            out = x.new_empty(rows, 48)
+            native.rescale(product, product[:, 0].clone(), product[:, 1].clone(), sums, sums, out)
+            return out
+
+        self.equal(several, lambda: native.add_norm_(x.clone(), residual, *norm))
+        self.equal(several, lambda: native.classify(x, *classifier))
+        self.equal(several, lambda: native.quantize(x, sums))
+        self.equal(several, rescaled)
+
+    @pytest.mark.parametrize("lengths", [[5], [1, 30] * 40, []])
+    def test_mean(self, several: int, lengths: list[int]) -> None:
+        states = random(sum(lengths), 48)
+
+        self.equal(several, lambda: native.mean(states, SequenceLayout.of(lengths)))
+
+    def test_they_are_awake_at_once(self) -> None:
+        seen: set[int] = set()
+        everyone = threading.Barrier(3, timeout=60)
+
+        @PART
+        def meet(_: int | None) -> None:
+            seen.add(threading.get_native_id())
+            everyone.wait()
+
+        FORK(native._fork())(meet, None, 3, 0)
+
+        assert len(seen) == 3
+
+    @pytest.mark.parametrize("came", [1, 2, 3])
+    def test_fewer_may_come_than_were_asked_for(self, came: int) -> None:
+        asked: list[int] = []
+
+        @FORK
+        def fork(part, task: int | None, threads: int, _: int) -> None:  # type: ignore[no-untyped-def]
+            asked.append(threads)
+            for _ in range(came):
+                part(task)
+
+        x = random(200_005)
+        expected = native.gelu_(x.clone())
+
+        native._compiled().deebert_gelu(x.data_ptr(), x.numel(), ctypes.cast(fork, ctypes.c_void_p), 3)
+
+        assert asked == [3]
+        assert torch.equal(x, expected)
+
+    def test_without_torchs_threads_they_run_on_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(native, "_fork", lambda: None)
+        good = random(8, 32)
+
+        with threads(2):
+            assert not native.takes_rows(good)
+        with threads(1):
+            assert native.takes_rows(good)
+            assert native.gelu_(good.clone()).isfinite().all()
+
+
+def as_tuple(found: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (found,) if isinstance(found, Tensor) else found
 
 
 class TestEncoder:
