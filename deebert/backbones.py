@@ -1,34 +1,22 @@
 """The families of encoders that can carry off-ramps, and where each keeps its parts.
 
 One description per family; the training form, the packed form and the reference read an encoder through it.
-Knows nothing of off-ramps, packed tokens or files.
+Knows nothing of off-ramps, packed tokens or files. Names transformers' classes and does not import them: who only
+runs a model does without that library's modelling code, which takes seconds to import.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from transformers import (
-    BertForSequenceClassification,
-    BertModel,
-    CamembertForSequenceClassification,
-    CamembertModel,
-    DistilBertForSequenceClassification,
-    DistilBertModel,
-    ElectraForSequenceClassification,
-    ElectraModel,
-    PreTrainedConfig,
-    PreTrainedModel,
-    RobertaForSequenceClassification,
-    RobertaModel,
-    XLMRobertaForSequenceClassification,
-    XLMRobertaModel,
-)
 
 from deebert.errors import BackboneError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +36,8 @@ class Family:
     Every family has ``embeddings`` with ``word_embeddings``, ``position_embeddings`` and ``LayerNorm``.
     """
 
-    model: type[PreTrainedModel]
-    """The bare encoder."""
-    classifier: type[PreTrainedModel]
-    """The encoder under Hugging Face's own sequence classification head."""
+    prefix: str
+    """Of the names of transformers' classes."""
     head: Head
     has_pooler: bool = True
     """Whether the encoder can bring a pretrained pooler, as ``pooler.dense``."""
@@ -75,8 +61,26 @@ class Family:
 
     intermediate_size: str = "intermediate_size"
     activation: str = "hidden_act"
+    layer_norm_eps: str | None = "layer_norm_eps"
+    """None: always 1e-12."""
     dropout: str = "hidden_dropout_prob"
     classifier_dropout: str = "classifier_dropout"
+
+    @property
+    def model(self) -> type[PreTrainedModel]:
+        """The bare encoder."""
+        return self._of_transformers("Model")
+
+    @property
+    def classifier(self) -> type[PreTrainedModel]:
+        """The encoder under Hugging Face's own sequence classification head."""
+        return self._of_transformers("ForSequenceClassification")
+
+    def _of_transformers(self, kind: str) -> type[PreTrainedModel]:
+        import transformers
+
+        found: type[PreTrainedModel] = getattr(transformers, f"{self.prefix}{kind}")
+        return found
 
     def build(self, config: PreTrainedConfig) -> PreTrainedModel:
         """A fresh encoder without a pooler."""
@@ -102,19 +106,16 @@ class Family:
 
 
 _BERT = Family(
-    model=BertModel,
-    classifier=BertForSequenceClassification,
+    prefix="Bert",
     head=Head(dense="bert.pooler.dense", out="classifier"),
 )
 _ROBERTA = Family(
-    model=RobertaModel,
-    classifier=RobertaForSequenceClassification,
+    prefix="Roberta",
     head=Head(dense="classifier.dense", out="classifier.out_proj"),
     positions_follow_padding=True,
 )
 _DISTILBERT = Family(
-    model=DistilBertModel,
-    classifier=DistilBertForSequenceClassification,
+    prefix="DistilBert",
     head=Head(dense="pre_classifier", out="classifier", activation="relu"),
     has_pooler=False,
     layers="transformer.layer",
@@ -129,6 +130,7 @@ _DISTILBERT = Family(
     has_token_types=False,
     intermediate_size="hidden_dim",
     activation="activation",
+    layer_norm_eps=None,
     dropout="dropout",
     classifier_dropout="seq_classif_dropout",
 )
@@ -136,12 +138,11 @@ _DISTILBERT = Family(
 FAMILIES: Mapping[str, Family] = {
     "bert": _BERT,
     "roberta": _ROBERTA,
-    "xlm-roberta": replace(_ROBERTA, model=XLMRobertaModel, classifier=XLMRobertaForSequenceClassification),
-    "camembert": replace(_ROBERTA, model=CamembertModel, classifier=CamembertForSequenceClassification),
+    "xlm-roberta": replace(_ROBERTA, prefix="XLMRoberta"),
+    "camembert": replace(_ROBERTA, prefix="Camembert"),
     "electra": replace(
         _BERT,
-        model=ElectraModel,
-        classifier=ElectraForSequenceClassification,
+        prefix="Electra",
         head=Head(dense="classifier.dense", out="classifier.out_proj", activation="gelu"),
         has_pooler=False,
     ),

@@ -8,12 +8,14 @@ training or files.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from deebert.backbones import family_of
 from deebert.config import DeeBertConfig
 from deebert.errors import BackboneError
-from deebert.modeling import DeeBertForSequenceClassification
+
+if TYPE_CHECKING:
+    from deebert.modeling import DeeBertForSequenceClassification
 
 StaticStyle = Literal["first", "every-other"]
 
@@ -40,6 +42,10 @@ def cut(model: DeeBertForSequenceClassification, layers: Sequence[int]) -> DeeBe
 
     The final classifier is copied too: cut a model fresh from `from_backbone`, whose classifier is untrained.
     """
+    from deebert.modeling import (
+        DeeBertForSequenceClassification,  # takes seconds, and most who count layers cut none
+    )
+
     fields = model.config.backbone_config.to_dict()
     labels = dict(model.config.id2label or {})
     config = DeeBertConfig(

@@ -8,19 +8,38 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from deebert.backbones import family_of
 from deebert.config import DeeBertConfig
 from deebert.errors import CheckpointError
 from deebert.exit_policy import FULL_DEPTH, ExitPolicy, StoredPolicy, policy_from_dict
-from deebert.modeling import DeeBertForSequenceClassification
+from deebert.fused import FusedModel
+from deebert.fusing import activation, fuse
+from deebert.inventory import weight_shapes
 from deebert.problem import SINGLE_LABEL
-from deebert.weights import UNREADABLE, announce_hub, is_folder_name, load_pretrained, reason, refuse_pickles
+from deebert.weights import (
+    SAFETENSORS,
+    UNREADABLE,
+    announce_hub,
+    is_folder_name,
+    load_pretrained,
+    misfit,
+    read_weights,
+    reason,
+    refuse_pickles,
+)
+
+if TYPE_CHECKING:
+    from deebert.modeling import DeeBertForSequenceClassification
 
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model")
 # What decides a backbone's answers and does not show in its weights' names and shapes; beside its activation.
@@ -29,33 +48,62 @@ _DECISIVE_FIELDS = ("model_type", "num_attention_heads", "layer_norm_eps", "pad_
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Checkpoint:
-    """A loaded DeeBERT model, ready for inference, and its tokenizer."""
+    """A loaded DeeBERT model, in whichever form is asked for, and its tokenizer."""
 
     path: str
-    model: DeeBertForSequenceClassification
+    config: DeeBertConfig
+    weights: Mapping[str, Tensor]
+    """All that `deebert.inventory.weight_shapes` names, float32."""
     tokenizer: PreTrainedTokenizerBase
+
+    @classmethod
+    def of(
+        cls, path: str, model: DeeBertForSequenceClassification, tokenizer: PreTrainedTokenizerBase
+    ) -> Checkpoint:
+        """Of a model in its training form, which shares its weights with the checkpoint."""
+        made = cls(path=path, config=model.config, weights=model.state_dict(), tokenizer=tokenizer)
+        vars(made)["model"] = model  # what the property would make again
+        return made
+
+    @cached_property
+    def fused(self) -> FusedModel:
+        """The weights of the inference form, on the CPU; most are shared."""
+        return fuse(self.config, self.weights)
+
+    @cached_property
+    def model(self) -> DeeBertForSequenceClassification:
+        """The training form, in eval mode; its weights are copies."""
+        # Imported here: whoever only runs a model does without transformers' modelling code, which takes seconds.
+        from deebert.modeling import DeeBertForSequenceClassification
+
+        return DeeBertForSequenceClassification.of_weights(self.config, self.weights)
+
+    @property
+    def digest(self) -> str:
+        """See `weights_digest`."""
+        return _digest(self.config, self.weights)
 
     @property
     def labels(self) -> tuple[str, ...]:
         """Label names, in the order of their ids."""
-        names: dict[Any, str] = dict(self.model.config.id2label or {})
+        names: dict[Any, str] = dict(self.config.id2label or {})
         return tuple(str(names[i]) for i in range(len(names)))
 
     @property
     def exit_policy(self) -> StoredPolicy:
         """The operating point stored with the model, or full depth."""
-        stored = self.model.config.exit_policy
+        stored = self.config.exit_policy
         return FULL_DEPTH if stored is None else policy_from_dict(stored)
 
     @property
     def longest_input(self) -> int:
         """Tokens that the position embeddings allow."""
-        return longest_input(self.model.config)
+        return longest_input(self.config)
 
     @property
     def default_max_length(self) -> int:
         """What training truncated to, else the longest input."""
-        return min(self.model.config.max_seq_length or self.longest_input, self.longest_input)
+        return min(self.config.max_seq_length or self.longest_input, self.longest_input)
 
 
 def longest_input(config: DeeBertConfig) -> int:
@@ -66,7 +114,7 @@ def longest_input(config: DeeBertConfig) -> int:
 
 
 def load_checkpoint(name_or_path: str, *, allow_pickle: bool = False) -> Checkpoint:
-    """Load a model folder or hub id, float32, in eval mode. Code that comes with it is never run.
+    """Load a model folder or hub id, in float32. Code that comes with it is never run.
 
     Args:
         name_or_path: what `deebert train` or `deebert import` wrote.
@@ -85,16 +133,53 @@ def load_checkpoint(name_or_path: str, *, allow_pickle: bool = False) -> Checkpo
         raise CheckpointError(f"cannot load the model {name_or_path!r}: {reason(error)}") from error
     if config.model_type != "deebert":
         raise CheckpointError(_not_deebert(name_or_path, config.model_type))
-    loaded = load_pretrained(
-        DeeBertForSequenceClassification, name_or_path, allow_pickle=allow_pickle, config=config
-    )
-    model, missing = cast(tuple[DeeBertForSequenceClassification, list[str]], loaded)
+    weights = _weights(name_or_path, config, allow_pickle=allow_pickle)
+    tokenizer = read_tokenizer(name_or_path, AutoTokenizer, trust_remote_code=False)
+    return Checkpoint(path=name_or_path, config=config, weights=weights, tokenizer=tokenizer)
+
+
+def _weights(name_or_path: str, config: DeeBertConfig, *, allow_pickle: bool) -> dict[str, Tensor]:
+    """All that the configuration names, each of its shape, float32; what there is beside them is left."""
+    expected = _expected(name_or_path, config)
+    if (Path(name_or_path) / SAFETENSORS).is_file():
+        found = read_weights(Path(name_or_path), allow_pickle=allow_pickle)
+        missing = sorted(expected.keys() - found.keys())
+    else:
+        found, missing = _found_by_transformers(name_or_path, config, allow_pickle=allow_pickle)
+    unfit = sorted(n for n, shape in expected.items() if n in found and tuple(found[n].shape) != shape)
+    if unfit:
+        raise misfit(name_or_path, unfit[0], found[unfit[0]].shape, expected[unfit[0]])
     if missing:
         raise CheckpointError(
             f"the model {name_or_path!r} lacks {len(missing)} weights, first {missing[0]!r}: save it again"
         )
-    tokenizer = read_tokenizer(name_or_path, AutoTokenizer, trust_remote_code=False)
-    return Checkpoint(path=name_or_path, model=model.train(False), tokenizer=tokenizer)
+    # Copies: what safetensors reads lies in the file's own pages, which change or vanish with the file.
+    return {name: found[name].to(torch.float32, copy=True) for name in expected}
+
+
+def _expected(name_or_path: str, config: DeeBertConfig) -> dict[str, tuple[int, ...]]:
+    backbone = config.backbone_config
+    try:
+        activation(getattr(backbone, family_of(backbone).activation))
+        expected = weight_shapes(config)
+        if config.hidden_size % backbone.num_attention_heads:
+            raise ValueError(
+                f"its hidden_size is {config.hidden_size}, no multiple of its {backbone.num_attention_heads} heads"
+            )
+    except UNREADABLE as error:
+        raise CheckpointError(f"cannot load the model {name_or_path!r}: {reason(error)}") from error
+    return expected
+
+
+def _found_by_transformers(
+    name_or_path: str, config: DeeBertConfig, *, allow_pickle: bool
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Weights on the hub, in several files, or pickled; and the names of those that are not there."""
+    from deebert.modeling import DeeBertForSequenceClassification
+
+    kind = DeeBertForSequenceClassification
+    model, missing = load_pretrained(kind, name_or_path, allow_pickle=allow_pickle, config=config)
+    return model.state_dict(), missing
 
 
 def store_int8_agreement(folder: Path, agreement: float) -> None:
@@ -179,7 +264,11 @@ def weights_digest(model: DeeBertForSequenceClassification) -> str:
     The stored operating point and label names do not count; the exit policy has its own digest. Nor do dropout,
     the storage format or the library's version: an upgrade must not make another model of the same one.
     """
-    config, backbone = model.config, model.config.backbone_config
+    return _digest(model.config, model.state_dict())
+
+
+def _digest(config: DeeBertConfig, weights: Mapping[str, Tensor]) -> str:
+    backbone = config.backbone_config
     fields = {name: getattr(backbone, name, None) for name in _DECISIVE_FIELDS}
     shape = {
         "backbone": {**fields, "hidden_act": getattr(backbone, family_of(backbone).activation)},
@@ -190,7 +279,7 @@ def weights_digest(model: DeeBertForSequenceClassification) -> str:
         **({} if config.problem is SINGLE_LABEL else {"problem_type": config.problem_type}),
     }
     digest = hashlib.sha256(json.dumps(shape, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(weights.items()):
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -158,3 +158,8 @@ def _as_config(value: PreTrainedConfig | dict[str, Any] | None) -> PreTrainedCon
         return AutoConfig.for_model(kind, **fields)
     except ValueError as error:
         raise no_family(kind) from error
+
+
+# What makes transformers' Auto classes know our folders' configuration: idempotent, and the one thing that importing
+# this module does.
+AutoConfig.register("deebert", DeeBertConfig, exist_ok=True)

@@ -73,7 +73,7 @@ class PackedEncoder:
         # Imported here: whoever is given fused weights does without transformers, which takes seconds to import.
         from deebert.fusing import fuse
 
-        return cls(fuse(model), device=device, dtype=dtype)
+        return cls(fuse(model.config, model.state_dict()), device=device, dtype=dtype)
 
     @property
     def off_ramp_layers(self) -> tuple[int, ...]:
@@ -129,15 +129,19 @@ class PackedEncoder:
         return w.output_norm.of_sum_(w.output(inner), states)
 
     @torch.inference_mode()
-    def pooled(self, states: Tensor, layout: SequenceLayout, query: Tensor | None = None) -> Tensor:
-        """What the off-ramps read: (total_tokens, H) -> (N, `pooled_size`), in the dtype of `states`.
+    def pooled(self, index: int, states: Tensor, layout: SequenceLayout) -> Tensor:
+        """What the off-ramp after layer `index` (0-based; -1 for the embeddings) reads.
 
         Args:
-            states: after a layer, or the embeddings.
-            layout: where the sequences lie.
-            query: (H,), the off-ramp's own, where pooling is ``attention``.
+            index: of the layer.
+            states: (total_tokens, H), after that layer.
+            layout: where the N sequences lie.
+
+        Returns:
+            (N, `pooled_size`), in the dtype of `states`.
         """
         if self.pooling == "attention":
+            query = self._model.off_ramps[index + 1].query
             assert query is not None
             return attended_tokens(states, query, layout)
         if self.pooling == "mean":
@@ -152,7 +156,7 @@ class PackedEncoder:
         Index -1 is the off-ramp on the embeddings.
         """
         ramp = self._model.off_ramps[index + 1]
-        return ramp(self.pooled(states, layout, ramp.query))
+        return ramp(self.pooled(index, states, layout))
 
     @torch.inference_mode()
     def answer(
@@ -167,7 +171,7 @@ class PackedEncoder:
             with_certainty: whether to ask the learning-to-exit head, which the model then has.
         """
         ramp = self._model.off_ramps[index + 1]
-        pooled = self.pooled(states, layout, ramp.query)
+        pooled = self.pooled(index, states, layout)
         logits = ramp(pooled)
         certainty = None
         if with_certainty:

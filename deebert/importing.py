@@ -110,7 +110,7 @@ def import_checkpoint(
         raise CheckpointError(_no_model(folder, error)) from error
     _fill(model, theirs, prefix, folder)
     tokenizer = _tokenizer(folder, _KINDS[prefix], model)
-    return Checkpoint(path=source, model=model.train(False), tokenizer=tokenizer)
+    return Checkpoint.of(source, model.train(False), tokenizer)
 
 
 def _folder(source: str, *, allow_pickle: bool) -> Path:

@@ -8,6 +8,7 @@ a final classifier of the same shape after the last one. Padded, differentiable,
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -223,6 +224,23 @@ class DeeBertForSequenceClassification(PreTrainedModel):
         model._take_backbone(pretrained.base_model)
         return model
 
+    @classmethod
+    def of_weights(
+        cls, config: DeeBertConfig, weights: Mapping[str, Tensor]
+    ) -> DeeBertForSequenceClassification:
+        """A model of this configuration with copies of `weights`, in eval mode.
+
+        Args:
+            config: the model's.
+            weights: all that `deebert.inventory.weight_shapes` names.
+        """
+        copies = {name: weight.clone() for name, weight in weights.items()}
+        model: Any = cls.from_pretrained(None, config=config, state_dict=copies, dtype=torch.float32)
+        assert isinstance(model, cls)
+        model.config = config  # not the copy that was made of it: what is noted there is noted once
+        model.train(False)
+        return model
+
     def learn_to_exit(self) -> None:
         """Give the model a learning-to-exit head that is yet to be trained, unless it has one."""
         if self.exit_head is None:
@@ -343,5 +361,4 @@ def _problem_type(name: str, config: PreTrainedConfig, *, learns_to_exit: bool) 
 
 # What makes `AutoModelForSequenceClassification.from_pretrained` know our folders: idempotent, and the one
 # thing that importing this module does.
-AutoConfig.register("deebert", DeeBertConfig, exist_ok=True)
 AutoModelForSequenceClassification.register(DeeBertConfig, DeeBertForSequenceClassification, exist_ok=True)

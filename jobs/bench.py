@@ -232,7 +232,7 @@ def _settings(job: BenchJob, checkpoint: Checkpoint) -> BenchSettings:
 
     on_gpu = job.device == "cuda" or (job.device == "auto" and torch.cuda.is_available())
     threads = job.threads or machine.available_cores()
-    config = checkpoint.model.config
+    config = checkpoint.config
     precision = resolve_precision(job.precision, has_gpu=on_gpu, int8_agreement=config.int8_agreement)
     suitable = micro_batch_tokens(
         torch.device("cuda" if on_gpu else "cpu"),

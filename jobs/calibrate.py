@@ -197,7 +197,7 @@ def _chosen(
 
 def _stored(checkpoint: Checkpoint) -> str | None:
     """The operating point that the model had before, in words; as it stands where it is none."""
-    stored = checkpoint.model.config.exit_policy
+    stored = checkpoint.config.exit_policy
     try:
         return None if stored is None else str(checkpoint.exit_policy)
     except PolicyError:

@@ -20,10 +20,8 @@ from deebert.evaluation import LabelledSequences, Trace, predictions, trace
 from deebert.exit_policy import FULL_DEPTH, EntropyThreshold, StoredPolicy
 from deebert.precision import LEAST_INT8_AGREEMENT, resolve_precision
 from deebert.problem import REGRESSION, Problem, problem_of
-from deebert.training import BackboneStage, Recipe
 from jobs.labelled import LabelledSource, sample
 from jobs.scoring import evaluated
-from jobs.static import StaticBaseline, train_static
 from jobs.subject import Subject, load_subject, origin_of, packed_encoder
 from jobs.terminal import showing
 from jobs.timing import Contender, Measure, Timing, choose_samples, measure
@@ -42,7 +40,9 @@ from pipeline.report.evaluated import FULL_DEPTH_NAME, EvaluatedSet
 from pipeline.tokenization import TextTokenizer
 
 if TYPE_CHECKING:
+    from deebert.training import Recipe
     from jobs.evaluate import EvaluateJob
+    from jobs.static import StaticBaseline
     from jobs.subject_flags import SubjectFlags
 
 log = logging.getLogger(__name__)
@@ -157,7 +157,7 @@ def _traced(what: str, encoder: PackedEncoder, data: LabelledSequences) -> Trace
 
 def _agreeing(subject: Subject, file: TraceFile) -> int:
     """Of all texts, those that the traced precision labels at full depth as float32 does."""
-    encoder = packed_encoder(subject.checkpoint.model, "float32")
+    encoder = packed_encoder(subject.checkpoint.fused, "float32")
     same = [
         predictions(_traced("tracing in float32", encoder, data), FULL_DEPTH)
         == predictions(file.sets[name].trace, FULL_DEPTH)
@@ -214,7 +214,11 @@ def _static_baselines(
     job: EvaluateJob, subject: Subject, file: TraceFile
 ) -> tuple[tuple[StaticRecord, ...], tuple[StaticBaseline, ...]]:
     """The baselines asked for, and those of them that the file lacks, trained now."""
-    depth_of_all = subject.checkpoint.model.config.num_hidden_layers
+    from jobs.static import (
+        train_static,  # what trains takes seconds to import, and most evaluations train nothing
+    )
+
+    depth_of_all = subject.checkpoint.config.num_hidden_layers
     style: StaticStyle = job.static_style  # type: ignore[assignment]  # one of the flag's choices
     for depth in job.static_depths:  # before any is trained
         kept_layers(depth_of_all, depth, style)
@@ -241,7 +245,7 @@ def _training_data(job: EvaluateJob, subject: Subject) -> LabelledSequences:
         glue_dir=None if job.train_data else job.glue_dir,
         task=job.task,
         columns=job.columns,
-        problem=subject.checkpoint.model.config.problem,
+        problem=subject.checkpoint.config.problem,
         label_separator=job.label_separator,
     )
     if job.train_data is None and source.is_one_set:
@@ -255,6 +259,8 @@ def _training_data(job: EvaluateJob, subject: Subject) -> LabelledSequences:
 
 
 def _recipe(job: EvaluateJob) -> Recipe:
+    from deebert.training import BackboneStage, Recipe
+
     return Recipe(
         stage_1=BackboneStage(epochs=job.epochs, batch_size=job.batch_size, learning_rate=job.learning_rate),
         seed=job.seed,
@@ -272,7 +278,7 @@ def _with_answers(
     for name, data in subject.data.items():
         answers = dict(sets[name].static_predictions)
         for static in fresh:
-            encoder = packed_encoder(static.model, subject.precision)
+            encoder = packed_encoder(static.fused, subject.precision)
             answered = _traced(f"tracing {static.record.name}", encoder, data)
             answers[static.record.name] = predictions(answered, FULL_DEPTH)
         sets[name] = replace(sets[name], static_predictions=answers)
@@ -330,7 +336,7 @@ def _contenders(
     shallow = (
         Contender(
             name=static.record.name,
-            encoder=packed_encoder(static.model, subject.precision),
+            encoder=packed_encoder(static.fused, subject.precision),
             policy=FULL_DEPTH,
         )
         for static in statics

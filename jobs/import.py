@@ -54,7 +54,7 @@ def execute(argv: Sequence[str], *, prog: str) -> int:
     output.mkdir(parents=True, exist_ok=True)
     checkpoint.model.save_pretrained(output)
     checkpoint.tokenizer.save_pretrained(output)
-    config = checkpoint.model.config
+    config = checkpoint.config
     log.info(
         "wrote %s: %s, %d layers, labels %s; it runs at full depth until it is given a threshold",
         output,

@@ -258,7 +258,7 @@ class _Study:
         return judge(judged, held_out, self._job.speed_ups, self._metric, self._job.policies)
 
     def _static(self, variant: Static, seed: int) -> ModelScore:
-        from deebert.checkpoint import load_checkpoint
+        from deebert.checkpoint import Checkpoint, load_checkpoint
         from deebert.evaluation import score
         from deebert.exit_policy import FULL_DEPTH
         from deebert.precision import resolve_precision
@@ -279,10 +279,10 @@ class _Study:
             checkpoint_steps=job.checkpoint_steps,
         )
         model = train_static(record, like=like, data=data, recipe=recipe).model
-        traced, judged = self._traced(replace(like, model=model), self._judged)
+        traced, judged = self._traced(Checkpoint.of(like.path, model, like.tokenizer), self._judged)
         return ModelScore(
             full=score(traced, judged.labels, FULL_DEPTH, self._metric).score,
-            depth_speed_up=like.model.config.num_hidden_layers / variant.depth,
+            depth_speed_up=like.config.num_hidden_layers / variant.depth,
         )
 
     def _go_between(self, variant: Between, seed: int, folder: Path) -> None:
@@ -301,7 +301,7 @@ class _Study:
         from deebert.evaluation import trace
 
         data = _tokenized(checkpoint, texts)
-        return trace(PackedEncoder.of(checkpoint.model), data.tokens), data
+        return trace(PackedEncoder(checkpoint.fused), data.tokens), data
 
     @property
     def _metric(self) -> Metric:

@@ -16,6 +16,8 @@ from transformers import PreTrainedConfig, set_seed
 from deebert.baselines import cut, kept_layers
 from deebert.checkpoint import Checkpoint
 from deebert.evaluation import LabelledSequences
+from deebert.fused import FusedModel
+from deebert.fusing import fuse
 from deebert.modeling import DeeBertForSequenceClassification
 from deebert.training import Recipe, check_labels, train
 from deebert.weights import reason
@@ -31,6 +33,11 @@ class StaticBaseline:
 
     record: StaticRecord
     model: DeeBertForSequenceClassification
+
+    @property
+    def fused(self) -> FusedModel:
+        """The weights of its inference form."""
+        return fuse(self.model.config, self.model.state_dict())
 
 
 def train_static(
@@ -50,7 +57,7 @@ def train_static(
         DataError: labels that the model does not have.
     """
     backbone = str(record.recipe["backbone"])
-    config = like.model.config
+    config = like.config
     check_labels(data, len(like.labels), config.problem)
     set_seed(recipe.seed)
     try:
@@ -73,7 +80,7 @@ def train_static(
 
 def _check_same_kind(backbone: str, theirs: PreTrainedConfig, like: Checkpoint) -> None:
     """Another backbone would read token ids that mean nothing to it, and be charged with the model's cost."""
-    ours = like.model.config.backbone_config
+    ours = like.config.backbone_config
     for field in _SAME_KIND:
         its, the_models = getattr(theirs, field), getattr(ours, field)
         if its != the_models:

@@ -90,7 +90,7 @@ def execute(argv: Sequence[str], *, prog: str) -> int:
         max_length=max_length,
         window_stride=job.window_stride,
         micro_batch_tokens=job.micro_batch_tokens,
-        precision=resolve_precision(job.precision, int8_agreement=checkpoint.model.config.int8_agreement),
+        precision=resolve_precision(job.precision, int8_agreement=checkpoint.config.int8_agreement),
         device="cuda" if torch.cuda.is_available() else "cpu",
     )
     policy = resolve_policy(job.entropy_threshold, job.certainty_threshold, checkpoint)

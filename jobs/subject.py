@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from deebert.checkpoint import Checkpoint, load_checkpoint, weights_digest
+from deebert.checkpoint import Checkpoint, load_checkpoint
 from deebert.cost import ModelShape
 from deebert.encoder import PackedEncoder
 from deebert.evaluation import LabelledSequences
-from deebert.modeling import DeeBertForSequenceClassification
+from deebert.fused import FusedModel
 from deebert.precision import DTYPES, Precision, resolve_precision
 from deebert.problem import Problem
 from jobs.label_ids import label_places
@@ -58,13 +58,13 @@ def load_subject(flags: SubjectFlags, model: str) -> Subject:
         max_length=resolve_max_length(flags.max_length, None, checkpoint),
         window_stride=flags.window_stride,
     )
-    precision = resolve_precision(flags.precision, int8_agreement=checkpoint.model.config.int8_agreement)
-    source = _labelled_source(flags, checkpoint.model.config.problem)
+    precision = resolve_precision(flags.precision, int8_agreement=checkpoint.config.int8_agreement)
+    source = _labelled_source(flags, checkpoint.config.problem)
     texts = {} if source is None else source.evaluation_texts(labels)
     task = None if source is None else source.glue_task
     return Subject(
         checkpoint=checkpoint,
-        encoder=packed_encoder(checkpoint.model, precision),
+        encoder=packed_encoder(checkpoint.fused, precision),
         labels=labels,
         precision=precision,
         tokenizer=tokenizer,
@@ -86,10 +86,10 @@ def _check_labels(labels: tuple[str, ...], checkpoint: Checkpoint) -> None:
             )
 
 
-def packed_encoder(model: DeeBertForSequenceClassification, precision: Precision) -> PackedEncoder:
+def packed_encoder(model: FusedModel, precision: Precision) -> PackedEncoder:
     """The inference form, on a GPU where there is one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return PackedEncoder.of(model, device=device, dtype=DTYPES[precision])
+    return PackedEncoder(model, device=device, dtype=DTYPES[precision])
 
 
 def _labelled_source(flags: SubjectFlags, problem: Problem) -> LabelledSource | None:
@@ -108,10 +108,10 @@ def _labelled_source(flags: SubjectFlags, problem: Problem) -> LabelledSource | 
 
 def origin_of(subject: Subject) -> TraceOrigin:
     """What a trace of this subject is of."""
-    config = subject.checkpoint.model.config
+    config = subject.checkpoint.config
     return TraceOrigin(
         model=subject.checkpoint.path,
-        model_digest=weights_digest(subject.checkpoint.model),
+        model_digest=subject.checkpoint.digest,
         data_digest=data_digest(subject.data),
         task=subject.task,
         labels=subject.labels,

@@ -27,14 +27,16 @@ def trained_start(job: TrainJob) -> Checkpoint:
     Raises:
         UsageError: it cannot be loaded.
     """
-    from deebert.checkpoint import load_checkpoint
+    from deebert.checkpoint import Checkpoint, load_checkpoint
     from deebert.modeling import DeeBertForSequenceClassification
 
     if job.from_model is not None:
         checkpoint = load_checkpoint(job.from_model, allow_pickle=job.allow_pickle)
         if job.learn_to_exit:
             checkpoint.model.learn_to_exit()
-        return checkpoint
+        return Checkpoint.of(
+            checkpoint.path, checkpoint.model, checkpoint.tokenizer
+        )  # which is what is trained
     assert job.from_classifier is not None
     with _refusing_unreadable("classifier", job.from_classifier):
         model = DeeBertForSequenceClassification.from_classifier(
@@ -79,7 +81,7 @@ def fresh_start(job: TrainJob, texts: LabelledTexts) -> Checkpoint:
 def name_labels(start: Checkpoint, texts: LabelledTexts) -> None:
     """Give the names that the texts' labels were told to have to a model whose own are placeholders, in their order."""
     if _has_placeholders(start) and len(start.labels) == len(texts.names):
-        config = start.model.config
+        config = start.config
         config.id2label = dict(enumerate(texts.names))
         config.label2id = {name: i for i, name in enumerate(texts.names)}
 
@@ -103,7 +105,7 @@ def check_fit(start: Checkpoint, texts: LabelledTexts) -> None:
     Raises:
         UsageError: one of the two.
     """
-    if start.model.config.problem.outcomes(len(start.labels)) is None:
+    if start.config.problem.outcomes(len(start.labels)) is None:
         if start.model.exit_head is None:
             raise UsageError(
                 "a regression has no entropy to exit by: give --learn-to-exit, which trains a head that tells when"
@@ -137,7 +139,7 @@ def _with_tokenizer(name: str, model: DeeBertForSequenceClassification) -> Check
     from deebert.checkpoint import Checkpoint, pretrained_tokenizer
 
     tokenizer = pretrained_tokenizer(name, model.config.backbone_config)
-    return Checkpoint(path=name, model=model, tokenizer=tokenizer)
+    return Checkpoint.of(name, model, tokenizer)
 
 
 @contextmanager

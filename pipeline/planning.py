@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from deebert.checkpoint import Checkpoint, load_checkpoint, weights_digest
+from deebert.checkpoint import Checkpoint, load_checkpoint
 from deebert.exit_policy import EntropyThreshold, LearningToExit, StoredPolicy, policy_from_dict
 from deebert.precision import resolve_precision
 from deebert.problem import REGRESSION
@@ -88,7 +88,7 @@ def make_plan(config: ClassifyConfig, *, has_gpu: bool) -> RunPlan:
         begun={} if earlier is None or config.overwrite else _types_of(config, earlier),
     )
     checkpoint = load_checkpoint(config.model)
-    if config.probabilities and checkpoint.model.config.problem is REGRESSION:
+    if config.probabilities and checkpoint.config.problem is REGRESSION:
         raise UsageError(
             f"the model {config.model!r} is a regression, whose answers are numbers without probabilities: leave "
             "--probabilities out"
@@ -281,7 +281,7 @@ def _columns(
             ) from error
     labels = checkpoint.labels
     table = part_table(
-        Answers.empty(checkpoint.model.config.problem, len(labels)),
+        Answers.empty(checkpoint.config.problem, len(labels)),
         source_file="",
         kept=schema.kept.empty_table(),
         id_column=config.id_column,
@@ -304,7 +304,7 @@ def _identity(config: ClassifyConfig, checkpoint: Checkpoint, *, has_gpu: bool) 
     )
     tokenizer = TextTokenizer(checkpoint.tokenizer, max_length=max_length)
     content: dict[str, Any] = {
-        "model_digest": weights_digest(checkpoint.model),
+        "model_digest": checkpoint.digest,
         "exit_policy": resolve_policy(
             config.entropy_threshold, config.certainty_threshold, checkpoint
         ).to_dict(),
@@ -312,7 +312,7 @@ def _identity(config: ClassifyConfig, checkpoint: Checkpoint, *, has_gpu: bool) 
         "text_columns": _text_columns(config),
         "max_length": max_length,
         "precision": resolve_precision(
-            config.precision, has_gpu=has_gpu, int8_agreement=checkpoint.model.config.int8_agreement
+            config.precision, has_gpu=has_gpu, int8_agreement=checkpoint.config.int8_agreement
         ),
     }
     if config.window_stride is not None:  # without windows, the digest that earlier versions gave
@@ -357,7 +357,7 @@ def resolve_policy(
         raise UsageError(
             "--entropy-threshold and --certainty-threshold are two ways to decide who leaves: give one"
         )
-    config = checkpoint.model.config
+    config = checkpoint.config
     asked, kind = (certainty, LearningToExit) if entropy is None else (entropy, EntropyThreshold)
     policy: StoredPolicy = checkpoint.exit_policy
     if isinstance(asked, tuple) and 0 in config.off_ramp_layers and len(asked) == config.num_hidden_layers:
@@ -374,7 +374,7 @@ def resolve_policy(
 
 
 def _model_record(checkpoint: Checkpoint) -> ModelRecord:
-    config = checkpoint.model.config
+    config = checkpoint.config
     return ModelRecord(
         path=checkpoint.path,
         num_layers=config.num_hidden_layers,

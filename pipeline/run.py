@@ -24,7 +24,6 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from deebert.fusing import fuse
 from deebert.version import __version__
 from pipeline import sabotage
 from pipeline.board import Board
@@ -111,7 +110,7 @@ def _resume(session: RaySession, run: RunPlan, output: Output, started: _Start) 
         on_gpus=session.uses_gpus(config.device),
         replicas=config.replica_range,
         threads=config.threads,
-        weight_bytes=sum(p.nbytes for p in run.checkpoint.model.parameters()),
+        weight_bytes=sum(weight.nbytes for weight in run.checkpoint.weights.values()),
         shards=sum(shard.flaw is None for name, shard in run.shards.items() if name not in done),
     )
     attempt = _Attempt(run, output, earlier, placement, started)
@@ -340,14 +339,13 @@ def _max_bad_rows(run: RunPlan) -> int:
 
 
 def _served(run: RunPlan) -> ServedModel:
-    model = run.checkpoint.model
     tokenizer = TextTokenizer(
         run.checkpoint.tokenizer,
         max_length=run.identity.max_length,
-        has_token_types=model.config.has_token_types,
+        has_token_types=run.checkpoint.config.has_token_types,
         window_stride=run.identity.window_stride,
     )
-    return ServedModel(fused=fuse(model), tokenizer=tokenizer, labels=run.checkpoint.labels)
+    return ServedModel(fused=run.checkpoint.fused, tokenizer=tokenizer, labels=run.checkpoint.labels)
 
 
 def _flawed(name: str, shard: Shard) -> ShardFailure:

@@ -110,7 +110,7 @@ def stream(
 
 class _Stream:
     def __init__(self, checkpoint: Checkpoint, policy: ExitPolicy, out: TextIO, config: StreamConfig) -> None:
-        encoder = PackedEncoder.of(checkpoint.model, device=config.device, dtype=DTYPES[config.precision])
+        encoder = PackedEncoder(checkpoint.fused, device=config.device, dtype=DTYPES[config.precision])
         self._engine = Engine(encoder, policy, EngineConfig(micro_batch_tokens=config.micro_batch_tokens))
         self._tokenizer = TextTokenizer(
             checkpoint.tokenizer,

@@ -18,6 +18,8 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
 from deebert.backbones import FAMILIES
 from deebert.config import DeeBertConfig
+from deebert.fused import FusedModel
+from deebert.fusing import fuse
 from deebert.modeling import DeeBertForSequenceClassification
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -61,6 +63,11 @@ def make_model(
     )
     randomize(model, seed)
     return model.eval()
+
+
+def fused_model(model: DeeBertForSequenceClassification) -> FusedModel:
+    """The weights of a model's inference form."""
+    return fuse(model.config, model.state_dict())
 
 
 def make_backbone_config(family: str, *, num_layers: int = 5) -> PreTrainedConfig:

@@ -63,7 +63,7 @@ def collect_answers(
                 if layer > 0:
                     hidden = encoder.layer(layer - 1, hidden, tokens.layout)
                 if layer in place:
-                    states[place[layer], rows] = encoder.pooled(hidden, tokens.layout).cpu()
+                    states[place[layer], rows] = encoder.pooled(layer - 1, hidden, tokens.layout).cpu()
             if logits is not None:
                 logits[rows] = encoder.off_ramp(depth - 1, hidden, tokens.layout).cpu()
             bar.update(len(rows))

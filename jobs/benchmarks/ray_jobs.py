@@ -157,7 +157,7 @@ def write_corpus(texts: Sequence[str], path: Path) -> Path:
 
 def save_plain(checkpoint: Checkpoint, folder: Path) -> str:
     """The same weights without off-ramps: what a user without early exit would run."""
-    config = DeeBertConfig(**{**checkpoint.model.config.to_dict(), "off_ramp_layers": []})
+    config = DeeBertConfig(**{**checkpoint.config.to_dict(), "off_ramp_layers": []})
     plain = DeeBertForSequenceClassification(config)
     plain.backbone, plain.final_classifier = checkpoint.model.backbone, checkpoint.model.final_classifier
     plain.off_ramps = nn.ModuleList()
@@ -166,7 +166,7 @@ def save_plain(checkpoint: Checkpoint, folder: Path) -> str:
 
 def save_one_layer(checkpoint: Checkpoint, folder: Path) -> str:
     """The host ceiling: a model so small that only what surrounds it costs time; everyone leaves at layer 1."""
-    config = checkpoint.model.config
+    config = checkpoint.config
     backbone = BertConfig(
         vocab_size=int(config.backbone_config.vocab_size),
         max_position_embeddings=int(config.backbone_config.max_position_embeddings),

@@ -103,7 +103,7 @@ class _Plain:
     settings: BenchSettings
 
     def __call__(self) -> Outcome:
-        config = copy.deepcopy(self.workload.checkpoint.model.config.backbone_config)
+        config = copy.deepcopy(self.workload.checkpoint.config.backbone_config)
         config.num_labels = len(self.workload.checkpoint.labels)
         classifier: Any = family_of(config).classifier
         with tempfile.TemporaryDirectory() as work, redirect_stdout(StringIO()):

@@ -55,7 +55,7 @@ class Workload:
     @property
     def shape(self) -> ModelShape:
         """What decides the model's FLOPs."""
-        return ModelShape.of(self.checkpoint.model.config)
+        return ModelShape.of(self.checkpoint.config)
 
     def describe(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -149,7 +149,7 @@ def random_checkpoint(name: str, *, seed: int, num_layers: int | None = None) ->
             label2id={label: i for i, label in enumerate(_LABELS)},
         )
     )
-    return Checkpoint(path=name, model=model.train(False), tokenizer=_word_tokenizer(vocabulary, positions))
+    return Checkpoint.of(name, model.train(False), _word_tokenizer(vocabulary, positions))
 
 
 def draw_lengths(kind: str, count: int, *, longest: int, seed: int) -> IntArray:

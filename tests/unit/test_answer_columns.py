@@ -220,7 +220,7 @@ def test_a_stream_says_the_same_in_json(
 ) -> None:
     labels = 1 if name == "regression" else 3
     model = tiny_model(num_labels=labels, problem_type=name, learns_to_exit=True)
-    checkpoint = Checkpoint(path="m", model=model, tokenizer=tokenizer)
+    checkpoint = Checkpoint.of("m", model, tokenizer)
     out = io.StringIO()
 
     stream(checkpoint, policy, [b"the film is good", b"very dull"], out, StreamConfig())
@@ -245,7 +245,7 @@ def test_a_stream_ends_where_answers_are_no_numbers(
     model, out = tiny_model(), io.StringIO()
     with torch.no_grad():  # too large for float16 from layer 2 on
         model.backbone.encoder.layer[1].output.dense.weight.mul_(3e5)
-    checkpoint = Checkpoint(path="m", model=model, tokenizer=tokenizer)
+    checkpoint = Checkpoint.of("m", model, tokenizer)
 
     with pytest.raises(
         NotFiniteError, match="not finite numbers in float16: classify in float32 or bfloat16"

@@ -463,7 +463,7 @@ class TestStaticBaselines:
         def refuse(*args: object, **kwargs: object) -> None:
             raise AssertionError("trained again")
 
-        monkeypatch.setattr(evaluation, "train_static", refuse)
+        monkeypatch.setattr("jobs.static.train_static", refuse)
 
         assert "static 2 (every-other)" in first
         assert run(*data, *kept, *static, *budget) == first

@@ -14,10 +14,9 @@ import torch
 
 from deebert.encoder import PackedEncoder
 from deebert.fused import Linear, Norm, QuantizedLinear
-from deebert.fusing import fuse
 from deebert.packing import PackedTokens
 from pipeline.tokenization import TextTokenizer
-from tests.conftest import ModelFactory, make_tokenizer
+from tests.conftest import ModelFactory, fused_model, make_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TEXTS = ["the film was good", "a bad story", "the worst"]
@@ -52,7 +51,7 @@ def test_another_process_runs_them_without_transformers(
     model = tiny_model(family)
     tokenizer = TextTokenizer(make_tokenizer(), max_length=16, has_token_types=model.config.has_token_types)
     sent = tmp_path / "sent"
-    sent.write_bytes(pickle.dumps((fuse(model), tokenizer)))
+    sent.write_bytes(pickle.dumps((fused_model(model), tokenizer)))
 
     command = [sys.executable, "-c", RUN, str(sent), *TEXTS]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
@@ -66,7 +65,7 @@ def test_another_process_runs_them_without_transformers(
 def test_what_parts_share_stays_shared(tiny_model: ModelFactory) -> None:
     model = tiny_model("bert", shares_off_ramp_pooler=True)
 
-    cast = fuse(model).to(torch.device("cpu"), torch.bfloat16)
+    cast = fused_model(model).to(torch.device("cpu"), torch.bfloat16)
 
     first, second, *_ = cast.off_ramps.values()
     assert first.dense is second.dense
@@ -74,7 +73,7 @@ def test_what_parts_share_stays_shared(tiny_model: ModelFactory) -> None:
 
 def test_a_cast_model_is_a_copy(tiny_model: ModelFactory) -> None:
     model = tiny_model("bert")
-    fused = fuse(model)
+    fused = fused_model(model)
 
     fused.to(torch.device("cpu"), torch.float32).embeddings.word.zero_()
 
@@ -174,7 +173,7 @@ class TestQuantizedLinear:
 
 @needs_vnni
 def test_each_product_is_smoothed_by_the_normalization_that_it_reads(tiny_model: ModelFactory) -> None:
-    exact = fuse(tiny_model("bert"))
+    exact = fused_model(tiny_model("bert"))
 
     small = exact.to(torch.device("cpu"), torch.int8)
 

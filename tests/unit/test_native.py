@@ -27,11 +27,10 @@ from deebert.attention import _sdpa_by_run, varlen_attention
 from deebert.config import DeeBertConfig
 from deebert.encoder import PackedEncoder
 from deebert.exit_policy import FULL_DEPTH
-from deebert.fusing import fuse
 from deebert.modeling import DeeBertForSequenceClassification
 from deebert.packing import PackedTokens, SequenceLayout
 from pipeline.engine.engine import Engine, EngineConfig
-from tests.conftest import randomize
+from tests.conftest import fused_model, randomize
 
 COMPILER = (os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc").split()[0]
 needs_kernels = pytest.mark.skipif(
@@ -609,7 +608,7 @@ class TestEncoder:
     def test_uses_them_where_its_weights_were_sent_to(
         self, model: DeeBertForSequenceClassification, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        sent = pickle.loads(pickle.dumps(fuse(model)))
+        sent = pickle.loads(pickle.dumps(fused_model(model)))
         used: list[str] = []
         for name in ("attention", "gelu_", "add_norm_", "classify"):
             monkeypatch.setattr(native, name, _noting(getattr(native, name), name, used))

@@ -367,7 +367,7 @@ def test_states_of_the_embeddings_are_cached_without_running_a_layer(tiny_model:
 @pytest.fixture(scope="module")
 def on_embeddings(tiny_model: ModelFactory, tokenizer: PreTrainedTokenizerFast) -> Checkpoint:
     model = tiny_model("bert", "both", off_ramp_layers=[0, 1, 3], shares_off_ramp_pooler=True)
-    return Checkpoint(path="m", model=model, tokenizer=tokenizer)
+    return Checkpoint.of("m", model, tokenizer)
 
 
 class TestPolicyOfARun:
@@ -387,7 +387,7 @@ class TestPolicyOfARun:
     def test_without_an_off_ramp_there_it_is_one_too_many(
         self, tiny_model: ModelFactory, tokenizer: PreTrainedTokenizerFast
     ) -> None:
-        plain = Checkpoint(path="m", model=tiny_model(), tokenizer=tokenizer)
+        plain = Checkpoint.of("m", tiny_model(), tokenizer)
 
         with pytest.raises(PolicyError, match="5 entropy thresholds for 5 layers"):
             resolve_policy((0.05, 0.1, None, 0.3, 0.4), None, plain)

@@ -387,7 +387,7 @@ class TestTraining:
 
 class TestOperatingPoints:
     def checkpoint(self, tiny_model: Any, tokenizer: Any, **config: Any) -> Checkpoint:
-        return Checkpoint(path="m", model=tiny_model(**config), tokenizer=tokenizer)
+        return Checkpoint.of("m", tiny_model(**config), tokenizer)
 
     def test_a_stored_certainty_is_the_models_own(self, tiny_model: Any, tokenizer: Any) -> None:
         stored = {"type": "learning-to-exit", "thresholds": 0.9}

@@ -22,7 +22,6 @@ import torch
 
 from deebert.errors import PrecisionError
 from deebert.exit_policy import EntropyThreshold
-from deebert.fusing import fuse
 from deebert.modeling import DeeBertForSequenceClassification
 from pipeline.board import Board
 from pipeline.errors import OutputFullError
@@ -36,7 +35,7 @@ from pipeline.shard_work import ShardWork
 from pipeline.shards import plan
 from pipeline.sink import Output
 from pipeline.tokenization import TextTokenizer
-from tests.conftest import REPOSITORY, make_model, make_tokenizer
+from tests.conftest import REPOSITORY, fused_model, make_model, make_tokenizer
 
 LABELS = ("negative", "neutral", "positive")
 DIGEST = "0" * 64
@@ -79,7 +78,7 @@ def spec_of(
             digest=DIGEST,
         ),
         model=ServedModel(
-            fused=fuse(model or make_model()),
+            fused=fused_model(model or make_model()),
             tokenizer=TextTokenizer(make_tokenizer(), max_length=64),
             labels=LABELS,
         ),

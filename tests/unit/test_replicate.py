@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import BertModel, PreTrainedTokenizerFast, TrainerCallback
 
-from jobs import cli, evaluation, replicate
+from jobs import cli, replicate
 from jobs.train import TrainJob
 from pipeline.errors import UsageError
 from pipeline.report.evaluated import EvaluatedPoint, EvaluatedSet
@@ -98,7 +98,7 @@ def test_a_second_run_trains_nothing(
         raise AssertionError("trained again")
 
     monkeypatch.setattr(replicate, "train", refuse)
-    monkeypatch.setattr(evaluation, "train_static", refuse)
+    monkeypatch.setattr("jobs.static.train_static", refuse)
 
     assert run(assets_in_small, tmp_path, *words) == 0
     assert [path.read_bytes() for path in written] == before
