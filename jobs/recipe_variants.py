@@ -123,6 +123,11 @@ VARIANTS: Mapping[str, Variant] = MappingProxyType(
         "continued-100-0-refreshed": Trained(flags=_REFRESH, start="continued-100-0"),
         "continued-100-0-both-refreshed": Trained(flags=_REFRESH, start="continued-100-0-both"),
         **_other_poolings(),
+        # Stage 2 fast: attention starts as the mean and is learned by the third stage alone.
+        "best-attention": Trained(flags={"recipe": "best", "off_ramp_pooling": "attention"}),
+        "best-attention-whole": Trained(
+            flags={"recipe": "best", "off_ramp_pooling": "attention", "interpolation": (1.0, 1.0)}
+        ),
     }
 )
 """``continued-100-0`` is what `--recipe best` makes, ``continued-100-0-cls`` with [CLS] states instead of means."""

@@ -36,7 +36,7 @@ def recipe_of(job: TrainJob) -> Recipe:
     return replace(
         named,
         stage_1=stage_1,
-        stage_2=_stage_2(job, named.stage_2),
+        stage_2=_stage_2(job, named.stage_2, is_last=stage_3 is None),
         stage_3=stage_3,
         early_stopping=None
         if job.held_out is None
@@ -80,7 +80,7 @@ def _through_backbone(job: TrainJob, stage: BackboneStage) -> BackboneStage:
     )
 
 
-def _stage_2(job: TrainJob, stage: OffRampStage | None) -> OffRampStage | None:
+def _stage_2(job: TrainJob, stage: OffRampStage | None, *, is_last: bool) -> OffRampStage | None:
     from deebert.training import PAPER_STAGE_2, OffRampStage
 
     if job.stage_2 == "none" or (job.stage_2 is None and stage is None):
@@ -92,10 +92,10 @@ def _stage_2(job: TrainJob, stage: OffRampStage | None) -> OffRampStage | None:
         return None
     distillation = _distillation(job, None if stage is None else stage.self_distillation)
     mode = job.stage_2 or (stage or OffRampStage()).mode
-    if mode == "fast" and job.off_ramp_pooling == "attention":
+    if mode == "fast" and is_last and job.off_ramp_pooling == "attention":
         raise UsageError(
-            "--off-ramp-pooling attention learns what it reads, so that a fast stage 2 cannot keep it: give "
-            "--stage-2 exact"
+            "--off-ramp-pooling attention learns what it reads, which a fast stage 2 keeps as it is: give "
+            "--stage-2 exact, or --recipe best, whose third stage trains it"
         )
     if stage is None or stage.mode != mode:
         stage = PAPER_STAGE_2 if mode == "exact" else OffRampStage()

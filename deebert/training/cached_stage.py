@@ -43,7 +43,8 @@ def train_cached_off_ramps(
     Where early stopping gives off-ramps earlier weights back, the exit head keeps its last: it learned from all.
 
     Args:
-        model: in eval mode, on the device to train on; its pooling has no weights of its own.
+        model: in eval mode, on the device to train on. Queries of attention pooling stay as they are: what is cached
+            is what they read now.
         data: rows to train on.
         held_out: rows that tell when to stop; None trains to the end.
         stage: its hyper-parameters.

@@ -263,12 +263,12 @@ class _Training:
 
 
 def _check_fast(model: DeeBertForSequenceClassification, recipe: Recipe) -> None:
-    """Before stage 1 spends hours: what attention reads moves with its query, so that no cache of it holds."""
-    stage = recipe.stage_2 if len(model.off_ramps) else None
+    """Before stage 1 spends hours: a cache of what attention reads holds only while its query stays as it is."""
+    stage = recipe.stage_2 if len(model.off_ramps) and recipe.stage_3 is None else None
     if model.config.off_ramp_pooling == "attention" and stage is not None and stage.mode == "fast":
         raise RecipeError(
-            "a fast stage 2 trains on cached vectors and what attention pooling reads changes as it learns: train "
-            "stage 2 exact"
+            "a fast stage 2 trains on cached vectors, so that the queries of attention pooling stay as they are, and "
+            "no later stage trains them: train stage 2 exact, or a third stage after it"
         )
 
 

@@ -16,12 +16,15 @@ from transformers import PreTrainedTokenizerFast
 from deebert.backbones import FAMILIES
 from deebert.checkpoint import Checkpoint, load_checkpoint, weights_digest
 from deebert.config import POOLINGS, DeeBertConfig
+from deebert.encoder import PackedEncoder
 from deebert.errors import PolicyError, RecipeError
 from deebert.evaluation import LabelledSequences
 from deebert.exit_policy import EntropyThreshold
 from deebert.modeling import DeeBertForSequenceClassification, pool
+from deebert.pooling import mean_of_tokens
 from deebert.reference import classify_one
 from deebert.training import (
+    BEST,
     LOG_NAME,
     EarlyStopping,
     Joint,
@@ -263,7 +266,7 @@ class TestStage2:
             torch.testing.assert_close(fast, exact, atol=2e-5, rtol=0, msg=name)
 
     @pytest.mark.parametrize("recipe", [FAST, replace(FAST, stage_1=QUICK_1)], ids=["alone", "second"])
-    def test_attention_cannot_be_cached_and_says_so_before_anything_is_trained(
+    def test_attention_that_no_later_stage_trains_is_refused_before_anything_is_trained(
         self, recipe: Recipe, tiny_model: ModelFactory, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
     ) -> None:
         model = tiny_model("bert", "attention", num_layers=2)
@@ -273,11 +276,36 @@ class TestStage2:
             run(model, recipe, tokenizer, tmp_path)
 
         assert str(refused.value) == (
-            "a fast stage 2 trains on cached vectors and what attention pooling reads changes as it learns: train "
-            "stage 2 exact"
+            "a fast stage 2 trains on cached vectors, so that the queries of attention pooling stay as they are, and "
+            "no later stage trains them: train stage 2 exact, or a third stage after it"
         )
         assert not changed(before, model)
         assert not any(tmp_path.iterdir())
+
+    def test_a_fast_stage_2_before_a_third_reads_with_the_queries_that_there_are(
+        self, tiny_model: ModelFactory, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    ) -> None:
+        stage = OffRampStage(epochs=1, batch_size=8, learning_rate=5e-4)
+        models = [tiny_model("bert", "attention", num_layers=2).train(False) for _ in range(2)]
+        for model in models:
+            with torch.no_grad():
+                model.off_ramps[0].query.copy_(torch.linspace(-1, 1, 32))
+
+        train_third = Recipe(
+            stage_1=None, stage_2=stage, stage_3=replace(BEST.stage_3, epochs=0.5, batch_size=8)
+        )
+        run(models[0], train_third, tokenizer, tmp_path / "both")
+        assert models[0].off_ramps[0].query.ne(torch.linspace(-1, 1, 32)).any()
+
+        alone = collect_answers(
+            models[1], toy(8, seed=0), torch.float32, 512, layers=[1], final=False, show_progress=False
+        )
+        encoder, tokens = PackedEncoder.of(models[1]), toy(8, seed=0).tokens
+        after = encoder.layer(0, encoder.embed(tokens), tokens.layout)
+        torch.testing.assert_close(
+            alone.states[0], encoder.pooled(0, after, tokens.layout), atol=1e-5, rtol=0
+        )
+        assert not torch.allclose(alone.states[0], mean_of_tokens(after, tokens.layout), atol=1e-3)
 
     def test_attention_without_off_ramps_has_nothing_to_cache(
         self, tiny_model: ModelFactory, tokenizer: PreTrainedTokenizerFast, tmp_path: Path

@@ -333,8 +333,8 @@ class TestRefusals:
             ),
             (
                 "--backbone a --off-ramp-pooling attention",
-                "--off-ramp-pooling attention learns what it reads, so that a fast stage 2 cannot keep it: give "
-                "--stage-2 exact",
+                "--off-ramp-pooling attention learns what it reads, which a fast stage 2 keeps as it is: give "
+                "--stage-2 exact, or --recipe best, whose third stage trains it",
             ),
             ("--backbone a --batch-size 0", "batch_size is 0: give at least 1"),
             (
