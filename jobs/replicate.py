@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -78,6 +79,11 @@ class ReplicateJob:
         default=(6,),
         parse=lambda text: tuple(positive(part) for part in comma_list(text)),
     )
+    static_style: str = flag(
+        "which layers they keep: the first, or evenly spread ones, as DistilBERT starts",
+        default="first",
+        choices=("first", "every-other"),
+    )
     rows: int | None = flag("train on a random sample of this many rows", default=None, parse=positive)
     timing_rows: int = flag(
         "samples to measure time on, one at a time; 0 measures nothing", default=100, parse=whole
@@ -104,7 +110,8 @@ def execute(argv: Sequence[str], *, prog: str) -> int:
             # Half of what a pooling costs, and the same baseline but for what its one classifier reads.
             depths = job.static_depths if pooling == job.poolings[0] else ()
             asked = replace(job, static_depths=depths)
-            found = _replicate(asked, experiment, pooling, Path(job.output) / f"{day}-{name}-{pooling}")
+            output = Path(job.output) / f"{day}-{name}-{pooling}"
+            found = _replicate(asked, experiment, pooling, output, _command(argv, job))
             rows += [_summary(name, pooling, one) for one in found]
     table = _overview(rows)
     for suffix, content in (("csv", to_csv(table)), ("md", f"{to_markdown(table)}\n\n{table.note}\n")):
@@ -114,7 +121,7 @@ def execute(argv: Sequence[str], *, prog: str) -> int:
 
 
 def _replicate(
-    job: ReplicateJob, experiment: Experiment, pooling: str, output: Path
+    job: ReplicateJob, experiment: Experiment, pooling: str, output: Path, command: str
 ) -> tuple[EvaluatedSet, ...]:
     work = Path(job.work) / f"{experiment.name}-{pooling}"
     training = TrainJob(
@@ -141,6 +148,7 @@ def _replicate(
     found = evaluate(evaluation)
     show(found, str(output))
     document = {
+        "command": command,
         "training": settings,
         "evaluation": _shareable(asdict(evaluation), job),
         "training_seconds": training_seconds(work / "model"),
@@ -153,15 +161,18 @@ def _replicate(
 
 def _shareable(fields: dict[str, Any], job: ReplicateJob) -> dict[str, Any]:
     """Results are shared, the folders that they came from are not."""
-    roots = ((job.assets, "ASSETS"), (job.work, "WORK"))
+    return {name: _plain(value, job) if isinstance(value, str) else value for name, value in fields.items()}
 
-    def plain(value: Any) -> Any:
-        for root, name in roots:
-            if isinstance(value, str) and Path(value).is_relative_to(root):
-                return str(Path(name) / Path(value).relative_to(root))
-        return value
 
-    return {name: plain(value) for name, value in fields.items()}
+def _plain(value: str, job: ReplicateJob) -> str:
+    for root, name in ((job.assets, "ASSETS"), (job.work, "WORK"), (job.output, "OUTPUT")):
+        if Path(value).is_relative_to(root):
+            return str(Path(name) / Path(value).relative_to(root))
+    return value
+
+
+def _command(argv: Sequence[str], job: ReplicateJob) -> str:
+    return shlex.join(["python", "-m", "jobs.replicate", *(_plain(word, job) for word in argv)])
 
 
 def _evaluation(job: ReplicateJob, experiment: Experiment, training: TrainJob, trace: Path) -> EvaluateJob:
@@ -175,6 +186,7 @@ def _evaluation(job: ReplicateJob, experiment: Experiment, training: TrainJob, t
         timing_rows=job.timing_rows,
         engine_rows=job.engine_rows,
         static_depths=job.static_depths,
+        static_style=job.static_style,
         backbone=training.backbone,
         max_train_rows=job.rows,
         epochs=experiment.epochs,
@@ -253,7 +265,7 @@ def _summary(task: str, pooling: str, found: EvaluatedSet) -> tuple[str, ...]:
         found.metrics[0],
         f"{100 * full.scores[0]:.2f}",
         *(f"{p.speed_up:.2f}x ({100 * p.scores[0]:.2f}, S = {p.name})" if p else "–" for p in kept),
-        "; ".join(f"{100 * p.scores[0]:.2f} at {p.speed_up:.2f}x" for p in found.statics) or "–",
+        "; ".join(f"{p.name}: {100 * p.scores[0]:.2f} at {p.speed_up:.2f}x" for p in found.statics) or "–",
     )
 
 

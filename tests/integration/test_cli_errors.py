@@ -251,7 +251,7 @@ class TestModel:
     ) -> None:
         folder = copy_of(saved_model, tmp_path / "broken")
         (folder / "model.safetensors").write_bytes(content)
-        assert f"cannot load the model '{folder}'" in refused(model=folder)
+        assert f"cannot read the weights '{folder / 'model.safetensors'}'" in refused(model=folder)
 
     def test_a_configuration_that_is_not_json(
         self, refused: Refusal, saved_model: Path, tmp_path: Path
