@@ -38,7 +38,9 @@ class ScriptedExits:
             raise ValueError(f"the shares {list(shares)} are not all above 0 with a sum of 1")
         remaining = 1 - np.concatenate(([0.0], np.cumsum(self.shares)[:-1]))
         self._leaving = np.divide(self.shares, remaining, out=np.zeros(len(shares)), where=remaining > 1e-12)
-        self._met = np.zeros(len(shares), np.int64)
+        # By layer: who leaves, of the samples as they come, and how many have come.
+        self._script = [torch.zeros(0, dtype=torch.bool)] * len(shares)
+        self._met = [0] * len(shares)
 
     def can_fire(self, layer: int) -> bool:
         """Every off-ramp after a layer is computed, as with a threshold, whether or not anyone leaves."""
@@ -51,13 +53,19 @@ class ScriptedExits:
 
     def fires(self, layer: int, answer: OffRampAnswer) -> Tensor:
         """See `ExitPolicy`."""
-        first, share = int(self._met[layer - 1]), self._leaving[layer - 1]
-        self._met[layer - 1] += len(answer)
+        first, stop = self._met[layer - 1], self._met[layer - 1] + len(answer)
+        if stop > len(self._script[layer - 1]):
+            self._write(layer - 1, 2 * stop)
+        self._met[layer - 1] = stop
+        # Not waited for, or no two micro-batches would ever be under way at once.
+        return to_device(self._script[layer - 1][first:stop], answer.logits.device)
+
+    def _write(self, index: int, samples: int) -> None:
+        """Ahead, and seldom: what is computed in each step would be counted as the price of exits."""
         # The k-th sample leaves when k·share reaches the next whole number (half a number early, so that
         # a layer's rounding is even-handed).
-        reached = np.floor(np.arange(first, first + len(answer) + 1) * share + 0.5)
-        # Not waited for, or no two micro-batches would ever be under way at once.
-        return to_device(torch.from_numpy(np.diff(reached) > 0), answer.logits.device)
+        reached = np.floor(np.arange(samples + 1) * self._leaving[index] + 0.5)
+        self._script[index] = torch.from_numpy(np.diff(reached) > 0)
 
     def to_dict(self) -> dict[str, Any]:
         """See `ExitPolicy`."""

@@ -76,7 +76,9 @@ def test_one_command_trains_evaluates_and_writes(
     assert document["training"]["backbone"] == "ASSETS/e5-small"
     assert str(tmp_path) not in json.dumps(document)
     assert document["evaluation"]["max_train_rows"] == 16
-    assert document["command"].startswith("python -m jobs.replicate --assets ASSETS --work WORK --output OUTPUT ")
+    assert document["command"].startswith(
+        "python -m jobs.replicate --assets ASSETS --work WORK --output OUTPUT "
+    )
     assert document["training_seconds"] > 0
 
 
