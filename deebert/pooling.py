@@ -35,6 +35,8 @@ def attended_tokens(states: Tensor, query: Tensor, layout: SequenceLayout) -> Te
     Returns:
         (N, H), in the dtype of `states`; scores and weights are float32.
     """
+    if native.takes_rows(states) and native.takes_rows(query):
+        return native.attended(states, query, layout)
     scores = states.float() @ query.float()
     return (_weighted_by_segment if states.is_cuda else _weighted_by_run)(states, scores, layout)
 

@@ -85,7 +85,7 @@ def gelu_(x: Tensor) -> Tensor:
 
 
 def takes_rows(x: Tensor) -> bool:
-    """Whether `add_norm_` and `mean` take such a tensor."""
+    """Whether `add_norm_`, `mean` and `attended` take such a tensor."""
     return x.shape[-1] % _WIDTH_OF == 0 and _takes(x) and x.is_contiguous()
 
 
@@ -188,6 +188,26 @@ def mean(states: Tensor, layout: SequenceLayout) -> Tensor:
     return out
 
 
+def attended(states: Tensor, query: Tensor, layout: SequenceLayout) -> Tensor:
+    """As `mean`, weighted by the softmax of the rows' products with a query: (total_tokens, H), (H,) -> (N, H)."""
+    (samples, width), threads = (len(layout), states.shape[1]), torch.get_num_threads()
+    out = states.new_empty(samples_of_few_shapes(samples), width)[:samples]
+    weights = states.new_empty(threads, layout.max_seqlen, dtype=torch.float32)
+    _compiled().deebert_attended(
+        states.data_ptr(),
+        layout.offsets.ctypes.data,
+        samples,
+        width,
+        query.data_ptr(),
+        layout.max_seqlen,
+        weights.data_ptr(),
+        out.data_ptr(),
+        _fork(),
+        threads,
+    )
+    return out
+
+
 def classifies(x: Tensor, classes: int) -> bool:
     """Whether `classify` takes such a tensor, for so many classes."""
     return takes_rows(x) and classes <= MOST_CLASSES
@@ -241,6 +261,7 @@ def _library() -> ctypes.CDLL | None:
         "gelu": [address, count],
         "add_norm": [address, address, count, count, address, address, real],
         "mean": [address, address, count, count, address],
+        "attended": [address, address, count, count, address, count, address, address],
         "classify": [address, count, count, address, address, count, address, address],
         "quantize": [address, count, count, address, address, address, address],
         "rescale": [address, count, count, *[address] * 5],

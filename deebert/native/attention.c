@@ -10,11 +10,6 @@ typedef uint32_t pair; /* of bfloat16 */
 
 enum { MOST_QUERIES = 8, MOST_VECTORS = 2, LEAST_TOKENS = 256 };
 
-/* The first `count` lanes; all, where there are more. */
-KERNEL __mmask16 first_lanes(int64_t count) {
-    return count >= LANES ? 0xffff : (__mmask16)((1u << count) - 1);
-}
-
 /* 16 rows of 16 pairs become 16 columns. */
 KERNEL void transpose(__m512i x[LANES]) {
     __m512i y[LANES];

@@ -25,6 +25,11 @@ KERNEL __m512 load(const bf16 *x) {
 
 KERNEL void store(bf16 *to, __m512 x) { _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh(x)); }
 
+/* The first `count` lanes; all, where there are more. */
+KERNEL __mmask16 first_lanes(int64_t count) {
+    return count >= LANES ? 0xffff : (__mmask16)((1u << count) - 1);
+}
+
 /* 2^x for x <= 0: 2^f by its Taylor series (|f| <= 1/2, relative error below 3e-6), times 2^n. */
 KERNEL __m512 exp2_of(__m512 x) {
     __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

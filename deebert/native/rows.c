@@ -1,5 +1,5 @@
 /* What is done to each row, each number or each sequence by itself: GELU, the sum of two blocks normalized, a sequence's
- * mean, an off-ramp's answer, and to bytes and back where the products are of bytes.
+ * mean, plain or weighted, an off-ramp's answer, and to bytes and back where the products are of bytes.
  */
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #include "kernels.h"
@@ -115,6 +115,65 @@ void deebert_mean(const bf16 *states, const int64_t *offsets, int64_t sequences,
                   int64_t threads) {
     Mean m = {states, offsets, width, out};
     share((Team){fork, threads}, sequences, LEAST_SEQUENCES, mean, &m);
+}
+
+typedef struct {
+    const bf16 *states, *query;
+    const int64_t *offsets;
+    int64_t width, longest;
+    float *weights;
+    bf16 *out;
+} Attended;
+
+/* What each token of a sequence weighs: e^(its product with the query - the largest), and one over their sum. */
+KERNEL float weigh(const bf16 *states, const bf16 *query, int64_t length, int64_t width, float *weights) {
+    float largest = -__builtin_inff();
+    for (int64_t t = 0; t < length; t++) {
+        __m512 sum = _mm512_setzero_ps();
+        for (int64_t i = 0; i < width; i += LANES)
+            sum = _mm512_fmadd_ps(load(states + t * width + i), load(query + i), sum);
+        weights[t] = _mm512_reduce_add_ps(sum);
+        largest = weights[t] > largest ? weights[t] : largest;
+    }
+    __m512 sum = _mm512_setzero_ps(), log2_e = constant(1.44269504f), shift = constant(largest);
+    for (int64_t t = 0; t < length; t += LANES) {
+        __mmask16 there = first_lanes(length - t);
+        __m512 x = _mm512_sub_ps(_mm512_maskz_loadu_ps(there, weights + t), shift);
+        x = _mm512_maskz_mov_ps(there, exp2_of(_mm512_mul_ps(x, log2_e)));
+        sum = _mm512_add_ps(sum, x);
+        _mm512_mask_storeu_ps(weights + t, there, x);
+    }
+    return 1.0f / _mm512_reduce_add_ps(sum);
+}
+
+FOR_THIS_CPU static void attended(const void *task, int64_t first, int64_t last, int64_t thread) {
+    const Attended *a = task;
+    int64_t width = a->width;
+    float *weights = a->weights + thread * a->longest;
+    for (int64_t n = first; n < last; n++) {
+        int64_t length = a->offsets[n + 1] - a->offsets[n];
+        const bf16 *states = a->states + a->offsets[n] * width;
+        __m512 over_sum = constant(weigh(states, a->query, length, width, weights));
+        for (int64_t i = 0; i < width; i += 4 * LANES) {
+            int64_t vectors = width - i < 4 * LANES ? (width - i) / LANES : 4;
+            __m512 sums[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
+            for (int64_t t = 0; t < length; t++)
+                for (int64_t v = 0; v < vectors; v++)
+                    sums[v] = _mm512_fmadd_ps(constant(weights[t]), load(states + t * width + i + v * LANES), sums[v]);
+            for (int64_t v = 0; v < vectors; v++)
+                store(a->out + n * width + i + v * LANES, _mm512_mul_ps(sums[v], over_sum));
+        }
+    }
+}
+
+/* The mean of each sequence's rows, weighted by the softmax of their products with a query: (tokens, width) ->
+ * (sequences, width). width is a multiple of 16; weights: as many float32 for each thread as the longest has rows, to
+ * work in.
+ */
+void deebert_attended(const bf16 *states, const int64_t *offsets, int64_t sequences, int64_t width, const bf16 *query,
+                      int64_t longest, float *weights, bf16 *out, Fork fork, int64_t threads) {
+    Attended a = {states, query, offsets, width, longest, weights, out};
+    share((Team){fork, threads}, sequences, LEAST_SEQUENCES, attended, &a);
 }
 
 /* tanh, to 2e-6: of what is no number, none. */

@@ -282,6 +282,51 @@ class TestMean:
 
 
 @needs_kernels
+class TestAttended:
+    @given(
+        lengths=st.lists(st.integers(1, 70), min_size=1, max_size=6),
+        width=st.sampled_from([16, 32, 48, 64, 80, 384]),
+        sharpness=st.sampled_from([0.0, 0.1, 1.0, 5.0]),
+        seed=st.integers(0, 2**31),
+    )
+    def test_is_within_rounding_of_float64(
+        self, lengths: list[int], width: int, sharpness: float, seed: int
+    ) -> None:
+        states, query = random(sum(lengths), width, seed=seed), random(width, seed=seed + 1, size=sharpness)
+
+        found = native.attended(states, query, SequenceLayout.of(lengths))
+
+        parts = states.double().split(lengths)
+        exact = torch.stack([(part @ query.double()).softmax(0) @ part for part in parts])
+        # Scores of some hundred err by some 1e-5 in float32, and so do weights.
+        torch.testing.assert_close(found.double(), exact, atol=1e-4, rtol=HALF_STEP)
+
+    def test_a_query_of_zeros_makes_it_the_mean(self) -> None:
+        states, layout = random(40, 64), SequenceLayout.of([1, 16, 23])
+
+        found = native.attended(states, torch.zeros(64, dtype=torch.bfloat16), layout)
+
+        torch.testing.assert_close(found, native.mean(states, layout))
+
+    def test_stays_within_its_sequences(self) -> None:
+        room = torch.full((30, 80), math.nan, dtype=torch.bfloat16)
+        room[5:25] = random(20, 80)
+
+        assert native.attended(room[5:25], random(80), SequenceLayout.of([7, 13])).isfinite().all()
+
+    def test_what_is_no_number_has_no_answer(self) -> None:
+        states = random(30, 32)
+        states[12, 5] = math.nan
+
+        found = native.attended(states, random(32, seed=1), SequenceLayout.of([10, 10, 10]))
+
+        assert found.isnan().all(dim=1).tolist() == [False, True, False]
+
+    def test_no_sequences_have_no_answers(self) -> None:
+        assert native.attended(random(0, 32), random(32), SequenceLayout.of([])).shape == (0, 32)
+
+
+@needs_kernels
 class TestClassify:
     @pytest.mark.parametrize("classes", [1, 2, 16])
     @pytest.mark.parametrize("width", [16, 384])
@@ -455,6 +500,8 @@ class TestThreads:
         states = random(sum(lengths), 48)
 
         self.equal(several, lambda: native.mean(states, SequenceLayout.of(lengths)))
+        query = random(48, seed=1)
+        self.equal(several, lambda: native.attended(states, query, SequenceLayout.of(lengths)))
 
     def test_they_are_awake_at_once(self) -> None:
         seen: set[int] = set()
