@@ -76,9 +76,8 @@ def most_in_hand(placement: Placement, shards: int) -> int:
     """
     replicas = placement.replicas
     if replicas.least < replicas.most:
-        return (
-            2 * placement.shards_in_flight
-        )  # a pool grows only when replicas have more than they can work on
+        # A pool grows only when replicas have more than they can work on.
+        return 2 * placement.shards_in_flight
     return max(1, min(placement.shards_in_flight, shards // replicas.least))
 
 
