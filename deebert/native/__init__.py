@@ -11,13 +11,15 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import math
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from deebert.packing import SequenceLayout, samples_of_few_shapes
+from deebert.packing import IntArray, SequenceLayout, samples_of_few_shapes
 
 _WIDTH_OF, _HEAD_OF = 16, 32
 MOST_CLASSES = 16
@@ -169,6 +171,35 @@ def rescale(
     )
 
 
+def gathers(rows: Tensor) -> bool:
+    """Whether `gather` takes such a tensor's rows."""
+    return rows.device.type == "cpu" and rows.is_contiguous() and is_available() and _has_threads()
+
+
+def gather(parts: Sequence[tuple[Tensor, IntArray]], lengths: IntArray, order: IntArray, out: Tensor) -> None:
+    """Sequences of several tensors, one after the other.
+
+    Args:
+        parts: tensors with a row per token, and the first row of each sequence that is wanted of them.
+        lengths: (N,) rows of each of these sequences.
+        order: (N,) which comes first, and so on.
+        out: (Σ lengths, …) like the parts, contiguous: where they go.
+    """
+    bytes_a_row = out.itemsize * out[0].numel() if len(out) else 0
+    places = [rows.data_ptr() + first * bytes_a_row for rows, first in parts]
+    there = np.concatenate(places)[order]
+    offsets = np.concatenate((np.zeros(1, np.int64), np.cumsum(lengths[order] * bytes_a_row)))
+    assert offsets[-1] == out.nbytes
+    _compiled().deebert_gather(
+        there.ctypes.data,
+        offsets.ctypes.data,
+        len(there),
+        out.data_ptr(),
+        _fork(),
+        torch.get_num_threads(),
+    )
+
+
 def mean(states: Tensor, layout: SequenceLayout) -> Tensor:
     """Mean of each sequence's rows: (total_tokens, H) -> (N, H), bfloat16, `H` a multiple of 16.
 
@@ -235,7 +266,12 @@ def classify(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def _takes(x: Tensor) -> bool:
     here = x.device.type == "cpu" and x.dtype == torch.bfloat16
-    return here and is_available() and (torch.get_num_threads() == 1 or _fork() is not None)
+    return here and is_available() and _has_threads()
+
+
+def _has_threads() -> bool:
+    """Whether as many threads as torch has can be woken."""
+    return torch.get_num_threads() == 1 or _fork() is not None
 
 
 def _compiled() -> ctypes.CDLL:
@@ -259,6 +295,7 @@ def _library() -> ctypes.CDLL | None:
     arguments = {
         "attention": [address, address, count, count, count, real, address, count, address],
         "gelu": [address, count],
+        "gather": [address, address, count, address],
         "add_norm": [address, address, count, count, address, address, real],
         "mean": [address, address, count, count, address],
         "attended": [address, address, count, count, address, count, address, address],

@@ -118,6 +118,23 @@ void deebert_mean(const bf16 *states, const int64_t *offsets, int64_t sequences,
 }
 
 typedef struct {
+    const int64_t *from, *offsets;
+    char *to;
+} Gather;
+
+static void gather(const void *task, int64_t first, int64_t last, int64_t thread) {
+    const Gather *g = task;
+    for (int64_t n = first; n < last; n++)
+        memcpy(g->to + g->offsets[n], (const char *)g->from[n], g->offsets[n + 1] - g->offsets[n]);
+}
+
+/* Pieces of memory, one after the other: piece i lies at from[i] and goes to bytes offsets[i] to offsets[i + 1]. */
+void deebert_gather(const int64_t *from, const int64_t *offsets, int64_t pieces, char *to, Fork fork, int64_t threads) {
+    Gather g = {from, offsets, to};
+    share((Team){fork, threads}, pieces, LEAST_SEQUENCES, gather, &g);
+}
+
+typedef struct {
     const bf16 *states, *query;
     const int64_t *offsets;
     int64_t width, longest;

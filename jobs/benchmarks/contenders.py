@@ -114,7 +114,7 @@ class Packed:
             exits, survivors = runner.finish(step, counter)
             keep(exits)
             if survivors is not None:
-                steps.append(runner.start(runner.segments[step.first] + 1, survivors))
+                steps.append(runner.start(runner.segments[step.first] + 1, SampleBatch.form([survivors])))
         return counter.snapshot()
 
 

@@ -8,12 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from deebert import native
 from deebert.packing import IntArray, PackedTokens, SequenceLayout, new_rows
+
+# Of a batch's tokens. What stays where it lies keeps the whole batch in memory; copied at once, it is copied twice.
+_LEAST_LEFT_IN_PLACE = 2 / 3
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -53,6 +58,16 @@ class SampleBatch:
             token_rows=tuple(t[rows] for t in self.token_rows),
         )
 
+    def keep(self, samples: IntArray) -> SampleBatch | Chosen:
+        """The samples with these indices, in this order.
+
+        Where they are most of the batch they stay where they lie, and are copied when their next micro-batch is formed
+        (`form`); else now.
+        """
+        chosen = Chosen(of=self, samples=samples)
+        stays = chosen.layout.total_tokens >= _LEAST_LEFT_IN_PLACE * self.layout.total_tokens
+        return chosen if stays and all(map(native.gathers, self.token_rows)) else self.take(samples)
+
     def take(self, samples: IntArray) -> SampleBatch:
         """The samples with these indices, in this order (a copy)."""
         index = self.layout.token_index(samples)
@@ -64,12 +79,38 @@ class SampleBatch:
             ),
         )
 
+    @property
+    def first_rows(self) -> IntArray:
+        """(N,) the first row of each sample."""
+        return self.layout.offsets[:-1]
+
     def sorted_by_length(self) -> SampleBatch:
-        """The same samples, shortest first: neighbours of equal length share one attention call."""
-        lengths = self.layout.lengths
-        if bool((lengths[:-1] <= lengths[1:]).all()):
-            return self
-        return self.take(np.argsort(lengths, kind="stable"))
+        """The same samples, shortest first."""
+        return self if _is_sorted(self.layout.lengths) else self.take(_by_length(self.layout.lengths))
+
+    @staticmethod
+    def form(parts: Sequence[SampleBatch | Chosen]) -> SampleBatch:
+        """All samples, shortest first: neighbours of equal length share one attention call."""
+        if len(parts) == 1 and isinstance(parts[0], SampleBatch) and _is_sorted(parts[0].layout.lengths):
+            return parts[0]
+        wholes = [part.of if isinstance(part, Chosen) else part for part in parts]
+        if not all(native.gathers(rows) for whole in wholes for rows in whole.token_rows):
+            taken = [part.of.take(part.samples) if isinstance(part, Chosen) else part for part in parts]
+            return SampleBatch.concat(taken).sorted_by_length()
+        lengths = np.concatenate([part.layout.lengths for part in parts])
+        order = _by_length(lengths)
+        columns = []
+        for i, like in enumerate(wholes[0].token_rows):
+            columns.append(new_rows(like, int(lengths.sum())))
+            places = [
+                (whole.token_rows[i], part.first_rows) for whole, part in zip(wholes, parts, strict=True)
+            ]
+            native.gather(places, lengths, order, columns[-1])
+        return SampleBatch(
+            sample_ids=np.concatenate([part.sample_ids for part in parts])[order],
+            layout=SequenceLayout.of(lengths[order], wholes[0]._device),
+            token_rows=tuple(columns),
+        )
 
     @staticmethod
     def concat(batches: Sequence[SampleBatch]) -> SampleBatch:
@@ -88,3 +129,42 @@ class SampleBatch:
     @property
     def _device(self) -> torch.device:
         return self.token_rows[0].device
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Chosen:
+    """Some samples of a batch, where they lie in it."""
+
+    of: SampleBatch
+    samples: IntArray
+    """(N,) which."""
+
+    @cached_property
+    def layout(self) -> SequenceLayout:
+        """Where they will lie."""
+        return SequenceLayout.of(self.of.layout.lengths[self.samples], self.of.layout.device)
+
+    @property
+    def sample_ids(self) -> IntArray:
+        """(N,) int64."""
+        return self.of.sample_ids[self.samples]
+
+    @property
+    def first_rows(self) -> IntArray:
+        """(N,) the first row of each sample, in the batch."""
+        return self.of.layout.offsets[self.samples]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def slice(self, start: int, stop: int) -> Chosen:
+        """Samples `start`..`stop` (exclusive) of them."""
+        return Chosen(of=self.of, samples=self.samples[start:stop])
+
+
+def _is_sorted(lengths: IntArray) -> bool:
+    return bool((lengths[:-1] <= lengths[1:]).all())
+
+
+def _by_length(lengths: IntArray) -> IntArray:
+    return np.argsort(lengths, kind="stable")

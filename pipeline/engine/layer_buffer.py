@@ -9,7 +9,7 @@ from collections import deque
 
 import numpy as np
 
-from pipeline.engine.batch import SampleBatch
+from pipeline.engine.batch import Chosen, SampleBatch
 
 _FULL_SHARE = 15 / 16
 
@@ -24,7 +24,7 @@ class LayerBuffer:
 
     def __init__(self, micro_batch_tokens: int) -> None:
         self._micro_batch_tokens = micro_batch_tokens
-        self._chunks: deque[SampleBatch] = deque()
+        self._chunks: deque[SampleBatch | Chosen] = deque()
         self._taken = 0  # samples of the first chunk that have left already
         self.tokens = 0
         self.samples = 0
@@ -41,7 +41,7 @@ class LayerBuffer:
         """
         return self.tokens >= _FULL_SHARE * self._micro_batch_tokens
 
-    def put(self, batch: SampleBatch) -> None:
+    def put(self, batch: SampleBatch | Chosen) -> None:
         """Append samples."""
         if not len(batch):
             return
@@ -74,7 +74,7 @@ class LayerBuffer:
 
         Where there is no memory to put them together, they stay.
         """
-        parts: list[SampleBatch] = []
+        parts: list[SampleBatch | Chosen] = []
         room, start, emptied = max(self._micro_batch_tokens, self._first_length()), self._taken, 0
         for chunk in self._chunks:
             offsets = chunk.layout.offsets
@@ -87,7 +87,7 @@ class LayerBuffer:
                 start = stop
                 break
             start, emptied = 0, emptied + 1
-        batch = SampleBatch.concat(parts).sorted_by_length()
+        batch = SampleBatch.form(parts)
         for _ in range(emptied):
             self._chunks.popleft()
         self._taken = start

@@ -26,7 +26,7 @@ from deebert.exit_policy import ExitPolicy, OffRampAnswer
 from deebert.packing import IntArray
 from deebert.problem import Problem
 from deebert.transfer import to_host
-from pipeline.engine.batch import SampleBatch
+from pipeline.engine.batch import Chosen, SampleBatch
 from pipeline.engine.span import Span
 from pipeline.engine.stats import StatsCounter
 from pipeline.errors import NotFiniteError
@@ -134,7 +134,7 @@ class Runner:
         )
 
     @torch.inference_mode()
-    def finish(self, step: Step, stats: StatsCounter) -> tuple[Exits, SampleBatch | None]:
+    def finish(self, step: Step, stats: StatsCounter) -> tuple[Exits, SampleBatch | Chosen | None]:
         """Wait for a micro-batch and learn who leaves.
 
         Args:
@@ -152,12 +152,12 @@ class Runner:
         last, after, layout = self.segments[step.first], step.after, step.after.layout
         leaves = np.ones(len(after), np.bool_) if step.leaves is None else step.leaves.numpy()
         exits = self._exits(last + 1, after, step.answer, leaves)
-        survivors = None
+        survivors: SampleBatch | Chosen | None = None
         if not leaves.any():
             survivors = after
         elif not leaves.all():
             with Span(self.device) as gather:
-                survivors = after.take(np.flatnonzero(~leaves))
+                survivors = after.keep(np.flatnonzero(~leaves))
             self._gathers.append((step.first, last, gather))
         # A GPU meanwhile is at the next micro-batch: the host's time is not its own.
         if self.device.type == "cuda":

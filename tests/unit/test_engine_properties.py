@@ -21,12 +21,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from deebert import native
 from deebert.encoder import PackedEncoder
 from deebert.exit_policy import FULL_DEPTH, EntropyThreshold, LearningToExit, OffRampAnswer, entropy
 from deebert.packing import IntArray, PackedTokens, SequenceLayout
 from deebert.problem import SINGLE_LABEL
 from pipeline.engine import Engine, EngineConfig, Exits, warm_up
-from pipeline.engine.batch import SampleBatch
+from pipeline.engine.batch import Chosen, SampleBatch
 from pipeline.engine.layer_buffer import LayerBuffer
 from pipeline.engine.runner import Runner, Step
 from pipeline.engine.stats import StatsCounter
@@ -731,6 +732,35 @@ def test_memory_that_fails_while_survivors_are_gathered_costs_no_sample(
     assert left == {0: 1, 1: 3, 2: 1, 3: 3, 4: 3, 5: 1, 6: 3, 7: 1}
 
 
+@pytest.fixture
+def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples are copied by torch, as on GPUs."""
+    monkeypatch.setattr(native, "_library", lambda: None)
+
+
+@pytest.mark.parametrize("under_way", [1, 2])
+def test_memory_that_fails_while_a_micro_batch_is_formed_costs_no_sample(
+    monkeypatch: pytest.MonkeyPatch, under_way: int
+) -> None:
+    engine, _ = engine_of(under_way=under_way)
+    submit(engine, 1, 3, 1)
+    submit(engine, 3, 3, 1, 3, 1, first=3)
+    form, refused = SampleBatch.form, []
+
+    def with_little_memory(parts: Any) -> SampleBatch:
+        first = parts[0].of if isinstance(parts[0], Chosen) else parts[0]
+        if first.token_rows[0].dim() > 1 and sum(map(len, parts)) > 1:
+            refused.append(len(parts))
+            raise torch.OutOfMemoryError
+        return form(parts)
+
+    monkeypatch.setattr(SampleBatch, "form", staticmethod(with_little_memory))
+    left = {int(i): exits.exit_layer for exits in engine.drain() for i in exits.sample_ids}
+    assert left == {0: 1, 1: 3, 2: 1, 3: 3, 4: 3, 5: 1, 6: 3, 7: 1}
+    assert refused
+
+
+@pytest.mark.usefixtures("no_kernels")
 @pytest.mark.parametrize("under_way", [1, 2])
 @pytest.mark.parametrize("part", ["concat", "sorted_by_length"])
 def test_memory_that_fails_while_a_micro_batch_is_put_together_costs_no_sample(
@@ -767,6 +797,7 @@ def test_what_ran_out_of_memory_is_halved_not_what_would_have_been_allowed() -> 
     assert encoder.refused == 1
 
 
+@pytest.mark.usefixtures("no_kernels")
 def test_who_could_not_be_gathered_runs_next_in_halves(monkeypatch: pytest.MonkeyPatch) -> None:
     engine, _ = engine_of()
     submit(engine, 1, 3, 1, 3, 1, 1, 1, 1)
@@ -828,15 +859,15 @@ def test_memory_that_fails_for_the_next_micro_batch_leaves_the_one_under_way_the
 ) -> None:
     engine, _ = engine_of(under_way=2)
     submit(engine, *[1] * 8)
-    concat, calls = SampleBatch.concat, list[int]()
+    form, calls = SampleBatch.form, list[int]()
 
-    def with_little_memory(batches: list[SampleBatch]) -> SampleBatch:
+    def with_little_memory(batches: list[SampleBatch | Chosen]) -> SampleBatch:
         calls.append(len(batches))
         if len(calls) == 2:
             raise torch.OutOfMemoryError
-        return concat(batches)
+        return form(batches)
 
-    monkeypatch.setattr(SampleBatch, "concat", staticmethod(with_little_memory))
+    monkeypatch.setattr(SampleBatch, "form", staticmethod(with_little_memory))
 
     found = [exits.sample_ids.tolist() for exits in engine.drain()]
     assert found == [[0, 1, 2, 3], [4, 5], [6, 7]]

@@ -282,6 +282,24 @@ class TestMean:
 
 
 @needs_kernels
+class TestGather:
+    def test_writes_every_sequence_in_its_place_and_nothing_beyond(self) -> None:
+        one, other = random(6, 16), random(4, 16, seed=1)
+        room = torch.full((9, 16), math.nan, dtype=torch.bfloat16)
+        lengths, order = np.array([2, 1, 3, 1]), np.array([1, 3, 0, 2])
+
+        native.gather([(one, np.array([4, 0])), (other, np.array([1, 0]))], lengths, order, room[1:8])
+
+        assert torch.equal(room[1:8], torch.cat((one[:1], other[:1], one[4:6], other[1:4])))
+        assert room[[0, 8]].isnan().all()
+
+    def test_nothing(self) -> None:
+        none = np.zeros(0, np.int64)
+
+        native.gather([(random(3, 16), none)], none, none, random(0, 16))
+
+
+@needs_kernels
 class TestAttended:
     @given(
         lengths=st.lists(st.integers(1, 70), min_size=1, max_size=6),

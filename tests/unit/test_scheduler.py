@@ -8,8 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deebert.packing import PackedTokens
-from pipeline.engine.batch import SampleBatch
+from deebert import native
+from deebert.packing import PackedTokens, SequenceLayout
+from pipeline.engine.batch import Chosen, SampleBatch
 from pipeline.engine.budget import most_held
 from pipeline.engine.layer_buffer import LayerBuffer
 from pipeline.engine.scheduler import next_layer
@@ -221,9 +222,49 @@ class TestSampleBatch:
 
         assert order == [*range(1, 200, 2), *range(0, 200, 2)]
 
+    @given(data=st.data())
+    def test_a_micro_batch_of_parts_is_what_copies_in_turn_would_make_it(self, data: st.DataObject) -> None:
+        dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
+        parts: list[SampleBatch | Chosen] = []
+        for number in range(data.draw(st.integers(1, 4))):
+            lengths = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=30))
+            rows = torch.randn(sum(lengths), 16).to(dtype)
+            batch = SampleBatch(
+                sample_ids=100 * number + np.arange(len(lengths)),
+                layout=SequenceLayout.of(lengths),
+                token_rows=(torch.arange(len(rows), dtype=torch.int32), rows),
+            )
+            chosen = data.draw(st.lists(st.integers(0, len(lengths) - 1), unique=True).map(sorted))
+            parts.append(Chosen(of=batch, samples=np.array(chosen, np.int64)) if len(chosen) else batch)
+
+        formed = SampleBatch.form(parts)
+
+        copies = [part.of.take(part.samples) if isinstance(part, Chosen) else part for part in parts]
+        expected = SampleBatch.concat(copies).sorted_by_length()
+        assert formed.sample_ids.tolist() == expected.sample_ids.tolist()
+        assert formed.layout.lengths.tolist() == expected.layout.lengths.tolist()
+        assert all(map(torch.equal, formed.token_rows, expected.token_rows))
+
+    @pytest.mark.skipif(not native.is_available(), reason="the kernels are not built")
+    def test_most_of_a_batch_stays_where_it_lies_and_less_is_copied(self) -> None:
+        batch = samples(2, 2, 2)
+
+        most, less = batch.keep(np.array([0, 2])), batch.keep(np.array([1]))
+
+        assert isinstance(most, Chosen)
+        assert isinstance(less, SampleBatch)
+        assert SampleBatch.form([most]).sample_ids.tolist() == [0, 2]
+        assert [len(most), len(most.slice(1, 2)), len(less)] == [2, 1, 1]
+
+    def test_without_kernels_all_are_copied(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(native, "_library", lambda: None)
+
+        assert isinstance(samples(2, 2, 2).keep(np.array([0, 2])), SampleBatch)
+
     def test_samples_that_lie_in_order_are_not_copied(self) -> None:
         ordered = samples(1, 2, 2, 3)
 
         assert ordered.sorted_by_length() is ordered
         assert SampleBatch.concat([ordered]) is ordered
+        assert SampleBatch.form([ordered]) is ordered
         assert ordered.slice(0, 4) is ordered
