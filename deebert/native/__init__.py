@@ -184,7 +184,12 @@ def gather(parts: Sequence[tuple[Tensor, IntArray]], lengths: IntArray, order: I
         lengths: (N,) rows of each of these sequences.
         order: (N,) which comes first, and so on.
         out: (Σ lengths, …) like the parts, contiguous: where they go.
+
+    Raises:
+        ValueError: a part has rows of another kind than `out`.
     """
+    if any((rows.dtype, rows.shape[1:]) != (out.dtype, out.shape[1:]) for rows, _ in parts):
+        raise ValueError("rows of several kinds cannot be gathered into one tensor: give all alike")
     bytes_a_row = out.itemsize * out[0].numel() if len(out) else 0
     places = [rows.data_ptr() + first * bytes_a_row for rows, first in parts]
     there = np.concatenate(places)[order]

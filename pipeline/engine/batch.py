@@ -98,14 +98,11 @@ class SampleBatch:
             taken = [part.of.take(part.samples) if isinstance(part, Chosen) else part for part in parts]
             return SampleBatch.concat(taken).sorted_by_length()
         lengths = np.concatenate([part.layout.lengths for part in parts])
-        order = _by_length(lengths)
+        order, firsts = _by_length(lengths), [part.first_rows for part in parts]
         columns = []
-        for i, like in enumerate(wholes[0].token_rows):
-            columns.append(new_rows(like, int(lengths.sum())))
-            places = [
-                (whole.token_rows[i], part.first_rows) for whole, part in zip(wholes, parts, strict=True)
-            ]
-            native.gather(places, lengths, order, columns[-1])
+        for rows in zip(*(whole.token_rows for whole in wholes), strict=True):
+            columns.append(new_rows(rows[0], int(lengths.sum())))
+            native.gather(list(zip(rows, firsts, strict=True)), lengths, order, columns[-1])
         return SampleBatch(
             sample_ids=np.concatenate([part.sample_ids for part in parts])[order],
             layout=SequenceLayout.of(lengths[order], wholes[0]._device),

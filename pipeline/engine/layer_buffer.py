@@ -19,7 +19,8 @@ class LayerBuffer:
 
     What comes in was started while the buffer was not full: with one micro-batch under way at a time it never holds
     two micro-batches of tokens, with k under way never k + 1. That is the scheduler's rule, and what bounds memory: at
-    one micro-batch more, for the oldest chunk is kept whole until the last of it is taken.
+    one micro-batch more, for the oldest chunk is kept whole until the last of it is taken. Chunks that lie in their
+    micro-batch still (`SampleBatch.keep`) are at least two thirds of it, so that they take half as much again at most.
     """
 
     def __init__(self, micro_batch_tokens: int) -> None:

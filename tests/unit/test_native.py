@@ -293,6 +293,12 @@ class TestGather:
         assert torch.equal(room[1:8], torch.cat((one[:1], other[:1], one[4:6], other[1:4])))
         assert room[[0, 8]].isnan().all()
 
+    def test_rows_of_several_kinds_are_refused(self) -> None:
+        one = np.array([0])
+
+        with pytest.raises(ValueError, match="rows of several kinds cannot be gathered"):
+            native.gather([(random(3, 16).float(), one)], one + 1, one, random(1, 16))
+
     def test_nothing(self) -> None:
         none = np.zeros(0, np.int64)
 
