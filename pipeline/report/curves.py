@@ -182,13 +182,16 @@ def _by_saving(*points: EvaluatedPoint) -> list[EvaluatedPoint]:
 
 
 def _static_marks(axes: Axes, xs: Sequence[float], statics: Sequence[EvaluatedPoint]) -> None:
-    """Diamonds, each with its depth below."""
+    """Diamonds, each with its depth beside it, and whether its layers are others than the first."""
     if not statics:
         return
     ys = [100 * point.scores[0] for point in statics]
     axes.scatter(xs, ys, marker="D", s=36, color=MARK, zorder=3, label="static, fewer layers")
     for x, y, point in zip(xs, ys, statics, strict=True):
-        _label(axes, (x, y), f"{point.mean_exit_layer:.0f} layers", offset_points=-13)
+        which = ", every other" if "every-other" in point.name else ""
+        style: dict[str, Any] = {"ha": "left", "va": "center", "size": SMALL_TEXT_POINTS, "color": MUTED}
+        text = f"{point.mean_exit_layer:.0f} layers{which}"
+        axes.annotate(text, (x, y), (7, 0), textcoords="offset points", **style)
 
 
 def _name_thresholds(axes: Axes, points: Sequence[EvaluatedPoint]) -> None:
@@ -200,9 +203,9 @@ def _name_thresholds(axes: Axes, points: Sequence[EvaluatedPoint]) -> None:
             last = point.saving
 
 
-def _label(axes: Axes, xy: tuple[float, float], text: str, offset_points: float = 6) -> None:
+def _label(axes: Axes, xy: tuple[float, float], text: str) -> None:
     style: dict[str, Any] = {"ha": "center", "size": SMALL_TEXT_POINTS, "color": MUTED}
-    axes.annotate(text, xy, (0, offset_points), textcoords="offset points", **style)
+    axes.annotate(text, xy, (0, 6), textcoords="offset points", **style)
 
 
 def _graph(axes: Axes, x: str, y: str) -> None:

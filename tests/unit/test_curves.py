@@ -103,6 +103,14 @@ class TestFigures:
             "2 layers": pytest.approx((50, 70)),
         }
 
+    def test_baselines_of_as_many_layers_are_told_apart(self) -> None:
+        (first,) = FOUND.statics
+        other = replace(first, name=f"{first.name} (every-other)", scores=(0.6,))
+
+        (axes,) = panels(replace(FOUND, statics=(first, other)), "quality_saving")
+
+        assert {"2 layers", "2 layers, every other"} <= names(axes).keys()
+
     def test_a_name_that_would_cover_the_one_before_is_left_out(self) -> None:
         # A sample that leaves saves three of four layers: 0, 3, 6, 9 and 30 %.
         falling = tuple(point(f"{n}", 0.7, 0.8, (0, n, 0, 0, 100 - n)) for n in (40, 12, 8, 4, 0))
