@@ -42,9 +42,8 @@ def cut(model: DeeBertForSequenceClassification, layers: Sequence[int]) -> DeeBe
 
     The final classifier is copied too: cut a model fresh from `from_backbone`, whose classifier is untrained.
     """
-    from deebert.modeling import (
-        DeeBertForSequenceClassification,  # takes seconds, and most who count layers cut none
-    )
+    # Imported here: it takes seconds, and most who count layers cut none.
+    from deebert.modeling import DeeBertForSequenceClassification
 
     fields = model.config.backbone_config.to_dict()
     labels = dict(model.config.id2label or {})

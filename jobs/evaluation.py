@@ -214,9 +214,8 @@ def _static_baselines(
     job: EvaluateJob, subject: Subject, file: TraceFile
 ) -> tuple[tuple[StaticRecord, ...], tuple[StaticBaseline, ...]]:
     """The baselines asked for, and those of them that the file lacks, trained now."""
-    from jobs.static import (
-        train_static,  # what trains takes seconds to import, and most evaluations train nothing
-    )
+    # Imported here: what trains takes seconds, and most evaluations train nothing.
+    from jobs.static import train_static
 
     depth_of_all = subject.checkpoint.config.num_hidden_layers
     style: StaticStyle = job.static_style  # type: ignore[assignment]  # one of the flag's choices

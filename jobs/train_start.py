@@ -34,9 +34,8 @@ def trained_start(job: TrainJob) -> Checkpoint:
         checkpoint = load_checkpoint(job.from_model, allow_pickle=job.allow_pickle)
         if job.learn_to_exit:
             checkpoint.model.learn_to_exit()
-        return Checkpoint.of(
-            checkpoint.path, checkpoint.model, checkpoint.tokenizer
-        )  # which is what is trained
+        # The model is what is trained from here on, and may have a head more than the folder.
+        return Checkpoint.of(checkpoint.path, checkpoint.model, checkpoint.tokenizer)
     assert job.from_classifier is not None
     with _refusing_unreadable("classifier", job.from_classifier):
         model = DeeBertForSequenceClassification.from_classifier(
