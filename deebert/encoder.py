@@ -94,16 +94,8 @@ class PackedEncoder:
     @torch.inference_mode()
     def embed(self, packed: PackedTokens) -> Tensor:
         """Token ids on this device -> (total_tokens, H) states."""
-        e = self._model.embeddings
-        states = F.embedding(packed.input_ids, e.word)
-        if e.token_type is not None:
-            if packed.token_type_ids is None or not self.has_token_types:
-                states += e.token_type[0]
-            else:
-                states += F.embedding(packed.token_type_ids, e.token_type)
-        states += F.embedding(self._positions(packed), e.position)
-        states = e.norm(states)
-        return states if e.projection is None else e.projection(states)
+        types = packed.token_type_ids if self.has_token_types else None
+        return self._model.embeddings(packed.input_ids, self._positions(packed), types)
 
     @torch.inference_mode()
     def layers(self, first: int, last: int, states: Tensor, layout: SequenceLayout) -> Tensor:

@@ -220,6 +220,31 @@ class Embeddings:
     padding_id: int | None
     """RoBERTa's convention (positions count from ``padding_id + 1``, padding stays at it), or None."""
 
+    def __call__(self, ids: Tensor, positions: Tensor, types: Tensor | None) -> Tensor:
+        """(T,) int32 ids, (T,) int64 positions, (T,) int32 types, None where all are 0 -> (T, H)."""
+        states = self._normalized(ids, positions, types)
+        return states if self.projection is None else self.projection(states)
+
+    def _normalized(self, ids: Tensor, positions: Tensor, types: Tensor | None) -> Tensor:
+        norm = self.norm
+        if native.embeds(ids, self.word):
+            return native.embed(
+                ids,
+                positions,
+                types,
+                word=self.word,
+                position=self.position,
+                token_type=self.token_type,
+                weight=norm.weight,
+                bias=norm.bias,
+                eps=norm.eps,
+            )
+        states = F.embedding(ids, self.word)
+        if self.token_type is not None:
+            states += self.token_type[0] if types is None else F.embedding(types, self.token_type)
+        states += F.embedding(positions, self.position)
+        return norm(states)
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class FusedModel:

@@ -14,12 +14,14 @@ import math
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from deebert.packing import IntArray, SequenceLayout, samples_of_few_shapes
+from deebert.packing import IntArray, SequenceLayout, new_rows, samples_of_few_shapes
 
 _WIDTH_OF, _HEAD_OF = 16, 32
 MOST_CLASSES = 16
@@ -55,23 +57,10 @@ def attention(qkv: Tensor, layout: SequenceLayout) -> Tensor:
     qkv, out = qkv.contiguous(), qkv.new_empty(rows, heads, size)
     if rows > layout.total_tokens:
         out[layout.total_tokens :] = 0
-    library, threads = _compiled(), torch.get_num_threads()
-    scratch_bytes = library.deebert_attention_scratch(layout.max_seqlen, size)
-    scratch = torch.empty(threads, scratch_bytes, dtype=torch.uint8, device="cpu")
+    scratch_bytes = _compiled().deebert_attention_scratch(layout.max_seqlen, size)
+    scratch = qkv.new_empty(torch.get_num_threads(), scratch_bytes, dtype=torch.uint8)
     scale = math.log2(math.e) / math.sqrt(size)
-    library.deebert_attention(
-        qkv.data_ptr(),
-        layout.offsets.ctypes.data,
-        len(layout),
-        heads,
-        size,
-        scale,
-        scratch.data_ptr(),
-        scratch_bytes,
-        out.data_ptr(),
-        _fork(),
-        threads,
-    )
+    _run("attention", qkv, layout.offsets, len(layout), heads, size, scale, scratch, scratch_bytes, out)
     return out
 
 
@@ -82,31 +71,82 @@ def activates(x: Tensor) -> bool:
 
 def gelu_(x: Tensor) -> Tensor:
     """GELU by the error function, in place: any shape, bfloat16."""
-    _compiled().deebert_gelu(x.data_ptr(), x.numel(), _fork(), torch.get_num_threads())
+    _run("gelu", x, x.numel())
     return x
 
 
 def takes_rows(x: Tensor) -> bool:
-    """Whether `add_norm_`, `mean` and `attended` take such a tensor."""
+    """Whether `add_norm_`, `mean` and `attended` take such a tensor, and `embed` tables like it."""
     return x.shape[-1] % _WIDTH_OF == 0 and _takes(x) and x.is_contiguous()
 
 
 def add_norm_(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """Layer normalization of `x` + `residual`, in place of `x`: (T, H) bfloat16 each, `weight` and `bias` (H,)."""
     rows, width = x.shape
-    residual = residual.contiguous()
-    _compiled().deebert_add_norm(
-        x.data_ptr(),
-        residual.data_ptr(),
-        rows,
-        width,
-        weight.data_ptr(),
-        bias.data_ptr(),
-        eps,
-        _fork(),
-        torch.get_num_threads(),
-    )
+    residual, room = residual.contiguous(), _row_of_each_thread(x)
+    _run("add_norm", x, residual, rows, width, weight, bias, eps, room)
     return x
+
+
+def embeds(ids: Tensor, table: Tensor) -> bool:
+    """Whether `embed` takes such token ids, and tables like this one."""
+    return ids.dtype == torch.int32 and ids.is_contiguous() and takes_rows(table)
+
+
+def embed(
+    ids: Tensor,
+    positions: Tensor,
+    types: Tensor | None,
+    *,
+    word: Tensor,
+    position: Tensor,
+    token_type: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+) -> Tensor:
+    """Layer normalization of the sum of each token's rows of the tables.
+
+    Args:
+        ids: (T,) int32.
+        positions: (T,) int64.
+        types: (T,) int32; None where all are 0.
+        word: table of `ids`, (any, H) bfloat16.
+        position: table of `positions`, (any, H) bfloat16.
+        token_type: table of `types`, (any, H) bfloat16; None where tokens have no type.
+        weight: (H,), the normalization's.
+        bias: (H,), the normalization's.
+        eps: the normalization's.
+
+    Returns:
+        (T, H) bfloat16, with room behind for `rows_of_few_shapes`.
+
+    Raises:
+        IndexError: a number is not within its table.
+    """
+    _refuse_beyond(ids, word)
+    _refuse_beyond(positions, position)
+    if types is not None and token_type is not None:
+        _refuse_beyond(types, token_type)
+    width = word.shape[1]
+    out, room = new_rows(word, len(ids)), _row_of_each_thread(word)
+    _run(
+        "embed",
+        ids,
+        types,
+        positions,
+        len(ids),
+        word,
+        token_type,
+        position,
+        width,
+        weight,
+        bias,
+        eps,
+        room,
+        out,
+    )
+    return out
 
 
 def quantizes(x: Tensor, outputs: int) -> bool:
@@ -129,17 +169,7 @@ def quantize(x: Tensor, by: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     rows, width = x.shape
     out = x.new_empty(rows, width, dtype=torch.uint8)
     scales, minima = x.new_empty(2, rows, dtype=torch.float32)
-    _compiled().deebert_quantize(
-        x.data_ptr(),
-        rows,
-        width,
-        None if by is None else by.data_ptr(),
-        out.data_ptr(),
-        scales.data_ptr(),
-        minima.data_ptr(),
-        _fork(),
-        torch.get_num_threads(),
-    )
+    _run("quantize", x, rows, width, by, out, scales, minima)
     return out, scales, minima
 
 
@@ -157,23 +187,12 @@ def rescale(
         out: (T, W) bfloat16, contiguous: the answer.
     """
     rows, width = product.shape
-    _compiled().deebert_rescale(
-        product.data_ptr(),
-        rows,
-        width,
-        scale.data_ptr(),
-        minimum.data_ptr(),
-        weight_sum.data_ptr(),
-        bias.data_ptr(),
-        out.data_ptr(),
-        _fork(),
-        torch.get_num_threads(),
-    )
+    _run("rescale", product, rows, width, scale, minimum, weight_sum, bias, out)
 
 
 def gathers(rows: Tensor) -> bool:
     """Whether `gather` takes such a tensor's rows."""
-    return rows.device.type == "cpu" and rows.is_contiguous() and is_available() and _has_threads()
+    return rows.device.type == "cpu" and rows.is_contiguous() and _runs()
 
 
 def gather(parts: Sequence[tuple[Tensor, IntArray]], lengths: IntArray, order: IntArray, out: Tensor) -> None:
@@ -195,14 +214,7 @@ def gather(parts: Sequence[tuple[Tensor, IntArray]], lengths: IntArray, order: I
     there = np.concatenate(places)[order]
     offsets = np.concatenate((np.zeros(1, np.int64), np.cumsum(lengths[order] * bytes_a_row)))
     assert offsets[-1] == out.nbytes
-    _compiled().deebert_gather(
-        there.ctypes.data,
-        offsets.ctypes.data,
-        len(there),
-        out.data_ptr(),
-        _fork(),
-        torch.get_num_threads(),
-    )
+    _run("gather", there, offsets, len(there), out)
 
 
 def mean(states: Tensor, layout: SequenceLayout) -> Tensor:
@@ -212,15 +224,7 @@ def mean(states: Tensor, layout: SequenceLayout) -> Tensor:
     """
     samples, width = len(layout), states.shape[1]
     out = states.new_empty(samples_of_few_shapes(samples), width)[:samples]
-    _compiled().deebert_mean(
-        states.data_ptr(),
-        layout.offsets.ctypes.data,
-        samples,
-        width,
-        out.data_ptr(),
-        _fork(),
-        torch.get_num_threads(),
-    )
+    _run("mean", states, layout.offsets, samples, width, out)
     return out
 
 
@@ -229,18 +233,7 @@ def attended(states: Tensor, query: Tensor, layout: SequenceLayout) -> Tensor:
     (samples, width), threads = (len(layout), states.shape[1]), torch.get_num_threads()
     out = states.new_empty(samples_of_few_shapes(samples), width)[:samples]
     weights = states.new_empty(threads, layout.max_seqlen, dtype=torch.float32)
-    _compiled().deebert_attended(
-        states.data_ptr(),
-        layout.offsets.ctypes.data,
-        samples,
-        width,
-        query.data_ptr(),
-        layout.max_seqlen,
-        weights.data_ptr(),
-        out.data_ptr(),
-        _fork(),
-        threads,
-    )
+    _run("attended", states, layout.offsets, samples, width, query, layout.max_seqlen, weights, out)
     return out
 
 
@@ -251,32 +244,57 @@ def classifies(x: Tensor, classes: int) -> bool:
 
 def classify(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """tanh(x) · weightᵀ + bias: (N, W) bfloat16, (C, W) and (C,) -> (N, C) float32."""
-    (rows, width), threads = x.shape, torch.get_num_threads()
-    out = x.new_empty(rows, len(bias), dtype=torch.float32)
-    row = x.new_empty(threads, width, dtype=torch.float32)
-    _compiled().deebert_classify(
-        x.data_ptr(),
-        rows,
-        width,
-        weight.data_ptr(),
-        bias.data_ptr(),
-        len(bias),
-        row.data_ptr(),
-        out.data_ptr(),
-        _fork(),
-        threads,
-    )
+    rows, width = x.shape
+    out, room = x.new_empty(rows, len(bias), dtype=torch.float32), _row_of_each_thread(x)
+    _run("classify", x, rows, width, weight, bias, len(bias), room, out)
     return out
 
 
+def measures(logits: Tensor) -> bool:
+    """Whether `entropy` takes such answers."""
+    here = logits.device.type == "cpu" and logits.dtype == torch.float32 and logits.is_contiguous()
+    return here and 0 < logits.shape[-1] <= MOST_CLASSES and not logits.requires_grad and _runs()
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """-Σ p ln p of softmax(logits), in nats: (..., C) float32 -> (...) float32."""
+    out = logits.new_empty(logits.shape[:-1])
+    _run("entropy", logits, out.numel(), logits.shape[-1], out)
+    return out
+
+
+def _run(kernel: str, *arguments: Tensor | npt.NDArray[Any] | float | None) -> None:
+    """Give a kernel its numbers, where its arrays lie, and torch's threads."""
+    function = getattr(_compiled(), f"deebert_{kernel}")
+    function(*map(_address, arguments), _fork(), torch.get_num_threads())
+
+
+def _address(argument: Tensor | npt.NDArray[Any] | float | None) -> float | None:
+    if isinstance(argument, Tensor):
+        return argument.data_ptr()
+    return argument.ctypes.data if isinstance(argument, np.ndarray) else argument
+
+
+def _row_of_each_thread(like: Tensor) -> Tensor:
+    """Room for a row of `like` in float32, to work in."""
+    return like.new_empty(torch.get_num_threads(), like.shape[1], dtype=torch.float32)
+
+
+def _refuse_beyond(numbers: Tensor, table: Tensor) -> None:
+    if not numbers.numel():
+        return
+    least, most = (int(x) for x in torch.aminmax(numbers))
+    if not 0 <= least <= most < len(table):
+        raise IndexError(f"numbers from {least} to {most} in a table of {len(table)} rows")
+
+
 def _takes(x: Tensor) -> bool:
-    here = x.device.type == "cpu" and x.dtype == torch.bfloat16
-    return here and is_available() and _has_threads()
+    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and _runs()
 
 
-def _has_threads() -> bool:
-    """Whether as many threads as torch has can be woken."""
-    return torch.get_num_threads() == 1 or _fork() is not None
+def _runs() -> bool:
+    """Whether the kernels are there, and as many threads as torch has can be woken."""
+    return is_available() and (torch.get_num_threads() == 1 or _fork() is not None)
 
 
 def _compiled() -> ctypes.CDLL:
@@ -301,10 +319,12 @@ def _library() -> ctypes.CDLL | None:
         "attention": [address, address, count, count, count, real, address, count, address],
         "gelu": [address, count],
         "gather": [address, address, count, address],
-        "add_norm": [address, address, count, count, address, address, real],
+        "add_norm": [address, address, count, count, address, address, real, address],
+        "embed": [*[address] * 3, count, *[address] * 3, count, address, address, real, address, address],
         "mean": [address, address, count, count, address],
         "attended": [address, address, count, count, address, count, address, address],
         "classify": [address, count, count, address, address, count, address, address],
+        "entropy": [address, count, count, address],
         "quantize": [address, count, count, address, address, address, address],
         "rescale": [address, count, count, *[address] * 5],
     }

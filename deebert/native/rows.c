@@ -1,11 +1,11 @@
-/* What is done to each row, each number or each sequence by itself: GELU, the sum of two blocks normalized, a sequence's
- * mean, plain or weighted, an off-ramp's answer, and to bytes and back where the products are of bytes.
+/* What is done to each row or each number by itself: GELU, a layer's normalizations, rows put elsewhere, and to bytes and
+ * back where the products are of bytes.
  */
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #include "kernels.h"
 
 /* Of what a thread does at a time: what takes it 5 to 10 microseconds, as long as it takes to wake. */
-enum { LEAST_NUMBERS = 16384, LEAST_ROWS = 64, LEAST_SEQUENCES = 16 };
+enum { LEAST_NUMBERS = 16384, LEAST_ROWS = 64, LEAST_PIECES = 16 };
 
 int deebert_runs_here(void) {
     return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512f") &&
@@ -47,74 +47,99 @@ void deebert_gelu(bf16 *x, int64_t count, Fork fork, int64_t threads) {
 }
 
 typedef struct {
-    bf16 *x;
-    const bf16 *residual, *weight, *bias;
+    const bf16 *weight, *bias;
     int64_t width;
     float eps;
+} Norm;
+
+/* (row - its mean) / its standard deviation · weight + bias. `sum` is the row's, lane by lane. */
+KERNEL void normalize(Norm norm, const float *row, __m512 sum, bf16 *out) {
+    int64_t width = norm.width;
+    __m512 squares = _mm512_setzero_ps(), mean = constant(_mm512_reduce_add_ps(sum) / width);
+    for (int64_t i = 0; i < width; i += LANES) {
+        __m512 y = _mm512_sub_ps(_mm512_loadu_ps(row + i), mean);
+        squares = _mm512_fmadd_ps(y, y, squares);
+    }
+    __m512 variance = constant(_mm512_reduce_add_ps(squares) / width + norm.eps);
+    __m512 over_deviation = _mm512_div_ps(constant(1.0f), _mm512_sqrt_ps(variance));
+    for (int64_t i = 0; i < width; i += LANES) {
+        __m512 y = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(row + i), mean), over_deviation);
+        store(out + i, _mm512_fmadd_ps(y, load(norm.weight + i), load(norm.bias + i)));
+    }
+}
+
+typedef struct {
+    bf16 *x;
+    const bf16 *residual;
+    Norm norm;
+    float *row;
 } AddNorm;
 
 FOR_THIS_CPU static void add_norm(const void *task, int64_t first, int64_t last, int64_t thread) {
     const AddNorm *a = task;
-    const bf16 *weight = a->weight, *bias = a->bias;
-    int64_t width = a->width;
+    int64_t width = a->norm.width;
+    float *row = a->row + thread * width;
     for (int64_t r = first; r < last; r++) {
         bf16 *x = a->x + r * width;
         const bf16 *residual = a->residual + r * width;
-        __m512 sum = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
-        for (int64_t i = 0; i < width; i += LANES)
-            sum = _mm512_add_ps(sum, _mm512_add_ps(load(x + i), load(residual + i)));
-        __m512 mean = constant(_mm512_reduce_add_ps(sum) / width);
+        __m512 sum = _mm512_setzero_ps();
         for (int64_t i = 0; i < width; i += LANES) {
-            __m512 y = _mm512_sub_ps(_mm512_add_ps(load(x + i), load(residual + i)), mean);
-            squares = _mm512_fmadd_ps(y, y, squares);
+            __m512 y = _mm512_add_ps(load(x + i), load(residual + i));
+            _mm512_storeu_ps(row + i, y);
+            sum = _mm512_add_ps(sum, y);
         }
-        __m512 variance = constant(_mm512_reduce_add_ps(squares) / width + a->eps);
-        __m512 over_deviation = _mm512_div_ps(constant(1.0f), _mm512_sqrt_ps(variance));
-        for (int64_t i = 0; i < width; i += LANES) {
-            __m512 y = _mm512_sub_ps(_mm512_add_ps(load(x + i), load(residual + i)), mean);
-            y = _mm512_mul_ps(y, over_deviation);
-            store(x + i, _mm512_fmadd_ps(y, load(weight + i), load(bias + i)));
-        }
+        normalize(a->norm, row, sum, x);
     }
 }
 
-/* Each row of x + residual, normalized; in place of x. width is a multiple of 16. */
+/* Each row of x + residual, normalized; in place of x. width is a multiple of 16; row: as many float32 for each thread,
+ * to work in.
+ */
 void deebert_add_norm(bf16 *x, const bf16 *residual, int64_t rows, int64_t width, const bf16 *weight, const bf16 *bias,
-                      float eps, Fork fork, int64_t threads) {
-    AddNorm a = {x, residual, weight, bias, width, eps};
+                      float eps, float *row, Fork fork, int64_t threads) {
+    AddNorm a = {x, residual, {weight, bias, width, eps}, row};
     share((Team){fork, threads}, rows, LEAST_ROWS, add_norm, &a);
 }
 
 typedef struct {
-    const bf16 *states;
-    const int64_t *offsets;
-    int64_t width;
+    const int32_t *ids, *types;
+    const int64_t *positions;
+    const bf16 *of_ids, *of_types, *of_positions;
+    Norm norm;
+    float *row;
     bf16 *out;
-} Mean;
+} Embed;
 
-FOR_THIS_CPU static void mean(const void *task, int64_t first, int64_t last, int64_t thread) {
-    const Mean *m = task;
-    const int64_t *offsets = m->offsets, width = m->width;
-    const bf16 *states = m->states;
-    for (int64_t n = first; n < last; n++) {
-        __m512 share = constant(1.0f / (offsets[n + 1] - offsets[n]));
-        for (int64_t i = 0; i < width; i += 4 * LANES) {
-            int64_t vectors = width - i < 4 * LANES ? (width - i) / LANES : 4;
-            __m512 sums[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
-            for (int64_t t = offsets[n]; t < offsets[n + 1]; t++)
-                for (int64_t v = 0; v < vectors; v++)
-                    sums[v] = _mm512_add_ps(sums[v], load(states + t * width + i + v * LANES));
-            for (int64_t v = 0; v < vectors; v++)
-                store(m->out + n * width + i + v * LANES, _mm512_mul_ps(sums[v], share));
+FOR_THIS_CPU static void embed(const void *task, int64_t first, int64_t last, int64_t thread) {
+    const Embed *e = task;
+    int64_t width = e->norm.width;
+    float *row = e->row + thread * width;
+    for (int64_t t = first; t < last; t++) {
+        const bf16 *of_id = e->of_ids + e->ids[t] * width;
+        const bf16 *of_position = e->of_positions + e->positions[t] * width;
+        const bf16 *of_type = e->of_types ? e->of_types + (e->types ? e->types[t] : 0) * width : 0;
+        __m512 sum = _mm512_setzero_ps();
+        for (int64_t i = 0; i < width; i += LANES) {
+            __m512 y = _mm512_add_ps(load(of_id + i), load(of_position + i));
+            if (of_type) y = _mm512_add_ps(y, load(of_type + i));
+            _mm512_storeu_ps(row + i, y);
+            sum = _mm512_add_ps(sum, y);
         }
+        normalize(e->norm, row, sum, e->out + t * width);
     }
 }
 
-/* The mean of each sequence's rows: (tokens, width) -> (sequences, width); width is a multiple of 16. */
-void deebert_mean(const bf16 *states, const int64_t *offsets, int64_t sequences, int64_t width, bf16 *out, Fork fork,
-                  int64_t threads) {
-    Mean m = {states, offsets, width, out};
-    share((Team){fork, threads}, sequences, LEAST_SEQUENCES, mean, &m);
+/* What each token's state starts from: the sum of its rows of three tables, normalized: (tokens) -> (tokens, width).
+ *
+ * types: none where all are of the first one; of_types: none where tokens have no type. Every number is within its
+ * table. width is a multiple of 16; row: as many float32 for each thread, to work in.
+ */
+void deebert_embed(const int32_t *ids, const int32_t *types, const int64_t *positions, int64_t tokens,
+                   const bf16 *of_ids, const bf16 *of_types, const bf16 *of_positions, int64_t width,
+                   const bf16 *weight, const bf16 *bias, float eps, float *row, bf16 *out, Fork fork,
+                   int64_t threads) {
+    Embed e = {ids, types, positions, of_ids, of_types, of_positions, {weight, bias, width, eps}, row, out};
+    share((Team){fork, threads}, tokens, LEAST_ROWS, embed, &e);
 }
 
 typedef struct {
@@ -131,110 +156,7 @@ static void gather(const void *task, int64_t first, int64_t last, int64_t thread
 /* Pieces of memory, one after the other: piece i lies at from[i] and goes to bytes offsets[i] to offsets[i + 1]. */
 void deebert_gather(const int64_t *from, const int64_t *offsets, int64_t pieces, char *to, Fork fork, int64_t threads) {
     Gather g = {from, offsets, to};
-    share((Team){fork, threads}, pieces, LEAST_SEQUENCES, gather, &g);
-}
-
-typedef struct {
-    const bf16 *states, *query;
-    const int64_t *offsets;
-    int64_t width, longest;
-    float *weights;
-    bf16 *out;
-} Attended;
-
-/* What each token of a sequence weighs: e^(its product with the query - the largest), and one over their sum. */
-KERNEL float weigh(const bf16 *states, const bf16 *query, int64_t length, int64_t width, float *weights) {
-    float largest = -__builtin_inff();
-    for (int64_t t = 0; t < length; t++) {
-        __m512 sum = _mm512_setzero_ps();
-        for (int64_t i = 0; i < width; i += LANES)
-            sum = _mm512_fmadd_ps(load(states + t * width + i), load(query + i), sum);
-        weights[t] = _mm512_reduce_add_ps(sum);
-        largest = weights[t] > largest ? weights[t] : largest;
-    }
-    __m512 sum = _mm512_setzero_ps(), log2_e = constant(1.44269504f), shift = constant(largest);
-    for (int64_t t = 0; t < length; t += LANES) {
-        __mmask16 there = first_lanes(length - t);
-        __m512 x = _mm512_sub_ps(_mm512_maskz_loadu_ps(there, weights + t), shift);
-        x = _mm512_maskz_mov_ps(there, exp2_of(_mm512_mul_ps(x, log2_e)));
-        sum = _mm512_add_ps(sum, x);
-        _mm512_mask_storeu_ps(weights + t, there, x);
-    }
-    return 1.0f / _mm512_reduce_add_ps(sum);
-}
-
-FOR_THIS_CPU static void attended(const void *task, int64_t first, int64_t last, int64_t thread) {
-    const Attended *a = task;
-    int64_t width = a->width;
-    float *weights = a->weights + thread * a->longest;
-    for (int64_t n = first; n < last; n++) {
-        int64_t length = a->offsets[n + 1] - a->offsets[n];
-        const bf16 *states = a->states + a->offsets[n] * width;
-        __m512 over_sum = constant(weigh(states, a->query, length, width, weights));
-        for (int64_t i = 0; i < width; i += 4 * LANES) {
-            int64_t vectors = width - i < 4 * LANES ? (width - i) / LANES : 4;
-            __m512 sums[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
-            for (int64_t t = 0; t < length; t++)
-                for (int64_t v = 0; v < vectors; v++)
-                    sums[v] = _mm512_fmadd_ps(constant(weights[t]), load(states + t * width + i + v * LANES), sums[v]);
-            for (int64_t v = 0; v < vectors; v++)
-                store(a->out + n * width + i + v * LANES, _mm512_mul_ps(sums[v], over_sum));
-        }
-    }
-}
-
-/* The mean of each sequence's rows, weighted by the softmax of their products with a query: (tokens, width) ->
- * (sequences, width). width is a multiple of 16; weights: as many float32 for each thread as the longest has rows, to
- * work in.
- */
-void deebert_attended(const bf16 *states, const int64_t *offsets, int64_t sequences, int64_t width, const bf16 *query,
-                      int64_t longest, float *weights, bf16 *out, Fork fork, int64_t threads) {
-    Attended a = {states, query, offsets, width, longest, weights, out};
-    share((Team){fork, threads}, sequences, LEAST_SEQUENCES, attended, &a);
-}
-
-/* tanh, to 2e-6: of what is no number, none. */
-KERNEL __m512 tanh_of(__m512 x) {
-    __m512 size = _mm512_min_ps(constant(20.0f), _mm512_abs_ps(x)); /* of a NaN and a number, what stands second */
-    __m512 small = exp2_of(_mm512_mul_ps(size, constant(-2.8853901f))); /* 2 log2(e) */
-    __m512 one = constant(1.0f), y = _mm512_div_ps(_mm512_sub_ps(one, small), _mm512_add_ps(one, small));
-    __m512 sign = _mm512_and_ps(x, constant(-0.0f));
-    return _mm512_or_ps(y, sign);
-}
-
-typedef struct {
-    const bf16 *x, *weight, *bias;
-    int64_t width, classes;
-    float *row, *out;
-} Classify;
-
-FOR_THIS_CPU static void classify(const void *task, int64_t first, int64_t last, int64_t thread) {
-    const Classify *a = task;
-    int64_t width = a->width;
-    float *row = a->row + thread * width;
-    for (int64_t r = first; r < last; r++) {
-        const bf16 *x = a->x + r * width;
-        for (int64_t i = 0; i < width; i += LANES) _mm512_storeu_ps(row + i, tanh_of(load(x + i)));
-        for (int64_t c = 0; c < a->classes; c++) {
-            const bf16 *weight = a->weight + c * width;
-            __m512 sum = _mm512_setzero_ps();
-            for (int64_t i = 0; i < width; i += LANES)
-                sum = _mm512_fmadd_ps(_mm512_loadu_ps(row + i), load(weight + i), sum);
-            uint32_t upper = (uint32_t)a->bias[c] << 16;
-            float offset;
-            memcpy(&offset, &upper, sizeof offset);
-            a->out[r * a->classes + c] = _mm512_reduce_add_ps(sum) + offset;
-        }
-    }
-}
-
-/* An off-ramp's last product, of the tanh of its dense layer: (rows, width) -> (rows, classes). width is a multiple of
- * 16; row: as many float32 for each thread, to work in.
- */
-void deebert_classify(const bf16 *x, int64_t rows, int64_t width, const bf16 *weight, const bf16 *bias,
-                      int64_t classes, float *row, float *out, Fork fork, int64_t threads) {
-    Classify a = {x, weight, bias, width, classes, row, out};
-    share((Team){fork, threads}, rows, LEAST_ROWS, classify, &a);
+    share((Team){fork, threads}, pieces, LEAST_PIECES, gather, &g);
 }
 
 KERNEL __m512 load_times(const bf16 *x, const float *by, int64_t i) {

@@ -66,48 +66,25 @@ class SampleBatch:
         """
         chosen = Chosen(of=self, samples=samples)
         stays = chosen.layout.total_tokens >= _LEAST_LEFT_IN_PLACE * self.layout.total_tokens
-        return chosen if stays and all(map(native.gathers, self.token_rows)) else self.take(samples)
-
-    def take(self, samples: IntArray) -> SampleBatch:
-        """The samples with these indices, in this order (a copy)."""
-        index = self.layout.token_index(samples)
-        return SampleBatch(
-            sample_ids=self.sample_ids[samples],
-            layout=SequenceLayout.of(self.layout.lengths[samples], self._device),
-            token_rows=tuple(
-                torch.index_select(t, 0, index, out=new_rows(t, len(index))) for t in self.token_rows
-            ),
-        )
+        return chosen if stays and _gathers([self]) else chosen.copy()
 
     @property
     def first_rows(self) -> IntArray:
         """(N,) the first row of each sample."""
         return self.layout.offsets[:-1]
 
-    def sorted_by_length(self) -> SampleBatch:
-        """The same samples, shortest first."""
-        return self if _is_sorted(self.layout.lengths) else self.take(_by_length(self.layout.lengths))
-
     @staticmethod
     def form(parts: Sequence[SampleBatch | Chosen]) -> SampleBatch:
         """All samples, shortest first: neighbours of equal length share one attention call."""
         if len(parts) == 1 and isinstance(parts[0], SampleBatch) and _is_sorted(parts[0].layout.lengths):
             return parts[0]
-        wholes = [part.of if isinstance(part, Chosen) else part for part in parts]
-        if not all(native.gathers(rows) for whole in wholes for rows in whole.token_rows):
-            taken = [part.of.take(part.samples) if isinstance(part, Chosen) else part for part in parts]
-            return SampleBatch.concat(taken).sorted_by_length()
+        if not _gathers([part.of if isinstance(part, Chosen) else part for part in parts]):
+            copies = [part.copy() if isinstance(part, Chosen) else part for part in parts]
+            whole = SampleBatch.concat(copies)
+            lengths = whole.layout.lengths
+            return whole if _is_sorted(lengths) else Chosen(of=whole, samples=_by_length(lengths)).copy()
         lengths = np.concatenate([part.layout.lengths for part in parts])
-        order, firsts = _by_length(lengths), [part.first_rows for part in parts]
-        columns = []
-        for rows in zip(*(whole.token_rows for whole in wholes), strict=True):
-            columns.append(new_rows(rows[0], int(lengths.sum())))
-            native.gather(list(zip(rows, firsts, strict=True)), lengths, order, columns[-1])
-        return SampleBatch(
-            sample_ids=np.concatenate([part.sample_ids for part in parts])[order],
-            layout=SequenceLayout.of(lengths[order], wholes[0]._device),
-            token_rows=tuple(columns),
-        )
+        return _gathered(parts, lengths, _by_length(lengths))
 
     @staticmethod
     def concat(batches: Sequence[SampleBatch]) -> SampleBatch:
@@ -157,6 +134,40 @@ class Chosen:
     def slice(self, start: int, stop: int) -> Chosen:
         """Samples `start`..`stop` (exclusive) of them."""
         return Chosen(of=self.of, samples=self.samples[start:stop])
+
+    def copy(self) -> SampleBatch:
+        """The same samples in a batch of their own, in this order."""
+        if _gathers([self.of]):
+            return _gathered([self], self.layout.lengths, np.arange(len(self)))
+        index = self.of.layout.token_index(self.samples)
+        return SampleBatch(
+            sample_ids=self.sample_ids,
+            layout=self.layout,
+            token_rows=tuple(
+                torch.index_select(t, 0, index, out=new_rows(t, len(index))) for t in self.of.token_rows
+            ),
+        )
+
+
+def _gathers(wholes: Sequence[SampleBatch]) -> bool:
+    return all(native.gathers(rows) for whole in wholes for rows in whole.token_rows)
+
+
+def _gathered(parts: Sequence[SampleBatch | Chosen], lengths: IntArray, order: IntArray) -> SampleBatch:
+    """All samples of the parts, of these lengths, in this order: one copy."""
+    wholes, firsts = [], []
+    for part in parts:
+        wholes.append(part.of if isinstance(part, Chosen) else part)
+        firsts.append(part.first_rows)
+    columns = []
+    for rows in zip(*(whole.token_rows for whole in wholes), strict=True):
+        columns.append(new_rows(rows[0], int(lengths.sum())))
+        native.gather(list(zip(rows, firsts, strict=True)), lengths, order, columns[-1])
+    return SampleBatch(
+        sample_ids=np.concatenate([part.sample_ids for part in parts])[order],
+        layout=SequenceLayout.of(lengths[order], wholes[0].layout.device),
+        token_rows=tuple(columns),
+    )
 
 
 def _is_sorted(lengths: IntArray) -> bool:

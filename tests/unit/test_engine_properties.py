@@ -483,7 +483,7 @@ class TestSeconds:
         clock.slow(monkeypatch, ScriptedEncoder, "layer", 2)
         clock.slow(monkeypatch, ScriptedEncoder, "answer", 4)
         clock.slow(monkeypatch, LayerBuffer, "take", 8)
-        clock.slow(monkeypatch, SampleBatch, "take", 16)  # the survivors
+        clock.slow(monkeypatch, SampleBatch, "keep", 16)  # the survivors
         engine, _ = engine_of(off_ramp_layers=(1,))
         submit(engine, 1, 9, 1, 9)
 
@@ -720,14 +720,14 @@ def test_memory_that_fails_while_survivors_are_gathered_costs_no_sample(
 ) -> None:
     engine, _ = engine_of(under_way=2)
     submit(engine, 1, 3, 1, 3, 3, 1, 3, 1)
-    gather = SampleBatch.take
+    gather = SampleBatch.keep
 
     def with_little_memory(batch: SampleBatch, samples: IntArray) -> SampleBatch:
         if batch.layout.total_tokens > 4:
             raise error
         return gather(batch, samples)
 
-    monkeypatch.setattr(SampleBatch, "take", with_little_memory)
+    monkeypatch.setattr(SampleBatch, "keep", with_little_memory)
     left = {int(i): exits.exit_layer for exits in engine.drain() for i in exits.sample_ids}
     assert left == {0: 1, 1: 3, 2: 1, 3: 3, 4: 3, 5: 1, 6: 3, 7: 1}
 
@@ -762,26 +762,26 @@ def test_memory_that_fails_while_a_micro_batch_is_formed_costs_no_sample(
 
 @pytest.mark.usefixtures("no_kernels")
 @pytest.mark.parametrize("under_way", [1, 2])
-@pytest.mark.parametrize("part", ["concat", "sorted_by_length"])
+@pytest.mark.parametrize(("owner", "part"), [(SampleBatch, "concat"), (Chosen, "copy")])
 def test_memory_that_fails_while_a_micro_batch_is_put_together_costs_no_sample(
-    monkeypatch: pytest.MonkeyPatch, under_way: int, part: str
+    monkeypatch: pytest.MonkeyPatch, under_way: int, owner: type, part: str
 ) -> None:
     engine, _ = engine_of(under_way=under_way)
     submit(engine, 1, 3, 1)
     submit(engine, 3, 3, 1, 3, 1, first=3)
-    whole, refused = getattr(SampleBatch, part), []
+    whole, refused = getattr(owner, part), []
 
     def with_little_memory(given: Any) -> SampleBatch:
-        first = given[0] if isinstance(given, list) else given
+        first = given[0] if isinstance(given, list) else given.of
         is_states = first.token_rows[0].dim() > 1  # not token ids, which are the host's
-        if is_states and len(given) > 1:  # batches to join, or samples to sort
+        if is_states and len(given) > 1:  # batches to join, or samples to sort or to keep
             refused.append(len(given))
             raise torch.OutOfMemoryError
         made: SampleBatch = whole(given)
         return made
 
     patched = staticmethod(with_little_memory) if part == "concat" else with_little_memory
-    monkeypatch.setattr(SampleBatch, part, patched)
+    monkeypatch.setattr(owner, part, patched)
     left = {int(i): exits.exit_layer for exits in engine.drain() for i in exits.sample_ids}
     assert left == {0: 1, 1: 3, 2: 1, 3: 3, 4: 3, 5: 1, 6: 3, 7: 1}
     assert refused
@@ -801,14 +801,14 @@ def test_what_ran_out_of_memory_is_halved_not_what_would_have_been_allowed() -> 
 def test_who_could_not_be_gathered_runs_next_in_halves(monkeypatch: pytest.MonkeyPatch) -> None:
     engine, _ = engine_of()
     submit(engine, 1, 3, 1, 3, 1, 1, 1, 1)
-    gather = SampleBatch.take
+    gather = SampleBatch.keep
 
     def with_little_memory(batch: SampleBatch, samples: IntArray) -> SampleBatch:
         if batch.layout.total_tokens > 4:
             raise torch.OutOfMemoryError
         return gather(batch, samples)
 
-    monkeypatch.setattr(SampleBatch, "take", with_little_memory)
+    monkeypatch.setattr(SampleBatch, "keep", with_little_memory)
 
     found = [(exits.exit_layer, exits.sample_ids.tolist()) for exits in engine.drain()]
     assert found == [(1, [0]), (1, [2]), (2, []), (3, [1, 3]), (1, [4, 5]), (1, [6, 7])]
@@ -817,7 +817,7 @@ def test_who_could_not_be_gathered_runs_next_in_halves(monkeypatch: pytest.Monke
 def test_what_a_step_came_to_is_free_before_its_samples_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
     engine, _ = engine_of()
     submit(engine, 1, 3, 1, 3)
-    gather, shrink = SampleBatch.take, Engine._shrink
+    gather, shrink = SampleBatch.keep, Engine._shrink
     held: list[weakref.ref[Tensor]] = []
     alive: list[bool] = []
 
@@ -831,7 +831,7 @@ def test_what_a_step_came_to_is_free_before_its_samples_run_again(monkeypatch: p
         alive.extend(states() is not None for states in held)
         shrink(engine, tokens)
 
-    monkeypatch.setattr(SampleBatch, "take", with_little_memory)
+    monkeypatch.setattr(SampleBatch, "keep", with_little_memory)
     monkeypatch.setattr(Engine, "_shrink", looking)
     assert sum(map(len, engine.drain())) == 4
     assert alive == [False]

@@ -257,6 +257,49 @@ class TestAddNorm:
 
 
 @needs_kernels
+class TestEmbed:
+    WORD, POSITION, TYPE = random(50, 48), random(20, 48, seed=1, size=0.3), random(2, 48, seed=2)
+    NORM = (random(48, seed=3), random(48, seed=4), 1e-12)
+
+    def embed(self, ids: Tensor, positions: Tensor, types: Tensor | None, **other: Tensor | None) -> Tensor:
+        tables = {"word": self.WORD, "position": self.POSITION, "token_type": self.TYPE, **other}
+        weight, bias, eps = self.NORM
+        return native.embed(ids, positions, types, **tables, weight=weight, bias=bias, eps=eps)  # type: ignore[arg-type]
+
+    def numbers(self, tokens: int, below: int, seed: int) -> Tensor:
+        return torch.randint(below, (tokens,), generator=torch.Generator().manual_seed(seed))
+
+    @pytest.mark.parametrize("tokens", [0, 1, 7, 300])
+    def test_is_within_rounding_of_float64(self, tokens: int) -> None:
+        ids, types = self.numbers(tokens, 50, 0).int(), self.numbers(tokens, 2, 1).int()
+        positions = self.numbers(tokens, 20, 2)
+        summed = self.WORD.double()[ids] + self.POSITION.double()[positions]
+        weight, bias, eps = (x.double() if isinstance(x, Tensor) else x for x in self.NORM)
+
+        for given_types, table, of_types in (
+            (types, self.TYPE, self.TYPE.double()[types]),
+            (None, self.TYPE, self.TYPE.double()[0]),
+            (None, None, 0),
+            (types, None, 0),
+        ):
+            found = self.embed(ids, positions, given_types, token_type=table)
+
+            exact = F.layer_norm(summed + of_types, (48,), weight, bias, eps)  # type: ignore[arg-type]
+            assert (found.dtype, found.shape) == (torch.bfloat16, (tokens, 48))
+            torch.testing.assert_close(found.double(), exact, atol=1e-5, rtol=HALF_STEP)
+
+    @pytest.mark.parametrize("beyond", [-1, 50, 2**31 - 1])
+    def test_a_number_beyond_its_table_is_refused(self, beyond: int) -> None:
+        fine, places = torch.tensor([3, 4], dtype=torch.int32), torch.tensor([0, 1])
+        bad = torch.tensor([3, beyond], dtype=torch.int32)
+
+        for numbers in ((bad, places, None), (fine, bad.long(), None), (fine, places, bad)):
+            with pytest.raises(IndexError, match=r"numbers from .* in a table of \d+ rows"):
+                self.embed(*numbers)
+        assert self.embed(fine, places, bad, token_type=None).isfinite().all()
+
+
+@needs_kernels
 class TestMean:
     @given(
         lengths=st.lists(st.integers(1, 70), min_size=1, max_size=6),
@@ -388,6 +431,45 @@ class TestClassify:
 
 
 @needs_kernels
+class TestEntropy:
+    @pytest.mark.parametrize("classes", [1, 2, 3, 16])
+    @pytest.mark.parametrize("size", [0.01, 1.0, 30.0])
+    def test_is_within_float32_of_float64(self, classes: int, size: float) -> None:
+        logits = size * torch.randn(500, classes, generator=torch.Generator().manual_seed(classes))
+
+        found = native.entropy(logits)
+
+        log_p = logits.double().log_softmax(-1)
+        assert (found.dtype, found.shape) == (torch.float32, (500,))
+        torch.testing.assert_close(found.double(), -(log_p.exp() * log_p).sum(-1), atol=1e-15, rtol=2e-6)
+
+    def test_of_answers_however_sure(self) -> None:
+        apart = torch.arange(0, 120, 0.25)
+
+        found = native.entropy(torch.stack((-apart, torch.zeros(len(apart))), dim=1))
+
+        p = (-apart.double()).exp() / (1 + (-apart.double()).exp())
+        exact = apart.double() * p + torch.log1p((-apart.double()).exp())
+        normal = exact > 1e-37  # below, float32 itself loses digits
+        torch.testing.assert_close(found.double()[normal], exact[normal], atol=0, rtol=2e-6)
+        assert (found >= 0).all()
+
+    @pytest.mark.parametrize("at", [0, 1, 2])
+    @pytest.mark.parametrize("flaw", [math.nan, math.inf])
+    def test_what_is_no_number_has_none(self, at: int, flaw: float) -> None:
+        logits = torch.randn(3, 3)
+        logits[1, at] = flaw
+
+        assert native.entropy(logits).isnan().tolist() == [False, True, False]
+
+    def test_of_many_off_ramps_at_once(self) -> None:
+        logits = torch.randn(2, 5, 3)
+
+        assert torch.equal(native.entropy(logits)[1], native.entropy(logits[1]))
+        assert native.entropy(logits[:0]).shape == (0, 5)
+
+
+@needs_kernels
 class TestQuantize:
     @given(
         rows=st.integers(0, 5),
@@ -457,6 +539,17 @@ def test_they_take_what_they_were_made_for() -> None:
     rows = random(8, 32)
     assert [native.quantizes(rows, outputs) for outputs in (48, 50)] == [True, False]
     assert not native.quantizes(random(8, 24), 48)
+    ids = torch.tensor([1, 2, 3, 4], dtype=torch.int32)
+    assert native.embeds(ids, rows)
+    assert not native.embeds(ids.long(), rows)
+    assert not native.embeds(ids[::2], rows)
+    assert not native.embeds(ids, rows.float())
+    logits = torch.randn(4, 16)
+    assert native.measures(logits)
+    assert not native.measures(logits.double())
+    assert not native.measures(logits.t())
+    assert not native.measures(torch.randn(4, 17))
+    assert not native.measures(logits.clone().requires_grad_())
 
 
 PART = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
@@ -516,8 +609,33 @@ class TestThreads:
 
         self.equal(several, lambda: native.add_norm_(x.clone(), residual, *norm))
         self.equal(several, lambda: native.classify(x, *classifier))
+        self.equal(several, lambda: native.entropy(product))
         self.equal(several, lambda: native.quantize(x, sums))
         self.equal(several, rescaled)
+
+    @pytest.mark.parametrize("tokens", [0, 1, 64, 129, 2000])
+    def test_embed(self, several: int, tokens: int) -> None:
+        ids, tables, norm = (
+            torch.arange(tokens) % 10,
+            random(3, 10, 48).unbind(),
+            random(2, 48, seed=1).unbind(),
+        )
+        word, position, token_type = tables
+
+        def embedded() -> Tensor:
+            return native.embed(
+                ids.int(),
+                ids,
+                None,
+                word=word,
+                position=position,
+                token_type=token_type,
+                weight=norm[0],
+                bias=norm[1],
+                eps=1e-12,
+            )
+
+        self.equal(several, embedded)
 
     @pytest.mark.parametrize("lengths", [[5], [1, 30] * 40, []])
     def test_mean(self, several: int, lengths: list[int]) -> None:

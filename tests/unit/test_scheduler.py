@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from deebert import native
 from deebert.packing import PackedTokens, SequenceLayout
@@ -35,6 +36,17 @@ def held_tokens(waiting: LayerBuffer) -> int:
     """Tokens whose states are kept in memory, those that were taken already among them."""
     storages = {rows.untyped_storage().data_ptr(): rows for c in waiting._chunks for rows in c.token_rows}
     return sum(rows.untyped_storage().nbytes() // rows.itemsize for rows in storages.values())
+
+
+def one_by_one(batch: SampleBatch | Chosen) -> list[tuple[int, list[Tensor]]]:
+    """Each sample and its rows."""
+    whole, chosen = (batch.of, batch.samples) if isinstance(batch, Chosen) else (batch, np.arange(len(batch)))
+    ends = whole.layout.lengths.cumsum()
+    return [
+        (int(whole.sample_ids[i]), [rows[end - length : end] for rows in whole.token_rows])
+        for i in chosen.tolist()
+        for end, length in [(ends[i], whole.layout.lengths[i])]
+    ]
 
 
 FULL, PARTLY, EMPTY = (5, 5), (5, 4), ()
@@ -190,7 +202,7 @@ class TestSampleBatch:
         assert again.token_type_ids is not None
         assert again.token_type_ids.tolist() == [0, 1, 0]
 
-    def test_take_keeps_every_tensor_with_its_sample(self) -> None:
+    def test_a_copy_keeps_every_tensor_with_its_sample(self) -> None:
         states = torch.arange(12.0).view(6, 2)
         batch = SampleBatch(
             sample_ids=np.array([5, 6, 7]),
@@ -198,7 +210,7 @@ class TestSampleBatch:
             token_rows=(torch.arange(6), states),
         )
 
-        taken = batch.take(np.array([2, 0]))
+        taken = Chosen(of=batch, samples=np.array([2, 0])).copy()
 
         assert taken.sample_ids.tolist() == [7, 5]
         assert taken.layout.cu_seqlens.tolist() == [0, 3, 4]
@@ -215,15 +227,18 @@ class TestSampleBatch:
         assert part.token_rows[0].data_ptr() == batch.token_rows[0][2:].data_ptr()
 
     def test_sorting_by_length_is_stable(self) -> None:
-        assert samples(2, 1, 2, 1).sorted_by_length().sample_ids.tolist() == [1, 3, 0, 2]
+        assert SampleBatch.form([samples(2, 1, 2, 1)]).sample_ids.tolist() == [1, 3, 0, 2]
 
     def test_of_many_samples_as_well(self) -> None:
-        order = samples(*[2, 1] * 100).sorted_by_length().sample_ids.tolist()
+        order = SampleBatch.form([samples(*[2, 1] * 100)]).sample_ids.tolist()
 
         assert order == [*range(1, 200, 2), *range(0, 200, 2)]
 
+    @pytest.mark.parametrize("kernels", [True, False])
     @given(data=st.data())
-    def test_a_micro_batch_of_parts_is_what_copies_in_turn_would_make_it(self, data: st.DataObject) -> None:
+    def test_a_micro_batch_of_parts_has_their_samples_shortest_first(
+        self, kernels: bool, data: st.DataObject
+    ) -> None:
         dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
         parts: list[SampleBatch | Chosen] = []
         for number in range(data.draw(st.integers(1, 4))):
@@ -237,13 +252,17 @@ class TestSampleBatch:
             chosen = data.draw(st.lists(st.integers(0, len(lengths) - 1), unique=True).map(sorted))
             parts.append(Chosen(of=batch, samples=np.array(chosen, np.int64)) if len(chosen) else batch)
 
-        formed = SampleBatch.form(parts)
+        with pytest.MonkeyPatch.context() as without:
+            if not kernels:
+                without.setattr(native, "_library", lambda: None)
+            formed = SampleBatch.form(parts)
 
-        copies = [part.of.take(part.samples) if isinstance(part, Chosen) else part for part in parts]
-        expected = SampleBatch.concat(copies).sorted_by_length()
-        assert formed.sample_ids.tolist() == expected.sample_ids.tolist()
-        assert formed.layout.lengths.tolist() == expected.layout.lengths.tolist()
-        assert all(map(torch.equal, formed.token_rows, expected.token_rows))
+        expected = [sample for part in parts for sample in one_by_one(part)]
+        expected.sort(key=lambda sample: len(sample[1][0]))
+        found = one_by_one(formed)
+        assert [sample_id for sample_id, _ in found] == [sample_id for sample_id, _ in expected]
+        for (_, rows), (_, expected_rows) in zip(found, expected, strict=True):
+            assert all(map(torch.equal, rows, expected_rows))
 
     @pytest.mark.skipif(not native.is_available(), reason="the kernels are not built")
     def test_most_of_a_batch_stays_where_it_lies_and_less_is_copied(self) -> None:
@@ -264,7 +283,6 @@ class TestSampleBatch:
     def test_samples_that_lie_in_order_are_not_copied(self) -> None:
         ordered = samples(1, 2, 2, 3)
 
-        assert ordered.sorted_by_length() is ordered
         assert SampleBatch.concat([ordered]) is ordered
         assert SampleBatch.form([ordered]) is ordered
         assert ordered.slice(0, 4) is ordered
