@@ -63,6 +63,7 @@ _JOINT_FAST = {**_JOINT, "off_ramp_learning_rate": 5e-4}
 _ALTERNATING = {"recipe": "alternating", "self_distillation": 0.5, "off_ramp_learning_rate": 5e-4}
 _REFRESH = {"recipe": "off-ramps", "self_distillation": 0.7}
 _UNIFORM = {**_JOINT_FAST, "weighting": "uniform"}
+_BEST_FAST = {"recipe": "best", "stage_2": "fast"}
 _BETWEEN = {
     "25": (0.25, 0.25),
     "40": (0.4, 0.4),
@@ -79,7 +80,7 @@ _BETWEEN = {
 
 
 def _other_poolings() -> Mapping[str, Variant]:
-    """Two stages, three, and what `--recipe best` keeps of the third, for each pooling but the mean."""
+    """Two stages, three, and ever less of the third further down, for each pooling but the mean."""
     variants: dict[str, Variant] = {}
     for pooling in ("cls", "both", "attention"):
         stage_2 = {"stage_2": "exact"} if pooling == "attention" else {}
@@ -124,10 +125,8 @@ VARIANTS: Mapping[str, Variant] = MappingProxyType(
         "continued-100-0-both-refreshed": Trained(flags=_REFRESH, start="continued-100-0-both"),
         **_other_poolings(),
         # Stage 2 fast: attention starts as the mean and is learned by the third stage alone.
-        "best-attention": Trained(flags={"recipe": "best", "off_ramp_pooling": "attention"}),
-        "best-attention-whole": Trained(
-            flags={"recipe": "best", "off_ramp_pooling": "attention", "interpolation": (1.0, 1.0)}
-        ),
+        "best-attention": Trained(flags={**_BEST_FAST, "interpolation": (1.0, 0.0)}),
+        "best-attention-whole": Trained(flags=_BEST_FAST),
     }
 )
-"""``continued-100-0`` is what `--recipe best` makes, ``continued-100-0-cls`` with [CLS] states instead of means."""
+"""``continued-attention`` is what `--recipe best` makes, ``continued-cls`` with [CLS] states instead of attention."""

@@ -104,9 +104,10 @@ class TrainJob:
         default=False,
     )
     output: str = flag("model folder to write")
-    off_ramp_pooling: str = flag(
-        "what off-ramps and the final classifier read; attention learns which tokens count, and needs --stage-2 exact",
-        default="mean",
+    off_ramp_pooling: str | None = flag(
+        "what off-ramps and the final classifier read (mean; best: attention, which learns which tokens count, in an "
+        "exact stage 2 or a third stage)",
+        default=None,
         choices=_POOLINGS,
     )
     off_ramp_layers: tuple[int, ...] | None = flag(
@@ -124,8 +125,8 @@ class TrainJob:
     max_rows: int | None = flag("train on a random sample of this many rows", default=None, parse=positive)
     recipe: str = flag(
         "two-stage is the paper's; joint and alternating train off-ramps with the backbone; off-ramps is stage 2 "
-        "alone; best is what measured best: two stages, then a third that trains all together, taught by what the two "
-        "made, and part of its change to the weights",
+        "alone; best is what measured best: off-ramps on attention, an exact stage 2, then a third stage that trains "
+        "all together, taught by what the two made",
         default="two-stage",
         choices=_RECIPE_NAMES,
     )
@@ -140,9 +141,7 @@ class TrainJob:
         parse=number,
     )
     temperature: float = flag("of all distillation", default=2.0, parse=number)
-    teacher: str | None = flag(
-        "folder of a fine-tuned DeeBERT model that stage 1 also learns from", default=None
-    )
+    teacher: str | None = flag("folder of a DeeBERT model that stage 1 also learns from", default=None)
     teacher_weight: float = flag(
         "share of the final classifier's loss that comes from the teacher", default=0.5, parse=number
     )
@@ -150,7 +149,7 @@ class TrainJob:
         "weight of the mean squared distance to the teacher's token states", default=0.0, parse=number
     )
     stage_2: str | None = flag(
-        "fast: on cached states of the frozen backbone; exact: through it, with its dropout, as in the paper; none",
+        "fast: on cached states of the frozen backbone; exact (best): through it, dropout on, as in the paper; none",
         default=None,
         choices=("fast", "exact", "none"),
     )
@@ -166,9 +165,8 @@ class TrainJob:
         "stages 1 and 3: peak learning rate (2e-5, as in the paper)", default=None, parse=number
     )
     interpolation: tuple[float, float] | None = flag(
-        "stage 3 of best (1,0), or stage 1 with --from-model (1): share of its change to the weights that is kept, one "
-        "for all layers, or the first layer's and the last's, with those between in between; 1 is for texts like the "
-        "training texts, less for others",
+        "stage 3 of best, or stage 1 with --from-model: share of its change to the weights that is kept (1), one for "
+        "all layers, or the first layer's and the last's, with those between in between",
         default=None,
         parse=_shares,
         metavar="SHARE[,SHARE]",
@@ -188,11 +186,9 @@ class TrainJob:
         "all stages: share of the steps in which the learning rate rises (0)", default=None, parse=number
     )
     adam_epsilon: float | None = flag("all stages: AdamW's epsilon (1e-8)", default=None, parse=number)
-    max_grad_norm: float | None = flag(
-        "all stages: gradients are cut to it (1.0)", default=None, parse=number
-    )
+    max_grad_norm: float | None = flag("all stages: gradients are cut to it (1)", default=None, parse=number)
     exit_head_learning_rate: float | None = flag(
-        "of --learn-to-exit's head (5e-3)", default=None, parse=number
+        "the --learn-to-exit head's (5e-3)", default=None, parse=number
     )
     accumulation_steps: int | None = flag(
         "pieces that a batch is computed in: less memory, the same step (1)", default=None, parse=integer
@@ -218,6 +214,11 @@ class TrainJob:
     checkpoint_steps: int = flag("steps between checkpoints", default=1000, parse=integer)
     resume: bool = flag("go on where a killed training stopped", default=False)
     overwrite: bool = flag("replace an existing model folder, or a killed training", default=False)
+
+    @property
+    def new_off_ramps_read(self) -> str:
+        """The pooling of a model that begins with `backbone`."""
+        return self.off_ramp_pooling or ("attention" if self.recipe == "best" else "mean")
 
     @property
     def work_dir(self) -> Path:
@@ -289,7 +290,7 @@ def _check(job: TrainJob) -> None:
         raise UsageError(
             f"--from-classifier keeps its weights and --recipe {job.recipe} would change them: leave --recipe out"
         )
-    if job.from_classifier is not None and job.off_ramp_pooling != TrainJob.off_ramp_pooling:
+    if job.from_classifier is not None and job.off_ramp_pooling is not None:
         raise UsageError(
             "--from-classifier reads what its classifier was trained on: leave --off-ramp-pooling out"
         )
@@ -298,8 +299,8 @@ def _check(job: TrainJob) -> None:
             "--recipe off-ramps leaves the final classifier as it is, and that of a bare --backbone is random: give "
             "--from-classifier or --from-model, or leave --recipe out"
         )
-    says_pooling = job.off_ramp_pooling != TrainJob.off_ramp_pooling
-    if job.from_model is not None and (says_pooling or job.off_ramp_layers is not None or job.shared_pooler):
+    new_kinds = job.off_ramp_pooling is not None or job.off_ramp_layers is not None or job.shared_pooler
+    if job.from_model is not None and new_kinds:
         raise UsageError(
             "--from-model has its off-ramps already: leave --off-ramp-pooling, --off-ramp-layers and --shared-pooler "
             "out, or begin with --backbone"

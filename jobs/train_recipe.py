@@ -92,7 +92,7 @@ def _stage_2(job: TrainJob, stage: OffRampStage | None, *, is_last: bool) -> Off
         return None
     distillation = _distillation(job, None if stage is None else stage.self_distillation)
     mode = job.stage_2 or (stage or OffRampStage()).mode
-    if mode == "fast" and is_last and job.off_ramp_pooling == "attention":
+    if mode == "fast" and is_last and job.new_off_ramps_read == "attention":
         raise UsageError(
             "--off-ramp-pooling attention learns what it reads, which a fast stage 2 keeps as it is: give "
             "--stage-2 exact, or --recipe best, whose third stage trains it"

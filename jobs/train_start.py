@@ -68,7 +68,7 @@ def fresh_start(job: TrainJob, texts: LabelledTexts) -> Checkpoint:
         model = DeeBertForSequenceClassification.from_backbone(
             job.backbone,
             labels=list(texts.names),
-            off_ramp_pooling=job.off_ramp_pooling,  # type: ignore[arg-type]  # one of the flag's choices
+            off_ramp_pooling=job.new_off_ramps_read,  # type: ignore[arg-type]  # one of the flag's choices
             allow_pickle=job.allow_pickle,
             problem_type=texts.problem.name,
             learns_to_exit=job.learn_to_exit,

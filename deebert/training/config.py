@@ -306,16 +306,16 @@ OFF_RAMPS = Recipe(stage_1=None)
 """Stage 2 alone, on a model that was fine-tuned elsewhere."""
 BEST = replace(
     TWO_STAGE,
+    stage_2=PAPER_STAGE_2,
     stage_3=BackboneStage(
         objective=Joint(
             weighting="uniform", self_distillation=Distillation(weight=0.5), off_ramp_learning_rate=5e-4
         ),
         teacher=BornAgain(weight=0.5),
-        interpolation=Interpolation(first=1.0, last=0.0),
     ),
 )
-"""The winner here: two stages, then all together, taught by what the two made, of which a part is kept. See
-DECISIONS.md."""
+"""The winner here, of off-ramps on attention pooling: two stages, the second exact so that it learns what to read, then
+all together, taught by what the two made. See DECISIONS.md."""
 
 RECIPES: Mapping[str, Recipe] = MappingProxyType(
     {

@@ -150,12 +150,17 @@ class Runner:
         seconds = sum(span.seconds() for span in step.spans)
         started = time.perf_counter()
         last, after, layout = self.segments[step.first], step.after, step.after.layout
-        leaves = np.ones(len(after), np.bool_) if step.leaves is None else step.leaves.numpy()
-        exits = self._exits(last + 1, after, step.answer, leaves)
+        leaves = None if step.leaves is None else step.leaves.numpy()
+        leaving = len(after) if leaves is None else np.count_nonzero(leaves)
         survivors: SampleBatch | Chosen | None = None
-        if not leaves.any():
+        if leaving == len(after):
+            exits = self._exits(last + 1, after, step.answer, slice(None))
+        elif not leaving:
+            exits = self._exits(last + 1, after, step.answer, slice(0))
             survivors = after
-        elif not leaves.all():
+        else:
+            assert leaves is not None
+            exits = self._exits(last + 1, after, step.answer, np.flatnonzero(leaves))
             with Span(self.device) as gather:
                 survivors = after.keep(np.flatnonzero(~leaves))
             self._gathers.append((step.first, last, gather))
@@ -188,19 +193,17 @@ class Runner:
         states = self._encoder.embed(tokens)
         return SampleBatch(sample_ids=batch.sample_ids, layout=tokens.layout, token_rows=(states,))
 
-    def _exits(
-        self, layer: int, batch: SampleBatch, answer: OffRampAnswer, leaves: npt.NDArray[np.bool_]
-    ) -> Exits:
-        certainty, logits = answer.certainty, answer.logits.numpy()[leaves]
+    def _exits(self, layer: int, batch: SampleBatch, answer: OffRampAnswer, who: IntArray | slice) -> Exits:
+        certainty, logits = answer.certainty, answer.logits.numpy()[who]
         # The largest of numbers that are none is the first: a label like any other.
         if not np.isfinite(logits).all():
             raise NotFiniteError(_not_finite(layer, self._encoder.dtype))
         return Exits(
-            sample_ids=batch.sample_ids[leaves],
+            sample_ids=batch.sample_ids[who],
             exit_layer=layer,
             logits=logits,
-            entropy=answer.entropy.numpy()[leaves],
-            certainty=None if certainty is None else certainty.numpy()[leaves],
+            entropy=answer.entropy.numpy()[who],
+            certainty=None if certainty is None else certainty.numpy()[who],
             problem=self._encoder.problem,
         )
 

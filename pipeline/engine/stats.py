@@ -9,9 +9,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 
 @dataclass(frozen=True, kw_only=True)
 class EngineStats:
@@ -90,9 +87,10 @@ class StatsCounter:
     """The mutable counter behind `EngineStats`; one per engine, touched once per step."""
 
     def __init__(self, num_layers: int) -> None:
-        self._ints: npt.NDArray[np.int64] = np.zeros((4, num_layers), np.int64)
-        self._off_ramp_samples: npt.NDArray[np.int64] = np.zeros(num_layers + 1, np.int64)
-        self._seconds: npt.NDArray[np.float64] = np.zeros(num_layers, np.float64)
+        # Lists: an array takes ten times as long to change one number of.
+        self._steps, self._samples, self._tokens, self._squared_tokens = ([0] * num_layers for _ in range(4))
+        self._off_ramp_samples = [0] * (num_layers + 1)
+        self._seconds = [0.0] * num_layers
         self._embedding_seconds = 0.0
 
     def count_layers(
@@ -104,20 +102,19 @@ class StatsCounter:
         """
         self._off_ramp_samples[last + 1] += samples
         self.count_seconds(first, last, seconds)
-        if last < 0:
-            return
-        span = slice(first, last + 1)
-        self._ints[0, span] += 1
-        self._ints[1, span] += samples
-        self._ints[2, span] += tokens
-        self._ints[3, span] += squared_tokens
+        for layer in range(max(first, 0), last + 1):
+            self._steps[layer] += 1
+            self._samples[layer] += samples
+            self._tokens[layer] += tokens
+            self._squared_tokens[layer] += squared_tokens
 
     def count_seconds(self, first: int, last: int, seconds: float) -> None:
         """More seconds in layers `first`..`last`; see `count_layers`."""
         if last < 0:
             self._embedding_seconds += seconds
-        else:
-            self._seconds[first : last + 1] += seconds / (last + 1 - first)
+            return
+        for layer in range(first, last + 1):
+            self._seconds[layer] += seconds / (last + 1 - first)
 
     def count_embedding(self, seconds: float) -> None:
         """The embeddings of one micro-batch took `seconds`."""
@@ -125,13 +122,12 @@ class StatsCounter:
 
     def snapshot(self) -> EngineStats:
         """The counts so far, immutable."""
-        steps, samples, tokens, squared = (tuple(row) for row in self._ints.tolist())
         return EngineStats(
-            steps=steps,
-            samples=samples,
-            tokens=tokens,
-            squared_tokens=squared,
-            off_ramp_samples=tuple(self._off_ramp_samples.tolist()),
-            seconds=tuple(self._seconds.tolist()),
+            steps=tuple(self._steps),
+            samples=tuple(self._samples),
+            tokens=tuple(self._tokens),
+            squared_tokens=tuple(self._squared_tokens),
+            off_ramp_samples=tuple(self._off_ramp_samples),
+            seconds=tuple(self._seconds),
             embedding_seconds=self._embedding_seconds,
         )

@@ -303,7 +303,7 @@ class TestRefusals:
                 "`deebert train --help`",
             ),
             (
-                "--backbone a --recipe best --stage-2 none",
+                "--backbone a --recipe best --stage-2 none --interpolation 0.5",
                 "a stage 3 whose change is kept in part needs off-ramps that answer before it: add stage 2, or keep "
                 "the whole change",
             ),
@@ -674,6 +674,9 @@ class TestKindsOfOffRamps:
             ("--off-ramp-layers 0,2 --shared-pooler", [0, 2], "mean", True),
             ("--off-ramp-pooling both --off-ramp-layers 0", [0], "both", False),
             ("--off-ramp-pooling attention --stage-2 exact", [1, 2], "attention", False),
+            ("--recipe best", [1, 2], "attention", False),
+            ("--recipe best --stage-2 fast", [1, 2], "attention", False),
+            ("--recipe best --off-ramp-pooling mean", [1, 2], "mean", False),
             ("--off-ramp-pooling attention --recipe joint --shared-pooler", [1, 2], "attention", True),
         ],
     )
@@ -742,16 +745,20 @@ class TestRecipesJob:
             assert variant.builds_on <= set(VARIANTS)
 
     def test_the_best_recipe_is_the_variant_that_its_name_promises(self) -> None:
-        between, stage_3 = VARIANTS["continued-100-0"], BEST.stage_3
-        assert isinstance(between, Between)
-        assert stage_3 is not None
-        first, last = between.shares
-        assert Interpolation(first=first, last=last) == stage_3.interpolation
-        continued = VARIANTS[between.towards]
+        continued = VARIANTS["continued-attention"]
         assert isinstance(continued, Trained)
-        goes_on = described(**continued.flags).stage_1
+        assert continued.start is not None
+        assert continued.start == continued.teacher
+        start = VARIANTS[continued.start]
+        assert isinstance(start, Trained)
+        before, goes_on = described(**start.flags), described(**continued.flags).stage_1
+        assert (before.stage_1, before.stage_2) == (BEST.stage_1, BEST.stage_2)
         assert goes_on is not None
-        assert goes_on.objective == stage_3.objective
+        assert BEST.stage_3 is not None
+        assert (goes_on.objective, goes_on.interpolation) == (BEST.stage_3.objective, None)
+        assert BEST.stage_3.interpolation is None
+        best = TrainJob(backbone="b", data="d", output="o", recipe="best")
+        assert best.new_off_ramps_read == start.flags["off_ramp_pooling"]
 
     def test_accuracy_between_operating_points(self) -> None:
         points = [(1.0, 0.9), (2.0, 0.8), (4.0, 0.6)]

@@ -143,4 +143,10 @@ def test_a_recipe_without_what_is_new_keeps_the_form_that_it_had_before_there_wa
     assert "interpolation" not in TWO_STAGE.to_dict()["stage_1"]
     taught = replace(TWO_STAGE, stage_1=BackboneStage(teacher=Teacher(folder="t", allow_pickle=True)))
     assert "allow_pickle" not in taught.to_dict()["stage_1"]["teacher"]
-    assert BEST.to_dict()["stage_3"]["interpolation"] == {"first": 1.0, "last": 0.0}
+    assert BEST.stage_3 is not None
+    kept = replace(BEST.stage_3, interpolation=Interpolation(first=1.0, last=0.0))
+    kept_in_part = replace(BEST, stage_3=kept).to_dict()["stage_3"]
+    assert kept_in_part == {
+        **BEST.to_dict()["stage_3"],
+        "interpolation": {"first": 1.0, "last": 0.0},
+    }
