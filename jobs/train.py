@@ -154,9 +154,7 @@ class TrainJob:
         choices=("fast", "exact", "none"),
     )
     epochs: float | None = flag(
-        "stage 1, and stage 3 of best: epochs (3, as in the paper for BERT; RoBERTa there: 10)",
-        default=None,
-        parse=number,
+        "stage 1, and stage 3 of best: epochs (as in the paper: 3; RoBERTa 10)", default=None, parse=number
     )
     batch_size: int | None = flag(
         "stages 1 and 3: samples per step, of all processes (8, as in the paper)", default=None, parse=integer
@@ -171,7 +169,7 @@ class TrainJob:
         parse=_shares,
         metavar="SHARE[,SHARE]",
     )
-    off_ramp_epochs: float | None = flag("stage 2: epochs (3)", default=None, parse=number)
+    off_ramp_epochs: float | None = flag("stage 2: epochs (3; exact, RoBERTa 10)", default=None, parse=number)
     off_ramp_batch_size: int | None = flag(
         "stage 2: samples per step (fast: 32, exact: 8 as in the paper)", default=None, parse=integer
     )
@@ -242,18 +240,12 @@ def train(job: TrainJob) -> DeeBertForSequenceClassification:
     from jobs.training_plot import draw_training_log
 
     quiet_libraries()
-    recipe = recipe_of(job)
+    recipe_of(job)  # refuses what contradicts itself before anything is loaded
     # No process may find what the first one writes before it has looked.
     processes().wait_for_everyone()
     model, tokenizer, data = _load(job)
-    report = train_by_recipe(
-        model,
-        tokenizer,
-        data,
-        recipe,
-        job.work_dir,
-        resume=job.resume,
-    )
+    recipe = recipe_of(job, model_type=model.config.backbone_config.model_type)
+    report = train_by_recipe(model, tokenizer, data, recipe, job.work_dir, resume=job.resume)
     if not processes().is_main_process:
         return model
     log.info("trained on %d rows: %s", len(data), report)

@@ -12,19 +12,23 @@ if TYPE_CHECKING:
     from jobs.train import TrainJob
 
 
-def recipe_of(job: TrainJob) -> Recipe:
+def recipe_of(job: TrainJob, *, model_type: str | None = None) -> Recipe:
     """The recipe that the flags describe.
+
+    Args:
+        job: the flags.
+        model_type: of the backbone, where it is known: what is left out may hang on it.
 
     Raises:
         RecipeError: they contradict each other.
     """
     from deebert.precision import resolve_precision
-    from deebert.training import RECIPES, EarlyStopping, Interpolation
+    from deebert.training import PAPER_EPOCHS, RECIPES, EarlyStopping, Interpolation
 
-    named = RECIPES[job.recipe]
+    named, epochs = RECIPES[job.recipe], PAPER_EPOCHS.get(model_type)
     keeps_weights = job.from_classifier is not None
-    stage_1 = None if keeps_weights or named.stage_1 is None else _stage_1(job, named.stage_1)
-    stage_3 = None if keeps_weights or named.stage_3 is None else _stage_3(job, named.stage_3)
+    stage_1 = None if keeps_weights or named.stage_1 is None else _stage_1(job, named.stage_1, epochs)
+    stage_3 = None if keeps_weights or named.stage_3 is None else _stage_3(job, named.stage_3, epochs)
     if job.interpolation is not None:
         first, last = job.interpolation
         kept = None if first == last == 1 else Interpolation(first=first, last=last)
@@ -36,7 +40,7 @@ def recipe_of(job: TrainJob) -> Recipe:
     return replace(
         named,
         stage_1=stage_1,
-        stage_2=_stage_2(job, named.stage_2, is_last=stage_3 is None),
+        stage_2=_stage_2(job, named.stage_2, epochs, is_last=stage_3 is None),
         stage_3=stage_3,
         early_stopping=None
         if job.held_out is None
@@ -47,17 +51,17 @@ def recipe_of(job: TrainJob) -> Recipe:
     )
 
 
-def _stage_1(job: TrainJob, stage: BackboneStage) -> BackboneStage:
-    return replace(_through_backbone(job, stage), teacher=_teacher(job))
+def _stage_1(job: TrainJob, stage: BackboneStage, epochs: float | None) -> BackboneStage:
+    return replace(_through_backbone(job, stage, epochs), teacher=_teacher(job))
 
 
-def _stage_3(job: TrainJob, stage: BackboneStage) -> BackboneStage:
+def _stage_3(job: TrainJob, stage: BackboneStage, epochs: float | None) -> BackboneStage:
     """Its teacher is the recipe's own: what stages 1 and 2 made."""
     teacher = None if stage.teacher is None else replace(stage.teacher, temperature=job.temperature)
-    return replace(_through_backbone(job, stage), teacher=teacher)
+    return replace(_through_backbone(job, stage, epochs), teacher=teacher)
 
 
-def _through_backbone(job: TrainJob, stage: BackboneStage) -> BackboneStage:
+def _through_backbone(job: TrainJob, stage: BackboneStage, epochs: float | None) -> BackboneStage:
     from deebert.training import Joint
 
     objective = stage.objective
@@ -71,7 +75,7 @@ def _through_backbone(job: TrainJob, stage: BackboneStage) -> BackboneStage:
         stage,
         objective=objective,
         **_given(
-            epochs=job.epochs,
+            epochs=epochs if job.epochs is None else job.epochs,
             batch_size=job.batch_size,
             learning_rate=job.learning_rate,
             accumulation_steps=job.accumulation_steps,
@@ -80,7 +84,9 @@ def _through_backbone(job: TrainJob, stage: BackboneStage) -> BackboneStage:
     )
 
 
-def _stage_2(job: TrainJob, stage: OffRampStage | None, *, is_last: bool) -> OffRampStage | None:
+def _stage_2(
+    job: TrainJob, stage: OffRampStage | None, epochs: float | None, *, is_last: bool
+) -> OffRampStage | None:
     from deebert.training import PAPER_STAGE_2, OffRampStage
 
     if job.stage_2 == "none" or (job.stage_2 is None and stage is None):
@@ -99,11 +105,13 @@ def _stage_2(job: TrainJob, stage: OffRampStage | None, *, is_last: bool) -> Off
         )
     if stage is None or stage.mode != mode:
         stage = PAPER_STAGE_2 if mode == "exact" else OffRampStage()
+    if job.off_ramp_epochs is not None or mode == "fast":
+        epochs = job.off_ramp_epochs
     return replace(
         stage,
         self_distillation=distillation,
         **_given(
-            epochs=job.off_ramp_epochs,
+            epochs=epochs,
             batch_size=job.off_ramp_batch_size,
             learning_rate=job.off_ramp_learning_rate,
             accumulation_steps=job.accumulation_steps if mode == "exact" else None,

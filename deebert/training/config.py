@@ -206,6 +206,8 @@ class OffRampStage(StageConfig):
 
 PAPER_STAGE_2 = OffRampStage(mode="exact", batch_size=8, learning_rate=2e-5)
 """The paper's own, for BERT."""
+PAPER_EPOCHS: Mapping[str | None, float] = MappingProxyType({"roberta": 10.0})
+"""Of stages that run the backbone, by its `model_type`, where the paper's are not those of BERT, the defaults here."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,6 +25,7 @@ from deebert.training import (
     JOINT,
     LOG_NAME,
     OFF_RAMPS,
+    PAPER_EPOCHS,
     PAPER_STAGE_2,
     RECIPES,
     TWO_STAGE,
@@ -77,6 +78,17 @@ class TestRecipeOfFlags:
 
     def test_nothing_is_the_papers(self) -> None:
         assert described() == TWO_STAGE
+
+    def test_left_out_epochs_are_the_papers_for_the_backbone(self) -> None:
+        def epochs(model_type: str, **flags: Any) -> list[float]:
+            job = TrainJob(backbone="b", data="d", output="o", precision="float32", **flags)
+            return [stage.epochs for stage in recipe_of(job, model_type=model_type).stages.values()]
+
+        assert epochs("bert", stage_2="exact") == [3, 3]
+        assert epochs("roberta", stage_2="exact") == [10, 10]
+        assert epochs("roberta") == [10, 3]
+        assert epochs("roberta", epochs=2.0, off_ramp_epochs=1.0, recipe="best") == [2, 1, 2]
+        assert epochs("camembert", recipe="best") == [3, 3, 3]
 
     def test_a_third_stage_takes_the_same_numbers_and_its_own_teacher(self) -> None:
         recipe = described(recipe="best", epochs=1.5, learning_rate=1e-4, teacher="t", temperature=3.0)
@@ -399,7 +411,8 @@ def test_help_states_what_a_stage_through_the_backbone_does(capsys: pytest.Captu
     stages = [stage for recipe in RECIPES.values() for stage in recipe.stages.values()]
     (defaults,) = {(s.epochs, s.batch_size, s.learning_rate) for s in stages if isinstance(s, BackboneStage)}
     assert defaults == (3, 8, 2e-5)
-    assert "epochs (3, as in the paper for BERT; RoBERTa there: 10)" in text
+    assert PAPER_EPOCHS == {"roberta": 10}
+    assert "epochs (as in the paper: 3; RoBERTa 10)" in text
     assert "of all processes (8, as in the paper)" in text
     assert "peak learning rate (2e-5, as in the paper)" in text
 
