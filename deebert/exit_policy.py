@@ -35,9 +35,10 @@ def entropy(logits: Tensor) -> Tensor:
     Through float32 `log_softmax`: the original's ``-Σ p·log(p)`` is NaN once a probability underflows, so
     that its surest samples never left.
     """
+    logits = logits.float()
     if native.measures(logits):
         return native.entropy(logits)
-    log_p = F.log_softmax(logits.float(), dim=-1)
+    log_p = F.log_softmax(logits, dim=-1)
     return -(log_p.exp() * log_p).sum(dim=-1)
 
 

@@ -58,7 +58,9 @@ def test_the_point_is_stored_and_runs_go_by_it(
 ) -> None:
     before = load_checkpoint(str(model))
 
-    assert main(["calibrate", "--model", str(model), "--data", str(data), "--keep", "0.9"]) == 0
+    # In the precision that the labels were said in: in another, what is nearly a tie may be another label.
+    words = ["--model", str(model), "--data", str(data), "--precision", "float32"]
+    assert main(["calibrate", *words, "--keep", "0.9"]) == 0
 
     after = load_checkpoint(str(model))
     policy = after.exit_policy

@@ -456,7 +456,8 @@ class TestCachedStates:
 
         assert (half.states.dtype, whole.states.dtype) == (torch.bfloat16, torch.float32)
         assert not torch.equal(half.states, whole.states.bfloat16())  # more than the last rounding is lost
-        assert (half.states.float() - whole.states).abs().mean() < 0.02
+        # States are of order 1; those of six seeds err by 0.010 to 0.021, with our kernels and without.
+        assert (half.states.float() - whole.states).abs().mean() < 0.05
         assert half.final_logits is not None
         assert whole.final_logits is not None
         assert half.final_logits.dtype == torch.float32
